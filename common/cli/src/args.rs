@@ -1,0 +1,99 @@
+//! The arguments that every command takes.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::Args;
+use reseal_format::names::TenantName;
+use reseal_kms::Keyring;
+use reseal_store::Store;
+use reseal_vault::Tenant;
+use reseal_vault::heads::Heads;
+
+use crate::{Failure, Output, Paths, Status, open_store, read_passphrase};
+
+/// Common arguments.
+#[derive(Debug, Clone, Args)]
+pub struct CommonArgs {
+    /// The vault: a folder
+    #[arg(long, env = "RESEAL_REPO", global = true, value_name = "URL")]
+    pub repo: Option<String>,
+    /// Whose restore points
+    #[arg(long, env = "RESEAL_TENANT", global = true, default_value = "default", value_name = "NAME")]
+    pub tenant: String,
+    /// The embedded KMS [default: /etc/reseal/keyring.json for root, otherwise in the user's configuration]
+    #[arg(long, env = "RESEAL_KEYRING", global = true, value_name = "FILE")]
+    pub keyring: Option<PathBuf>,
+    /// Reads the keyring's passphrase from the first line of a file instead of asking
+    #[arg(long, env = "RESEAL_KEYRING_PASSPHRASE_FILE", global = true, value_name = "FILE")]
+    pub keyring_passphrase_file: Option<PathBuf>,
+    /// What this machine remembers of vaults [default: /var/lib/reseal for root, otherwise in the user's state]
+    #[arg(long, env = "RESEAL_STATE", global = true, value_name = "FOLDER")]
+    pub state: Option<PathBuf>,
+    /// Takes a vault that is older than what was seen before as it is, and remembers that
+    #[arg(long, global = true)]
+    pub accept_rollback: bool,
+    /// Runs even where memory can't be locked and swap is not encrypted
+    #[arg(long, global = true)]
+    pub allow_swap: bool,
+    /// Prints JSON: one document, or one object a line for events
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Prints errors only
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+    /// Prints more
+    #[arg(long, short, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// A tenant that is ready to be used.
+pub struct Opened {
+    pub tenant: Arc<Tenant>,
+    pub heads: Heads,
+    pub paths: Paths,
+    pub repo: String,
+}
+
+impl CommonArgs {
+    /// How to print.
+    pub fn output(&self) -> Output {
+        Output { json: self.json, quiet: self.quiet, verbose: self.verbose > 0 }
+    }
+
+    /// Where keys and state are.
+    pub fn paths(&self) -> Result<Paths, Failure> {
+        Paths::new(self.keyring.clone(), self.state.clone())
+    }
+
+    /// The vault's name as given.
+    pub fn repo(&self) -> Result<String, Failure> {
+        let missing = || Failure::new(Status::Usage, "which vault? give --repo FOLDER or set RESEAL_REPO");
+        self.repo.clone().filter(|repo| !repo.is_empty()).ok_or_else(missing)
+    }
+
+    /// The tenant's name, checked.
+    pub fn tenant(&self) -> Result<TenantName, Failure> {
+        TenantName::new(&self.tenant).map_err(|e| Failure::of(Status::Usage, &e))
+    }
+
+    /// Opens the keyring, with its passphrase if it has one.
+    pub fn open_keyring(&self) -> Result<Keyring, Failure> {
+        let file = self.keyring_passphrase_file.clone();
+        Ok(Keyring::open(&self.paths()?.keyring, |path| {
+            read_passphrase(file.as_deref(), &format!("Passphrase of the keyring {}: ", path.display()))
+        })?)
+    }
+
+    /// Opens the vault, unlocks the tenant, and checks that neither was rolled back.
+    pub fn open(&self) -> Result<Opened, Failure> {
+        let repo = self.repo()?;
+        let paths = self.paths()?;
+        let name = self.tenant()?;
+        let store: Arc<dyn Store> = open_store(&repo)?;
+        let tenant = Arc::new(Tenant::open(store, &repo, &name, &self.open_keyring()?)?);
+        let heads = Heads::new(&paths.state, &tenant.keys().scope(), self.accept_rollback);
+        heads.check(tenant.keys().record_generation(), &[])?;
+        Ok(Opened { tenant, heads, paths, repo })
+    }
+}

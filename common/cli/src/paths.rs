@@ -1,0 +1,59 @@
+//! Where things are on this machine.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use reseal_store::{Local, Store};
+
+use crate::{Failure, Status};
+
+/// Where keys and state are kept unless the user says otherwise.
+#[derive(Debug, Clone)]
+pub struct Paths {
+    pub keyring: PathBuf,
+    pub state: PathBuf,
+}
+
+impl Paths {
+    /// Given paths, or the defaults: those of the system for root, those of the XDG base directories for others.
+    pub fn new(keyring: Option<PathBuf>, state: Option<PathBuf>) -> Result<Paths, Failure> {
+        let root = rustix::process::geteuid().is_root();
+        let or = |given: Option<PathBuf>, system: &str, variable: &str, below_home: &str, name: &str, option: &str| {
+            if let Some(path) = given {
+                return Ok::<_, Failure>(path);
+            }
+            if root {
+                return Ok(PathBuf::from(system));
+            }
+            let base = std::env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute());
+            let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(below_home));
+            let base = base.or_else(home);
+            let none = || Failure::new(Status::Usage, format!("neither {variable} nor HOME is set; set {option}"));
+            Ok(base.ok_or_else(none)?.join("reseal").join(name))
+        };
+        Ok(Paths {
+            keyring: or(
+                keyring,
+                "/etc/reseal/keyring.json",
+                "XDG_CONFIG_HOME",
+                ".config",
+                "keyring.json",
+                "RESEAL_KEYRING",
+            )?,
+            state: or(state, "/var/lib/reseal", "XDG_STATE_HOME", ".local/state", "", "RESEAL_STATE")?,
+        })
+    }
+}
+
+/// The store that `--repo` names.
+pub fn open_store(repo: &str) -> Result<Arc<dyn Store>, Failure> {
+    if let Some((scheme, _)) = repo.split_once("://") {
+        let message = format!("--repo {scheme}://…: this version keeps vaults in a folder only; give its path");
+        return Err(Failure::new(Status::Usage, message));
+    }
+    if Path::new(repo).is_file() {
+        let message = format!("--repo {repo} is a file; a vault is a folder");
+        return Err(Failure::new(Status::Usage, message));
+    }
+    Ok(Arc::new(Local::new(repo)))
+}

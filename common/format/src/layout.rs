@@ -1,0 +1,107 @@
+//! Keys of the objects of a vault. See `docs/FORMAT.md`, "Objects".
+
+use crate::ids::{NoteId, PackId};
+use crate::names::{TenantName, VmName};
+
+/// The vault's own record, read before anything else.
+pub const VAULT_FILE: &str = "reseal.json";
+
+/// Folder of all tenants.
+pub const TENANTS: &str = "tenants/";
+
+/// The tenant record.
+pub fn tenant_record(tenant: &TenantName) -> String {
+    format!("tenants/{}/tenant.json", tenant.to_key())
+}
+
+/// Folder of a tenant's VMs.
+pub fn vms(tenant: &TenantName) -> String {
+    format!("tenants/{}/vms/", tenant.to_key())
+}
+
+/// Folder of a VM's manifests and tombstones.
+pub fn vm(tenant: &TenantName, vm: &VmName) -> String {
+    format!("{}{}/", vms(tenant), vm.to_key())
+}
+
+/// The manifest of a restore point.
+pub fn manifest(tenant: &TenantName, vm_name: &VmName, number: u32) -> String {
+    format!("{}{number:08}.manifest", vm(tenant, vm_name))
+}
+
+/// The tombstone of a restore point.
+pub fn tombstone(tenant: &TenantName, vm_name: &VmName, number: u32) -> String {
+    format!("{}{number:08}.forgotten", vm(tenant, vm_name))
+}
+
+/// Folder of a VM's notes.
+pub fn notes(tenant: &TenantName, vm_name: &VmName) -> String {
+    format!("{}notes/", vm(tenant, vm_name))
+}
+
+/// A note about a restore point.
+pub fn note(tenant: &TenantName, vm_name: &VmName, number: u32, id: NoteId) -> String {
+    format!("{}{number:08}-{id}.note", notes(tenant, vm_name))
+}
+
+/// Folder of a tenant's packs.
+pub fn packs(tenant: &TenantName) -> String {
+    format!("tenants/{}/packs/", tenant.to_key())
+}
+
+/// Folder of the packs that share this one's first byte.
+pub fn pack_shelf(tenant: &TenantName, id: PackId) -> String {
+    format!("{}{:02x}/", packs(tenant), id.as_bytes()[0])
+}
+
+/// One generation of a pack.
+pub fn pack(tenant: &TenantName, id: PackId, generation: u32) -> String {
+    format!("{}{id}.{generation}", pack_shelf(tenant, id))
+}
+
+/// What the name of a file in a VM's folder says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PointFile {
+    /// `NNNNNNNN.manifest`
+    Manifest(u32),
+    /// `NNNNNNNN.forgotten`
+    Tombstone(u32),
+}
+
+/// Parses the last part of a key in a VM's folder; numbers count from 1.
+pub fn parse_point_file(name: &str) -> Option<PointFile> {
+    let (digits, kind) = name.split_once('.')?;
+    let number: u32 = digits.parse().ok().filter(|&n| n > 0)?;
+    if digits != format!("{number:08}") {
+        return None;
+    }
+    match kind {
+        "manifest" => Some(PointFile::Manifest(number)),
+        "forgotten" => Some(PointFile::Tombstone(number)),
+        _ => None,
+    }
+}
+
+/// Parses the last part of a pack's key: its id and generation.
+pub fn parse_pack_file(name: &str) -> Option<(PackId, u32)> {
+    let (id, generation) = name.split_once('.')?;
+    let number: u32 = generation.parse().ok()?;
+    (generation == number.to_string()).then_some((PackId::from_hex(id)?, number))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_names_parse_only_as_written() {
+        assert_eq!(parse_point_file("00000012.manifest"), Some(PointFile::Manifest(12)));
+        assert_eq!(parse_point_file("00000012.forgotten"), Some(PointFile::Tombstone(12)));
+        for name in ["12.manifest", "00000000.manifest", "+0000012.manifest", "00000012.manifest.x", "00000012", ""] {
+            assert_eq!(parse_point_file(name), None, "{name}");
+        }
+        let id = PackId::from_bytes([7; 16]);
+        assert_eq!(parse_pack_file(&format!("{id}.3")), Some((id, 3)));
+        assert_eq!(parse_pack_file(&format!("{id}.03")), None);
+    }
+}

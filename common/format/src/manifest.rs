@@ -1,0 +1,351 @@
+//! What is sealed about restore points: the manifest that makes one exist, the tombstone of one that was forgotten,
+//! and notes. The plaintext is JSON; unknown fields are ignored, so that later versions may add facts.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::FormatError;
+use crate::geometry::MAX_DISK;
+use crate::ids::{Digest, NoteId, PackId, PointId, VmId};
+use crate::index::BlobRef;
+use crate::keys::{KEY, Kind};
+use crate::names::{DiskName, VmName};
+use crate::pack::MAX_BLOBS;
+use crate::seal::{Header, open, seal};
+use crate::tenant::TenantKeys;
+use crate::time::Timestamp;
+
+/// Most disks of a VM.
+pub const MAX_DISKS: usize = 256;
+/// Longest captured definition, in bytes.
+pub const MAX_DEFINITION: usize = 4 << 20;
+/// Longest text of a source or warning that is kept, in bytes.
+pub const MAX_TEXT: usize = 4096;
+
+/// The record of one restore point.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    pub vm: VmName,
+    pub vm_id: VmId,
+    pub number: u32,
+    pub point_id: PointId,
+    /// Milliseconds since 1970; later than the parent's.
+    pub created: Timestamp,
+    pub parent: Option<Parent>,
+    pub disks: Vec<Disk>,
+    pub definition: Option<Definition>,
+    pub stats: Stats,
+    /// What the administrator should know about the point, such as a source that changed while it was read.
+    #[serde(default)]
+    pub warnings: Vec<String>,
+}
+
+/// The point before it in the chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parent {
+    pub number: u32,
+    /// Of the parent's plaintext, so that re-sealing keeps it.
+    pub digest: Digest,
+}
+
+/// One disk of the point.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    pub name: DiskName,
+    /// Bytes.
+    pub length: u64,
+    /// Root of its index; `None` if the disk is all zeros.
+    pub root: Option<Root>,
+    /// Clusters that are not holes.
+    pub used_clusters: u64,
+    /// Where it was read from.
+    #[serde(default)]
+    pub source: String,
+}
+
+/// Where the root of an index is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Root {
+    pub pack: PackId,
+    pub generation: u32,
+    pub ordinal: u32,
+}
+
+impl From<Root> for BlobRef {
+    fn from(Root { pack, generation, ordinal }: Root) -> BlobRef {
+        BlobRef { pack, generation, ordinal }
+    }
+}
+
+impl From<BlobRef> for Root {
+    fn from(BlobRef { pack, generation, ordinal }: BlobRef) -> Root {
+        Root { pack, generation, ordinal }
+    }
+}
+
+/// The VM's definition as the hypervisor has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Definition {
+    pub file_name: String,
+    pub text: String,
+}
+
+/// What the backup did, in bytes and milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// Read from the sources.
+    pub read: u64,
+    /// Of clusters that differ from the parent's.
+    pub changed: u64,
+    /// Of changed clusters that the tenant did not have.
+    pub new: u64,
+    /// Added to the vault, packs and their tables, without the manifest.
+    pub stored: u64,
+    pub duration_ms: u64,
+}
+
+/// What remains of a restore point that was forgotten, so that its number is not taken for damage or used again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tombstone {
+    pub vm: VmName,
+    pub vm_id: VmId,
+    pub number: u32,
+    pub point_id: PointId,
+    /// Digest of the forgotten manifest's plaintext: what its child names as parent.
+    pub digest: Digest,
+    pub parent: Option<Parent>,
+    pub reason: String,
+    pub created: Timestamp,
+}
+
+/// A fact about a point that was learnt later. Written once; of several of one kind the latest counts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Note {
+    pub note_id: NoteId,
+    pub vm_id: VmId,
+    pub number: u32,
+    pub point_id: PointId,
+    pub created: Timestamp,
+    /// What kind of fact, such as `boot-verdict`.
+    pub kind: String,
+    pub content: serde_json::Value,
+}
+
+fn to_json(value: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(value).expect("text, numbers and lists always serialize")
+}
+
+fn from_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, FormatError> {
+    serde_json::from_slice(bytes).map_err(|_| FormatError::Malformed("its sealed JSON does not parse"))
+}
+
+impl Manifest {
+    /// Seals it; the object, and the digest that its child will name.
+    pub fn seal(&self, keys: &TenantKeys, salt: [u8; KEY]) -> Result<(Vec<u8>, Digest), FormatError> {
+        self.check()?;
+        let plain = to_json(self);
+        let object = seal(keys, &self.header(keys), salt, &plain)?;
+        Ok((object, Digest::of(&plain)))
+    }
+
+    fn header(&self, keys: &TenantKeys) -> Header {
+        Header {
+            kind: Kind::Manifest,
+            epoch: keys.current_epoch(),
+            id: *self.point_id.as_bytes(),
+            vm: self.vm_id,
+            number: self.number,
+            record_generation: keys.record_generation(),
+            parent: self.parent.map(|parent| parent.digest),
+        }
+    }
+
+    /// Opens the manifest that stands where number `number` of `vm` should.
+    pub fn open(keys: &TenantKeys, vm: &VmName, number: u32, object: &[u8]) -> Result<(Manifest, Digest), FormatError> {
+        let (header, plain) = open(keys, Kind::Manifest, object)?;
+        let manifest: Manifest = from_json(&plain)?;
+        if manifest.vm != *vm || manifest.number != number {
+            return Err(FormatError::Mismatch("it is another restore point's manifest"));
+        }
+        let expected =
+            Header { epoch: header.epoch, record_generation: header.record_generation, ..manifest.header(keys) };
+        if header != expected {
+            return Err(FormatError::Mismatch("its header contradicts its content"));
+        }
+        manifest.check()?;
+        Ok((manifest, Digest::of(&plain)))
+    }
+
+    /// What holds for every manifest: checked before one is written and after one is read.
+    fn check(&self) -> Result<(), FormatError> {
+        let malformed = |what| Err(FormatError::Malformed(what));
+        if self.number == 0 || self.parent.is_some_and(|parent| parent.number >= self.number) {
+            return malformed("its number does not follow its parent's");
+        }
+        if !self.created.is_sane() {
+            return malformed("its time is out of range");
+        }
+        if self.disks.is_empty() || self.disks.len() > MAX_DISKS {
+            return malformed("it has no disks, or too many");
+        }
+        for (nth, disk) in self.disks.iter().enumerate() {
+            if disk.length > MAX_DISK || disk.used_clusters > crate::geometry::cluster_count(disk.length) {
+                return malformed("a disk's length is out of range");
+            }
+            if disk.root.is_some_and(|root| root.ordinal >= MAX_BLOBS) {
+                return malformed("a disk's root is out of range");
+            }
+            if self.disks[..nth].iter().any(|other| other.name == disk.name) {
+                return malformed("two disks have one name");
+            }
+        }
+        if self.definition.as_ref().is_some_and(|definition| definition.text.len() > MAX_DEFINITION) {
+            return malformed("its definition is too long");
+        }
+        Ok(())
+    }
+}
+
+impl Tombstone {
+    /// Seals it.
+    pub fn seal(&self, keys: &TenantKeys, salt: [u8; KEY]) -> Result<Vec<u8>, FormatError> {
+        let header = Header {
+            kind: Kind::Tombstone,
+            epoch: keys.current_epoch(),
+            id: *self.point_id.as_bytes(),
+            vm: self.vm_id,
+            number: self.number,
+            record_generation: keys.record_generation(),
+            parent: self.parent.map(|parent| parent.digest),
+        };
+        seal(keys, &header, salt, &to_json(self))
+    }
+
+    /// Opens the tombstone that stands where number `number` of `vm` should.
+    pub fn open(keys: &TenantKeys, vm: &VmName, number: u32, object: &[u8]) -> Result<Tombstone, FormatError> {
+        let (header, plain) = open(keys, Kind::Tombstone, object)?;
+        let tombstone: Tombstone = from_json(&plain)?;
+        let same = (header.number, header.vm, &header.id) == (number, tombstone.vm_id, tombstone.point_id.as_bytes());
+        if !same || tombstone.number != number || tombstone.vm != *vm {
+            return Err(FormatError::Mismatch("it is another restore point's tombstone"));
+        }
+        Ok(tombstone)
+    }
+}
+
+impl Note {
+    /// Seals it.
+    pub fn seal(&self, keys: &TenantKeys, salt: [u8; KEY]) -> Result<Vec<u8>, FormatError> {
+        let header = Header {
+            kind: Kind::Note,
+            epoch: keys.current_epoch(),
+            id: *self.note_id.as_bytes(),
+            vm: self.vm_id,
+            number: self.number,
+            record_generation: keys.record_generation(),
+            parent: None,
+        };
+        seal(keys, &header, salt, &to_json(self))
+    }
+
+    /// Opens the note of that id about number `number`.
+    pub fn open(keys: &TenantKeys, number: u32, id: NoteId, object: &[u8]) -> Result<Note, FormatError> {
+        let (header, plain) = open(keys, Kind::Note, object)?;
+        let note: Note = from_json(&plain)?;
+        let same = (header.number, header.vm, &header.id) == (number, note.vm_id, id.as_bytes());
+        if !same || note.number != number || note.note_id != id {
+            return Err(FormatError::Mismatch("it is another note"));
+        }
+        Ok(note)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tenant::tests::keys;
+
+    fn manifest() -> Manifest {
+        Manifest {
+            vm: VmName::new("web01").unwrap(),
+            vm_id: VmId::from_bytes([1; 16]),
+            number: 2,
+            point_id: PointId::from_bytes([2; 16]),
+            created: Timestamp(1_795_501_907_123),
+            parent: Some(Parent { number: 1, digest: Digest::from_bytes([3; 32]) }),
+            disks: vec![Disk {
+                name: DiskName::new("disk-0").unwrap(),
+                length: 70_000,
+                root: Some(Root { pack: PackId::from_bytes([4; 16]), generation: 0, ordinal: 5 }),
+                used_clusters: 2,
+                source: "web01.raw".into(),
+            }],
+            definition: Some(Definition { file_name: "web01.xml".into(), text: "<domain/>".into() }),
+            stats: Stats { read: 1, changed: 2, new: 3, stored: 4, duration_ms: 5 },
+            warnings: vec![],
+        }
+    }
+
+    #[test]
+    fn a_manifest_opens_only_where_it_belongs() {
+        let keys = keys(1);
+        let (object, digest) = manifest().seal(&keys, [7; 32]).unwrap();
+        let web01 = VmName::new("web01").unwrap();
+        assert_eq!(Manifest::open(&keys, &web01, 2, &object).unwrap(), (manifest(), digest));
+        assert!(Manifest::open(&keys, &web01, 3, &object).is_err());
+        assert!(Manifest::open(&keys, &VmName::new("web02").unwrap(), 2, &object).is_err());
+    }
+
+    #[test]
+    fn the_digest_survives_resealing() {
+        let (one, digest) = manifest().seal(&keys(1), [7; 32]).unwrap();
+        let (two, same) = manifest().seal(&keys(1), [8; 32]).unwrap();
+        assert_ne!(one, two);
+        assert_eq!(digest, same);
+    }
+
+    #[test]
+    fn contradictions_are_refused_before_writing() {
+        let mut twice = manifest();
+        twice.disks.push(twice.disks[0].clone());
+        assert!(twice.seal(&keys(1), [7; 32]).is_err());
+        let mut orphan = manifest();
+        orphan.number = 1;
+        assert!(orphan.seal(&keys(1), [7; 32]).is_err());
+        let mut huge = manifest();
+        huge.disks[0].length = u64::MAX;
+        assert!(huge.seal(&keys(1), [7; 32]).is_err());
+    }
+
+    #[test]
+    fn tombstones_and_notes_open_only_where_they_belong() {
+        let keys = keys(1);
+        let web01 = VmName::new("web01").unwrap();
+        let tombstone = Tombstone {
+            vm: web01.clone(),
+            vm_id: VmId::from_bytes([1; 16]),
+            number: 2,
+            point_id: PointId::from_bytes([2; 16]),
+            digest: Digest::from_bytes([3; 32]),
+            parent: None,
+            reason: "policy".into(),
+            created: Timestamp(5),
+        };
+        let object = tombstone.seal(&keys, [1; 32]).unwrap();
+        assert_eq!(Tombstone::open(&keys, &web01, 2, &object).unwrap(), tombstone);
+        assert!(Tombstone::open(&keys, &web01, 1, &object).is_err());
+        let note = Note {
+            note_id: NoteId::from_bytes([9; 16]),
+            vm_id: VmId::from_bytes([1; 16]),
+            number: 2,
+            point_id: PointId::from_bytes([2; 16]),
+            created: Timestamp(6),
+            kind: "boot-verdict".into(),
+            content: serde_json::json!({"booted": true}),
+        };
+        let object = note.seal(&keys, [1; 32]).unwrap();
+        assert_eq!(Note::open(&keys, 2, note.note_id, &object).unwrap(), note);
+        assert!(Note::open(&keys, 3, note.note_id, &object).is_err());
+        assert!(Note::open(&keys, 2, NoteId::from_bytes([8; 16]), &object).is_err());
+    }
+}

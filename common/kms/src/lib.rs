@@ -1,0 +1,36 @@
+//! Key-encryption keys (KEKs): who keeps them, and how a tenant's payload is wrapped under one.
+//!
+//! ```text
+//! payload of a tenant → Kms::wrap (key name, context) → wrapped bytes, in the tenant record
+//! keys → recovery kit → keys → keyring of another machine
+//! ```
+//!
+//! Modules in reading order:
+//!
+//! - [`kms`]: the contract that every KMS fulfils, and the limits on what crosses it
+//! - `names`: names of KEKs, checked before anything looks them up
+//! - `secret`: keys, passphrases and unwrapped payloads; wiped when dropped, never printed
+//! - `seal`: AES-256-GCM and every label in one place
+//! - `kdf`: the key of a passphrase
+//! - `private_file`: files that only their owner may read, replaced whole or not at all
+//! - [`keyring`]: the embedded KMS, a local file for one machine
+//! - [`kit`]: the recovery kit, an age file to keep away from that machine
+//! - `error`: what went wrong, with which file and key, and what to do about it
+//!
+//! Nothing here falls back: a key that is missing, wrong or damaged is an error.
+
+mod error;
+mod kdf;
+pub mod keyring;
+pub mod kit;
+pub mod kms;
+mod names;
+mod private_file;
+mod seal;
+mod secret;
+
+pub use error::{Class, KmsError};
+pub use keyring::{Keyring, is_passphrase_protected};
+pub use kms::Kms;
+pub use names::KeyName;
+pub use secret::{KeyBytes, NamedKey, Passphrase, Secret};

@@ -1,0 +1,81 @@
+//! Files and bytes of the first version, made once: later versions read them for ever. If a test here fails, the format has
+//! changed, and its version must too.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use reseal_kms::kit::{KitContents, read_kit, write_kit};
+use reseal_kms::{KeyBytes, KeyName, Keyring, Kms, NamedKey, Passphrase};
+
+const PASSPHRASE: &str = "correct horse battery staple";
+const NAME: &str = "acme-0a1b2c3d";
+const CONTEXT: &[u8] = b"vault and tenant";
+const PAYLOAD: &[u8] = b"the master of a tenant";
+
+fn phrase() -> Passphrase {
+    Passphrase::new(PASSPHRASE.to_owned()).unwrap()
+}
+
+fn key() -> NamedKey {
+    let bytes = std::array::from_fn(|i| u8::try_from(i).unwrap());
+    NamedKey { name: KeyName::parse(NAME).unwrap(), key: KeyBytes::copy_from(&bytes) }
+}
+
+fn kit() -> KitContents {
+    KitContents {
+        made: "2026-11-24T06:31:47Z".into(),
+        vault_id: "00112233445566778899aabbccddeeff".into(),
+        repo: "/srv/vault".into(),
+        tenant: "acme".into(),
+        tenant_id: "ffeeddccbbaa99887766554433221100".into(),
+        kms: "keyring".into(),
+        keys: vec![key()],
+    }
+}
+
+fn frozen(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/frozen").join(name)
+}
+
+/// A copy as private as the keyring demands: version control keeps no such mode.
+fn private_copy(dir: &Path, name: &str) -> PathBuf {
+    let path = dir.join(name);
+    fs::copy(frozen(name), &path).unwrap();
+    fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+    path
+}
+
+#[test]
+fn keyrings_of_version_1_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let wrapped = hex::decode(fs::read_to_string(frozen("wrapped-v1.hex")).unwrap().trim()).unwrap();
+    for name in ["keyring-v1.json", "keyring-v1-sealed.json"] {
+        let keyring = Keyring::open(&private_copy(dir.path(), name), |_| Ok(phrase())).unwrap();
+        assert_eq!(keyring.export(&[NAME]).unwrap(), [key()], "{name}");
+        assert_eq!(keyring.unwrap(NAME, CONTEXT, &wrapped).unwrap().as_slice(), PAYLOAD, "{name}");
+    }
+}
+
+#[test]
+fn a_kit_of_version_1_opens() {
+    assert_eq!(read_kit(&frozen("kit-v1.age"), &phrase()).unwrap(), kit());
+}
+
+#[test]
+#[ignore = "makes the files anew, which only a new version of a format needs"]
+fn make() {
+    fs::create_dir_all(frozen("")).unwrap();
+    let plain = Keyring::create(&frozen("keyring-v1.json"), None).unwrap();
+    plain.import(&[key()]).unwrap();
+    let sealed = Keyring::create(&frozen("keyring-v1-sealed.json"), Some(&phrase())).unwrap();
+    sealed.import(&[key()]).unwrap();
+    let wrapped = plain.wrap(NAME, CONTEXT, PAYLOAD).unwrap();
+    fs::write(frozen("wrapped-v1.hex"), hex::encode(wrapped) + "\n").unwrap();
+    write_kit(&frozen("kit-v1.age"), &kit(), &phrase()).unwrap();
+    for lock in ["keyring-v1.json.lock", "keyring-v1-sealed.json.lock"] {
+        fs::remove_file(frozen(lock)).unwrap();
+    }
+}

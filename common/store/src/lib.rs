@@ -1,0 +1,95 @@
+//! Objects by key: where a vault lives.
+//!
+//! [`Store`] is what the vault needs of a place: ranged reads, create-only writes that are durable when they return, and
+//! listings. [`local`] is a folder of a file system.
+//!
+//! Architecture invariant: synchronous, because a FUSE read must not pay for a task switch. Faults are injected by
+//! another `Store` around a real one, never by hooks in here.
+
+mod local;
+
+use std::io;
+
+pub use local::Local;
+
+/// What a listing says of one name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Last part of the key, without a slash.
+    pub name: String,
+    /// Bytes; 0 for a folder.
+    pub length: u64,
+    /// Whether keys go on below it.
+    pub is_folder: bool,
+}
+
+/// A place that holds objects. Keys are relative paths with `/` between their parts.
+pub trait Store: Send + Sync {
+    /// The whole object, if it has at most `limit` bytes.
+    fn get(&self, key: &str, limit: usize) -> Result<Vec<u8>, StoreError>;
+
+    /// Fills `buf` from `offset` on.
+    fn read_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<(), StoreError>;
+
+    /// Like [`Store::read_at`], but gives up and answers `false` where it might have to wait.
+    fn try_read_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<bool, StoreError>;
+
+    /// The last bytes of the object, `want` of them or all it has, and its length.
+    fn read_tail(&self, key: &str, want: usize) -> Result<(Vec<u8>, u64), StoreError>;
+
+    /// Makes an object whole, or not at all; durable when it returns. Fails with [`StoreError::Exists`] where the key is
+    /// taken: of several that try, exactly one succeeds.
+    fn create(&self, key: &str, bytes: &[u8]) -> Result<(), StoreError> {
+        let mut upload = self.upload(key)?;
+        upload.append(bytes)?;
+        upload.finish()
+    }
+
+    /// Starts an object that is written piece by piece. It does not exist before [`Upload::finish`].
+    fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError>;
+
+    /// What is directly below a folder; a folder that does not exist is empty. In no order.
+    fn list(&self, folder: &str) -> Result<Vec<Entry>, StoreError>;
+
+    /// Removes an object.
+    fn delete(&self, key: &str) -> Result<(), StoreError>;
+
+    /// Removes what writers that died have left behind.
+    fn sweep(&self) -> Result<(), StoreError>;
+}
+
+/// An object in the making. Dropped unfinished, it never existed.
+pub trait Upload: Send {
+    /// Adds bytes at its end.
+    fn append(&mut self, bytes: &[u8]) -> Result<(), StoreError>;
+
+    /// Makes it durable under its key, as [`Store::create`] does.
+    fn finish(self: Box<Self>) -> Result<(), StoreError>;
+}
+
+/// Why the store did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("{0} is missing")]
+    NotFound(String),
+    #[error("{0} exists already")]
+    Exists(String),
+    #[error("{key} has {length} bytes, more than the {limit} that it may have")]
+    TooLong { key: String, length: u64, limit: usize },
+    #[error("{key} ends at byte {length}, before byte {wanted}; it is cut off")]
+    Short { key: String, length: u64, wanted: u64 },
+    #[error("no space left for {0}; free some on the file system of the vault")]
+    Full(String),
+    #[error("can't {action} {key}: {source}")]
+    Io { key: String, action: &'static str, source: io::Error },
+}
+
+impl StoreError {
+    /// The key of the object that it is about.
+    pub fn key(&self) -> &str {
+        match self {
+            StoreError::NotFound(key) | StoreError::Exists(key) | StoreError::Full(key) => key,
+            StoreError::TooLong { key, .. } | StoreError::Short { key, .. } | StoreError::Io { key, .. } => key,
+        }
+    }
+}

@@ -1,0 +1,333 @@
+//! A folder of a local or network file system.
+//!
+//! A new object is written to a locked file under `tmp/`, synced, linked to its key without replacing, and the folder is
+//! synced. So an object exists whole and durable, or not; and whoever finds an unlocked file under `tmp/` may delete it.
+
+use std::collections::HashSet;
+use std::fs::{File, OpenOptions};
+use std::io::{self, IoSliceMut, Write};
+use std::num::NonZeroUsize;
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use lru::LruCache;
+use parking_lot::Mutex;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
+
+use crate::{Entry, Store, StoreError, Upload};
+
+/// Folder of unfinished objects.
+const TMP: &str = "tmp";
+/// Files kept open: enough for the packs that a few readers jump between, far below the usual limit of 1,024.
+const OPEN_FILES: NonZeroUsize = NonZeroUsize::new(256).expect("not zero");
+
+/// A folder.
+pub struct Local {
+    shared: Arc<Shared>,
+    /// Objects are written once, so an open file stays right.
+    open: Mutex<LruCache<String, Arc<File>>>,
+}
+
+struct Shared {
+    root: PathBuf,
+    /// Folders whose own entry this process has made durable.
+    durable: Mutex<HashSet<PathBuf>>,
+}
+
+impl Local {
+    /// A store in that folder, which need not exist before the first object.
+    pub fn new(root: impl Into<PathBuf>) -> Local {
+        let shared = Shared { root: root.into(), durable: Mutex::default() };
+        Local { shared: Arc::new(shared), open: Mutex::new(LruCache::new(OPEN_FILES)) }
+    }
+
+    fn file(&self, key: &str) -> Result<Arc<File>, StoreError> {
+        if let Some(file) = self.open.lock().get(key) {
+            return Ok(file.clone());
+        }
+        let path = self.shared.path(key)?;
+        let file = Arc::new(File::open(path).map_err(|e| io_error(key, "open", e))?);
+        self.open.lock().put(key.to_owned(), file.clone());
+        Ok(file)
+    }
+}
+
+impl Shared {
+    /// The path of a key. Keys are built from encoded names, so a part that could leave the root is a mistake.
+    fn path(&self, key: &str) -> Result<PathBuf, StoreError> {
+        let legal = |part: &str| !matches!(part, "" | "." | "..") && !part.contains('\0');
+        if !key.strip_suffix('/').unwrap_or(key).split('/').all(legal) {
+            let source = io::Error::new(io::ErrorKind::InvalidInput, "not a legal key");
+            return Err(StoreError::Io { key: key.into(), action: "use", source });
+        }
+        Ok(self.root.join(key))
+    }
+
+    /// Makes a folder, with those above it, and their entries durable.
+    fn ensure_folder(&self, folder: &Path) -> io::Result<()> {
+        if self.durable.lock().contains(folder) {
+            return Ok(());
+        }
+        match std::fs::DirBuilder::new().mode(0o700).create(folder) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                self.ensure_folder(folder.parent().ok_or(e)?)?;
+                return self.ensure_folder(folder);
+            }
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            // Another process may have made it a moment ago, and not yet synced: whoever relies on it syncs.
+            _ => {}
+        }
+        if let Some(parent) = folder.parent() {
+            let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+            File::open(parent)?.sync_all()?;
+        }
+        self.durable.lock().insert(folder.to_owned());
+        Ok(())
+    }
+
+    /// A new locked file under `tmp/`.
+    fn temporary(&self) -> io::Result<(File, PathBuf)> {
+        let folder = self.root.join(TMP);
+        self.ensure_folder(&folder)?;
+        loop {
+            let mut name = [0u8; 16];
+            getrandom::fill(&mut name).map_err(io::Error::other)?;
+            let path = folder.join(name.map(|byte| format!("{byte:02x}")).concat());
+            let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+            flock(&file, FlockOperation::LockExclusive)?;
+            // A sweep that came between the two has taken it for abandoned.
+            if file.metadata()?.nlink() > 0 {
+                return Ok((file, path));
+            }
+        }
+    }
+}
+
+fn io_error(key: &str, action: &'static str, source: io::Error) -> StoreError {
+    match source.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => StoreError::NotFound(key.into()),
+        io::ErrorKind::AlreadyExists => StoreError::Exists(key.into()),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StoreError::Full(key.into()),
+        _ => StoreError::Io { key: key.into(), action, source },
+    }
+}
+
+fn short_or_io(key: &str, file: &File, wanted: u64, source: io::Error) -> StoreError {
+    match file.metadata() {
+        Ok(data) if source.kind() == io::ErrorKind::UnexpectedEof => {
+            StoreError::Short { key: key.into(), length: data.len(), wanted }
+        }
+        _ => io_error(key, "read", source),
+    }
+}
+
+impl Store for Local {
+    fn get(&self, key: &str, limit: usize) -> Result<Vec<u8>, StoreError> {
+        let file = File::open(self.shared.path(key)?).map_err(|e| io_error(key, "open", e))?;
+        let length = file.metadata().map_err(|e| io_error(key, "read", e))?.len();
+        let size = usize::try_from(length).ok().filter(|&size| size <= limit);
+        let size = size.ok_or_else(|| StoreError::TooLong { key: key.into(), length, limit })?;
+        let mut bytes = vec![0; size];
+        file.read_exact_at(&mut bytes, 0).map_err(|e| short_or_io(key, &file, length, e))?;
+        Ok(bytes)
+    }
+
+    fn read_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<(), StoreError> {
+        let file = self.file(key)?;
+        file.read_exact_at(buf, offset).map_err(|e| short_or_io(key, &file, offset + buf.len() as u64, e))
+    }
+
+    fn try_read_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<bool, StoreError> {
+        // Opening may wait too, so only a file that is open already counts.
+        let Some(file) = self.open.lock().get(key).cloned() else { return Ok(false) };
+        let wanted = buf.len();
+        match preadv2(&*file, &mut [IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT) {
+            Ok(got) => Ok(got == wanted),
+            Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::INTR) => Ok(false),
+            Err(e) => Err(io_error(key, "read", e.into())),
+        }
+    }
+
+    fn read_tail(&self, key: &str, want: usize) -> Result<(Vec<u8>, u64), StoreError> {
+        let file = self.file(key)?;
+        let length = file.metadata().map_err(|e| io_error(key, "read", e))?.len();
+        let size = usize::try_from(length).map_or(want, |length| want.min(length));
+        let mut tail = vec![0; size];
+        let start = length - size as u64;
+        file.read_exact_at(&mut tail, start).map_err(|e| short_or_io(key, &file, length, e))?;
+        Ok((tail, length))
+    }
+
+    fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
+        let target = self.shared.path(key)?;
+        let (file, path) = self.shared.temporary().map_err(|e| match io_error(key, "create", e) {
+            // What is missing is the folder of the vault, not the object.
+            StoreError::NotFound(key) => {
+                let source = io::ErrorKind::NotFound.into();
+                StoreError::Io { key, action: "make the folder of", source }
+            }
+            other => other,
+        })?;
+        Ok(Box::new(LocalUpload { shared: self.shared.clone(), key: key.into(), target, file, path }))
+    }
+
+    fn list(&self, folder: &str) -> Result<Vec<Entry>, StoreError> {
+        let entries = match std::fs::read_dir(self.shared.path(folder)?) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(|e| io_error(folder, "list", e))?,
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(|e| io_error(folder, "list", e))?;
+            // What is not text is not ours.
+            let Ok(name) = entry.file_name().into_string() else { continue };
+            match entry.metadata() {
+                Ok(data) => {
+                    let length = if data.is_dir() { 0 } else { data.len() };
+                    found.push(Entry { name, length, is_folder: data.is_dir() });
+                }
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {} // went in between
+                Err(e) => return Err(io_error(folder, "list", e)),
+            }
+        }
+        Ok(found)
+    }
+
+    fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.open.lock().pop(key);
+        let path = self.shared.path(key)?;
+        std::fs::remove_file(&path).map_err(|e| io_error(key, "delete", e))
+    }
+
+    fn sweep(&self) -> Result<(), StoreError> {
+        for entry in self.list(TMP)? {
+            let path = self.shared.root.join(TMP).join(&entry.name);
+            // Whoever still writes holds the lock; what can't be opened or removed now is left for the next sweep.
+            let Ok(file) = File::open(&path) else { continue };
+            if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+                let _ = std::fs::remove_file(&path);
+            }
+        }
+        Ok(())
+    }
+}
+
+struct LocalUpload {
+    shared: Arc<Shared>,
+    key: String,
+    target: PathBuf,
+    file: File,
+    path: PathBuf,
+}
+
+impl LocalUpload {
+    fn commit(&self) -> io::Result<()> {
+        // A failed sync is not tried again: the kernel may have dropped the pages, and a second one would lie.
+        self.file.sync_all()?;
+        let folder = self.target.parent().ok_or(io::ErrorKind::InvalidInput)?;
+        self.shared.ensure_folder(folder)?;
+        std::fs::hard_link(&self.path, &self.target)?;
+        File::open(folder)?.sync_all()
+    }
+}
+
+impl Upload for LocalUpload {
+    fn append(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
+        self.file.write_all(bytes).map_err(|e| io_error(&self.key, "write", e))
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), StoreError> {
+        self.commit().map_err(|e| match io_error(&self.key, "write", e) {
+            StoreError::NotFound(key) => StoreError::Io { key, action: "link", source: io::ErrorKind::NotFound.into() },
+            other => other,
+        })
+    }
+}
+
+impl Drop for LocalUpload {
+    fn drop(&mut self) {
+        // Once linked under its key this is a second name; before that it is all there is. A sweep removes what stays.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store() -> (tempfile::TempDir, Local) {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Local::new(folder.path().join("vault"));
+        (folder, store)
+    }
+
+    #[test]
+    fn objects_are_created_once_and_read_back() {
+        let (_folder, store) = store();
+        store.create("a/b/c", b"hello").unwrap();
+        assert!(matches!(store.create("a/b/c", b"other"), Err(StoreError::Exists(_))));
+        assert_eq!(store.get("a/b/c", 5).unwrap(), b"hello");
+        assert!(matches!(store.get("a/b/c", 4), Err(StoreError::TooLong { length: 5, .. })));
+        assert!(matches!(store.get("a/b/d", 4), Err(StoreError::NotFound(_))));
+        assert_eq!(store.read_tail("a/b/c", 3).unwrap(), (b"llo".to_vec(), 5));
+        assert_eq!(store.read_tail("a/b/c", 30).unwrap(), (b"hello".to_vec(), 5));
+        let mut two = [0; 2];
+        store.read_at("a/b/c", 1, &mut two).unwrap();
+        assert_eq!(&two, b"el");
+        assert!(matches!(store.read_at("a/b/c", 4, &mut two), Err(StoreError::Short { length: 5, wanted: 6, .. })));
+        assert!(store.try_read_at("a/b/c", 1, &mut two).unwrap());
+        assert_eq!(store.list("a/").unwrap(), [Entry { name: "b".into(), length: 0, is_folder: true }]);
+        assert_eq!(store.list("none/").unwrap(), []);
+        assert_eq!(store.list("tmp/").unwrap(), [], "nothing temporary stays");
+        store.delete("a/b/c").unwrap();
+        assert!(matches!(store.get("a/b/c", 5), Err(StoreError::NotFound(_))));
+    }
+
+    #[test]
+    fn no_key_leaves_the_root() {
+        let (_folder, store) = store();
+        for key in ["../x", "a/../../x", "/etc/x", "a//b", "", "a/./b", "a\0b"] {
+            assert!(store.create(key, b"x").is_err(), "{key:?}");
+        }
+    }
+
+    #[test]
+    fn of_many_that_create_one_wins() {
+        let (_folder, store) = store();
+        let won = std::thread::scope(|scope| {
+            let tries: Vec<_> = (0..16u8)
+                .map(|n| {
+                    scope.spawn({
+                        let store = &store;
+                        move || store.create("k", &[n]).is_ok()
+                    })
+                })
+                .collect();
+            tries.into_iter().filter(|_| true).map(|t| t.join().unwrap()).filter(|&won| won).count()
+        });
+        assert_eq!(won, 1);
+    }
+
+    #[test]
+    fn a_sweep_removes_what_is_abandoned_and_nothing_else() {
+        let (folder, store) = store();
+        let mut upload = store.upload("k").unwrap();
+        upload.append(b"x").unwrap();
+        let abandoned = folder.path().join("vault/tmp/dead");
+        std::fs::write(&abandoned, b"x").unwrap();
+        Local::new(folder.path().join("vault")).sweep().unwrap();
+        assert!(!abandoned.exists());
+        upload.finish().unwrap();
+        assert_eq!(store.get("k", 1).unwrap(), b"x");
+    }
+
+    #[test]
+    fn an_unfinished_object_never_existed() {
+        let (_folder, store) = store();
+        store.upload("k").unwrap().append(b"x").unwrap();
+        assert!(matches!(store.get("k", 1), Err(StoreError::NotFound(_))));
+        assert_eq!(store.list("tmp").unwrap(), []);
+    }
+}

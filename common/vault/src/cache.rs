@@ -1,0 +1,107 @@
+//! A cache that is bounded by bytes, in shards so that threads seldom wait for one another.
+
+use std::hash::{BuildHasher, Hash, RandomState};
+
+use lru::LruCache;
+use parking_lot::Mutex;
+
+/// Enough that a few FUSE threads and a pool rarely meet in one.
+const SHARDS: usize = 16;
+
+/// Something with a size in memory, in bytes.
+pub trait Weigh {
+    /// About how many bytes it takes.
+    fn weight(&self) -> usize;
+}
+
+impl<T: Weigh> Weigh for std::sync::Arc<T> {
+    fn weight(&self) -> usize {
+        (**self).weight()
+    }
+}
+
+struct Shard<K, V> {
+    entries: LruCache<K, V>,
+    bytes: usize,
+}
+
+/// Least recently used goes first, in each shard by itself.
+pub struct Cache<K, V> {
+    shards: Vec<Mutex<Shard<K, V>>>,
+    hasher: RandomState,
+    shard_limit: usize,
+}
+
+impl<K: Hash + Eq, V: Weigh + Clone> Cache<K, V> {
+    /// A cache of at most about `limit` bytes; each shard keeps at least the entry it was given last.
+    pub fn new(limit: usize) -> Cache<K, V> {
+        let shard = || Mutex::new(Shard { entries: LruCache::unbounded(), bytes: 0 });
+        Cache {
+            shards: (0..SHARDS).map(|_| shard()).collect(),
+            hasher: RandomState::new(),
+            shard_limit: limit / SHARDS,
+        }
+    }
+
+    fn shard(&self, key: &K) -> &Mutex<Shard<K, V>> {
+        let hash = self.hasher.hash_one(key);
+        // The low bits choose the bucket within a shard's own table, which hashes differently anyway.
+        &self.shards[usize::try_from(hash % SHARDS as u64).unwrap_or(0)]
+    }
+
+    /// The value, which becomes the most recently used.
+    pub fn get(&self, key: &K) -> Option<V> {
+        self.shard(key).lock().entries.get(key).cloned()
+    }
+
+    /// Adds or replaces a value.
+    pub fn put(&self, key: K, value: V) {
+        let mut guard = self.shard(&key).lock();
+        let shard = &mut *guard;
+        shard.bytes += value.weight();
+        if let Some((_, old)) = shard.entries.push(key, value) {
+            shard.bytes -= old.weight();
+        }
+        while shard.bytes > self.shard_limit && shard.entries.len() > 1 {
+            let Some((_, oldest)) = shard.entries.pop_lru() else { break };
+            shard.bytes -= oldest.weight();
+        }
+    }
+
+    /// Forgets a value.
+    pub fn remove(&self, key: &K) {
+        let mut shard = self.shard(key).lock();
+        if let Some(old) = shard.entries.pop(key) {
+            shard.bytes -= old.weight();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Clone)]
+    struct Bytes(usize);
+
+    impl Weigh for Bytes {
+        fn weight(&self) -> usize {
+            self.0
+        }
+    }
+
+    #[test]
+    fn it_stays_within_its_bytes() {
+        let cache = Cache::new(16_000);
+        for key in 0..10_000u32 {
+            cache.put(key, Bytes(100));
+            cache.put(key, Bytes(90));
+        }
+        let bytes: usize = cache.shards.iter().map(|shard| shard.lock().bytes).sum();
+        let kept: usize = cache.shards.iter().map(|shard| shard.lock().entries.len()).sum();
+        assert!(bytes <= 16_000 && bytes == kept * 90, "{bytes} bytes in {kept} entries");
+        assert!(cache.get(&9_999).is_some());
+        cache.remove(&9_999);
+        assert!(cache.get(&9_999).is_none());
+    }
+}

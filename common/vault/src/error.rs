@@ -1,0 +1,113 @@
+//! What can go wrong with a vault; each error names its object, and what to do where that is known.
+
+use reseal_format::FormatError;
+use reseal_format::names::{TenantName, VmName};
+use reseal_kms::KmsError;
+use reseal_store::StoreError;
+
+/// What a caller does about an error; the command line turns it into an exit status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// Something went wrong that is none of the others.
+    Failed,
+    /// What was asked for does not exist or makes no sense.
+    Usage,
+    /// Data failed authentication, or is missing.
+    Damaged,
+    /// The store or the KMS did not answer; trying again may help.
+    Unreachable,
+}
+
+/// A failed operation on a vault.
+#[derive(Debug, thiserror::Error)]
+pub enum VaultError {
+    /// Only for callers that asked not to wait.
+    #[error("reading would have to wait")]
+    WouldBlock,
+    #[error("{repo} is no vault: it has no reseal.json; make one with `reseal init`, or correct --repo")]
+    NotAVault { repo: String },
+    #[error("{repo} holds a vault already")]
+    VaultExists { repo: String },
+    #[error("the vault has no tenant {tenant}; `reseal init --tenant` makes one, or correct --tenant")]
+    NoTenant { tenant: TenantName },
+    #[error("the vault has a tenant {tenant} already")]
+    TenantExists { tenant: TenantName },
+    #[error("there is no VM {vm}; `reseal list` shows what there is")]
+    NoVm { vm: VmName },
+    #[error("there is no restore point {point}; `reseal list {vm}` shows what there is")]
+    NoPoint { vm: VmName, point: String },
+    #[error("{text:?} is no restore point: write VM@latest, VM@NUMBER or VM@TIME as `reseal list` prints it")]
+    BadPoint { text: String },
+    #[error("{object} {source}")]
+    Damaged { object: String, source: FormatError },
+    #[error("{object} is missing: {why}")]
+    Missing { object: String, why: &'static str },
+    #[error(
+        "{what} is {now}, but {seen} was seen before: the vault was rolled back or restored from an older copy. \
+         If that was you, repeat with --accept-rollback; otherwise treat the vault as tampered with"
+    )]
+    Rollback { what: String, seen: u64, now: u64 },
+    #[error(
+        "another backup of {vm} committed restore point {number} while this one ran; nothing is lost, run it again"
+    )]
+    LostRace { vm: VmName, number: u32 },
+    #[error("the tenant's master is wrapped by a KMS of kind {wanted:?}, but {given:?} is configured")]
+    OtherKms { wanted: String, given: &'static str },
+    #[error(transparent)]
+    Kms(#[from] KmsError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("can't keep what was seen in {path}: {source}; set RESEAL_STATE to a folder that is yours")]
+    State { path: String, source: std::io::Error },
+    #[error("the system gives no random bytes")]
+    Random,
+}
+
+impl VaultError {
+    /// What a caller does about it.
+    pub fn class(&self) -> Class {
+        match self {
+            VaultError::NotAVault { .. }
+            | VaultError::VaultExists { .. }
+            | VaultError::NoTenant { .. }
+            | VaultError::TenantExists { .. }
+            | VaultError::NoVm { .. }
+            | VaultError::NoPoint { .. }
+            | VaultError::LostRace { .. }
+            | VaultError::OtherKms { .. }
+            | VaultError::State { .. }
+            | VaultError::Random => Class::Failed,
+            VaultError::BadPoint { .. } => Class::Usage,
+            VaultError::Damaged { .. } | VaultError::Missing { .. } | VaultError::Rollback { .. } => Class::Damaged,
+            VaultError::WouldBlock => Class::Unreachable,
+            VaultError::Kms(error) => match error.class() {
+                reseal_kms::Class::Unreachable => Class::Unreachable,
+                reseal_kms::Class::Damaged => Class::Damaged,
+                reseal_kms::Class::Usage => Class::Usage,
+                reseal_kms::Class::Failed => Class::Failed,
+            },
+            VaultError::Store(error) => match error {
+                StoreError::NotFound(_) | StoreError::TooLong { .. } | StoreError::Short { .. } => Class::Damaged,
+                StoreError::Exists(_) | StoreError::Full(_) => Class::Failed,
+                StoreError::Io { .. } => Class::Unreachable,
+            },
+        }
+    }
+
+    /// Adds the object's name to what is wrong with its bytes.
+    pub(crate) fn damaged(object: impl Into<String>) -> impl FnOnce(FormatError) -> VaultError {
+        let object = object.into();
+        move |source| VaultError::Damaged { object, source }
+    }
+
+    /// The object that is damaged or missing, if it is that.
+    pub fn damaged_object(&self) -> Option<&str> {
+        match self {
+            VaultError::Damaged { object, .. } | VaultError::Missing { object, .. } => Some(object),
+            VaultError::Store(
+                StoreError::NotFound(key) | StoreError::TooLong { key, .. } | StoreError::Short { key, .. },
+            ) => Some(key),
+            _ => None,
+        }
+    }
+}

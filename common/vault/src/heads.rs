@@ -1,0 +1,144 @@
+//! What was seen of a vault before, kept outside it.
+//!
+//! Everything in a vault authenticates itself, but a vault that is put back to an older state as a whole, or whose newest
+//! restore point is removed, is right in itself. Only a memory of the highest numbers can tell. The file holds ids,
+//! names and numbers, no keys and no content.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use reseal_format::keys::Scope;
+use reseal_format::names::VmName;
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use crate::VaultError;
+
+/// Longest file that is read; a VM takes about a hundred bytes.
+const MAX_FILE: u64 = 64 << 20;
+
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Seen {
+    record_generation: u64,
+    /// Highest number by VM.
+    vms: BTreeMap<VmName, u32>,
+}
+
+/// The memory of one tenant.
+#[derive(Debug, Clone)]
+pub struct Heads {
+    folder: PathBuf,
+    accept_rollback: bool,
+}
+
+/// The folder for what this machine keeps about a tenant.
+pub fn tenant_folder(state: &Path, scope: &Scope) -> PathBuf {
+    state.join(scope.vault.to_string()).join(scope.tenant.to_string())
+}
+
+impl Heads {
+    /// Keeps its file in the tenant's state folder. With `accept_rollback`, lower numbers than before are taken as the
+    /// new truth.
+    pub fn new(state: &Path, scope: &Scope, accept_rollback: bool) -> Heads {
+        Heads { folder: tenant_folder(state, scope), accept_rollback }
+    }
+
+    /// Checks the generation of the tenant record and the highest number of each of these VMs against what was seen,
+    /// and remembers them.
+    pub fn check(&self, record_generation: u64, vms: &[(VmName, u32)]) -> Result<(), VaultError> {
+        self.update(|seen| {
+            let rollback = |what: String, seen: u64, now: u64| Err(VaultError::Rollback { what, seen, now });
+            if record_generation < seen.record_generation && !self.accept_rollback {
+                let what = "the generation of the tenant record".to_owned();
+                return rollback(what, seen.record_generation, record_generation);
+            }
+            seen.record_generation = record_generation;
+            for (vm, number) in vms {
+                let before = seen.vms.get(vm).copied().unwrap_or(0);
+                if *number < before && !self.accept_rollback {
+                    return rollback(format!("the newest restore point of {vm}"), before.into(), (*number).into());
+                }
+                match number {
+                    0 => seen.vms.remove(vm),
+                    _ => seen.vms.insert(vm.clone(), *number),
+                };
+            }
+            Ok(())
+        })
+    }
+
+    /// The VMs that were seen with restore points, so that one that vanished whole is asked for too.
+    pub fn known_vms(&self) -> Result<Vec<VmName>, VaultError> {
+        let seen = self.read().map_err(|e| self.error(e))?;
+        Ok(seen.vms.into_keys().collect())
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.join("seen.json")
+    }
+
+    fn error(&self, source: std::io::Error) -> VaultError {
+        VaultError::State { path: self.path().display().to_string(), source }
+    }
+
+    fn read(&self) -> std::io::Result<Seen> {
+        match std::fs::metadata(self.path()) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Seen::default()),
+            Ok(data) if data.len() > MAX_FILE => return Err(std::io::ErrorKind::FileTooLarge.into()),
+            other => other?,
+        };
+        let bytes = std::fs::read(self.path())?;
+        serde_json::from_slice(&bytes).map_err(|_| std::io::Error::other("it is damaged; remove it to start anew"))
+    }
+
+    /// Changes the file under a lock; nothing is written where nothing changed or the change was refused.
+    fn update(&self, change: impl FnOnce(&mut Seen) -> Result<(), VaultError>) -> Result<(), VaultError> {
+        let lock = || -> std::io::Result<File> {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
+            let path = self.folder.join("seen.lock");
+            let file = File::options().create(true).truncate(false).write(true).mode(0o600).open(path)?;
+            flock(&file, FlockOperation::LockExclusive)?;
+            Ok(file)
+        };
+        let _lock = lock().map_err(|e| self.error(e))?;
+        let before = self.read().map_err(|e| self.error(e))?;
+        let mut after = Seen { vms: before.vms.clone(), ..before };
+        change(&mut after)?;
+        if after == before {
+            return Ok(());
+        }
+        let replace = || -> std::io::Result<()> {
+            let new = self.folder.join("seen.new");
+            let mut file = File::options().create(true).truncate(true).write(true).mode(0o600).open(&new)?;
+            file.write_all(&serde_json::to_vec_pretty(&after)?)?;
+            file.sync_all()?;
+            std::fs::rename(&new, self.path())
+        };
+        replace().map_err(|e| self.error(e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use reseal_format::ids::{TenantId, VaultId};
+
+    use super::*;
+
+    #[test]
+    fn lower_numbers_are_a_rollback_unless_accepted() {
+        let folder = tempfile::tempdir().unwrap();
+        let scope = Scope { vault: VaultId::from_bytes([1; 16]), tenant: TenantId::from_bytes([2; 16]) };
+        let heads = Heads::new(folder.path(), &scope, false);
+        let vm = VmName::new("web01").unwrap();
+        heads.check(3, &[(vm.clone(), 7)]).unwrap();
+        heads.check(3, &[(vm.clone(), 8)]).unwrap();
+        assert!(matches!(heads.check(3, &[(vm.clone(), 7)]), Err(VaultError::Rollback { seen: 8, now: 7, .. })));
+        assert!(matches!(heads.check(2, &[]), Err(VaultError::Rollback { seen: 3, now: 2, .. })));
+        assert_eq!(heads.known_vms().unwrap(), [vm.clone()]);
+        Heads::new(folder.path(), &scope, true).check(2, &[(vm.clone(), 7)]).unwrap();
+        heads.check(2, &[(vm, 7)]).unwrap();
+    }
+}

@@ -1,0 +1,228 @@
+//! Reading blobs from packs.
+//!
+//! A blob is found through its pack's table of lengths, which is read once and cached. Where the generation that an index
+//! remembers is gone or does not authenticate, the pack may have been rewritten since: what is cached of it is dropped,
+//! its generations are listed once, and the highest is tried before anything is called damage.
+
+use std::sync::Arc;
+
+use reseal_format::ids::{BlobId, PackId};
+use reseal_format::index::BlobRef;
+use reseal_format::keys::Kind;
+use reseal_format::layout;
+use reseal_format::pack::{BlobLengths, PackOpener, TRAILER, Trailer};
+
+use crate::cache::{Cache, Weigh};
+use crate::{Tenant, VaultError};
+
+/// How much of a pack's tail is read at first: the trailer, and the table of lengths of up to 8,000 blobs.
+const TAIL: usize = 32 * 1024;
+
+/// Whether a read may wait for the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wait {
+    /// It may.
+    May,
+    /// It gives [`VaultError::WouldBlock`] instead.
+    MustNot,
+}
+
+/// A pack whose key is derived and whose table of lengths is open.
+pub struct PackHandle {
+    key: String,
+    opener: PackOpener,
+    lengths: BlobLengths,
+}
+
+impl Weigh for PackHandle {
+    fn weight(&self) -> usize {
+        // The expanded AES key and the table are what counts.
+        self.lengths.memory() + 1024
+    }
+}
+
+impl PackHandle {
+    /// Key of the object in the store.
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+
+    /// Its trailer.
+    pub fn trailer(&self) -> &Trailer {
+        self.opener.trailer()
+    }
+
+    /// Where its blobs are.
+    pub fn lengths(&self) -> &BlobLengths {
+        &self.lengths
+    }
+
+    /// Opens a sealed blob in place.
+    pub fn open<'a>(&self, ordinal: u32, sealed: &'a mut [u8]) -> Result<&'a mut [u8], VaultError> {
+        self.opener.open_blob(ordinal, sealed).map_err(VaultError::damaged(format!("{} blob {ordinal}", self.key)))
+    }
+}
+
+struct IdTable(Vec<BlobId>);
+
+impl Weigh for IdTable {
+    fn weight(&self) -> usize {
+        self.0.len() * BlobId::LENGTH
+    }
+}
+
+/// A pack in a listing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PackFile {
+    pub id: PackId,
+    pub generation: u32,
+    pub length: u64,
+}
+
+/// The packs of a tenant.
+pub struct Packs {
+    tenant: Arc<Tenant>,
+    handles: Cache<PackId, Arc<PackHandle>>,
+    ids: Cache<PackId, Arc<IdTable>>,
+}
+
+impl Packs {
+    /// A reader that keeps at most about so many bytes of tables.
+    pub fn new(tenant: Arc<Tenant>, cache_bytes: usize) -> Packs {
+        Packs { tenant, handles: Cache::new(cache_bytes / 2), ids: Cache::new(cache_bytes / 2) }
+    }
+
+    /// The tenant.
+    pub fn tenant(&self) -> &Arc<Tenant> {
+        &self.tenant
+    }
+
+    /// All packs there are, of every generation, from a listing.
+    pub fn list(&self) -> Result<Vec<PackFile>, VaultError> {
+        let folder = layout::packs(&self.tenant.name);
+        let mut found = Vec::new();
+        for shelf in self.tenant.store.list(&folder)? {
+            for entry in self.tenant.store.list(&format!("{folder}{}/", shelf.name))? {
+                let Some((id, generation)) = layout::parse_pack_file(&entry.name) else { continue };
+                found.push(PackFile { id, generation, length: entry.length });
+            }
+        }
+        Ok(found)
+    }
+
+    /// The highest generation of a pack that the store has.
+    fn newest_generation(&self, id: PackId) -> Result<Option<u32>, VaultError> {
+        let entries = self.tenant.store.list(&layout::pack_shelf(&self.tenant.name, id))?;
+        let generations = entries.iter().filter_map(|entry| layout::parse_pack_file(&entry.name));
+        Ok(generations.filter(|(other, _)| *other == id).map(|(_, generation)| generation).max())
+    }
+
+    /// Reads the tail of one generation of a pack.
+    pub fn open_generation(&self, id: PackId, generation: u32) -> Result<PackHandle, VaultError> {
+        let key = layout::pack(&self.tenant.name, id, generation);
+        let store = &self.tenant.store;
+        let (mut tail, length) = store.read_tail(&key, TAIL)?;
+        let damaged = |source| VaultError::Damaged { object: key.clone(), source };
+        let cut = || damaged(reseal_format::FormatError::Malformed("shorter than a trailer; it is cut off"));
+        let trailer = Trailer::decode(tail.last_chunk::<TRAILER>().ok_or_else(cut)?, length).map_err(damaged)?;
+        if (trailer.id, trailer.generation) != (id, generation) {
+            return Err(damaged(reseal_format::FormatError::Mismatch("its trailer names another pack")));
+        }
+        let wanted = trailer.length_table_bytes() + TRAILER;
+        if tail.len() < wanted {
+            tail = vec![0; wanted];
+            store.read_at(&key, length - wanted as u64, &mut tail)?;
+        }
+        tail.truncate(tail.len() - TRAILER);
+        let table = tail.split_off(tail.len() - trailer.length_table_bytes());
+        let opener = PackOpener::new(&self.tenant.keys, trailer).map_err(damaged)?;
+        let lengths = opener.open_lengths(table).map_err(damaged)?;
+        Ok(PackHandle { key: key.clone(), opener, lengths })
+    }
+
+    /// The pack's handle, from the cache or of that generation.
+    fn handle(&self, blob: BlobRef, wait: Wait) -> Result<Arc<PackHandle>, VaultError> {
+        if let Some(handle) = self.handles.get(&blob.pack) {
+            return Ok(handle);
+        }
+        if wait == Wait::MustNot {
+            return Err(VaultError::WouldBlock);
+        }
+        let handle = Arc::new(self.open_generation(blob.pack, blob.generation)?);
+        self.handles.put(blob.pack, handle.clone());
+        Ok(handle)
+    }
+
+    /// Runs `read` on the generation that is remembered; where that is gone or fails authentication, on the newest.
+    fn with_fallback<T>(
+        &self,
+        blob: BlobRef,
+        wait: Wait,
+        mut read: impl FnMut(&PackHandle) -> Result<T, VaultError>,
+    ) -> Result<T, VaultError> {
+        let first = self.handle(blob, wait).and_then(|handle| read(&handle));
+        let Err(error) = first else { return first };
+        if error.damaged_object().is_none() {
+            return Err(error);
+        }
+        if wait == Wait::MustNot {
+            return Err(VaultError::WouldBlock);
+        }
+        self.handles.remove(&blob.pack);
+        self.ids.remove(&blob.pack);
+        match self.newest_generation(blob.pack)? {
+            Some(generation) => read(&*self.handle(BlobRef { generation, ..blob }, wait)?),
+            None => Err(VaultError::Missing {
+                object: layout::pack(&self.tenant.name, blob.pack, blob.generation),
+                why: "no generation of this pack is in the vault; restore it from a copy",
+            }),
+        }
+    }
+
+    /// Reads a blob of a pack of that kind and opens it: its content replaces what is in `buf`.
+    pub fn read_blob(&self, kind: Kind, blob: BlobRef, wait: Wait, buf: &mut Vec<u8>) -> Result<(), VaultError> {
+        self.with_fallback(blob, wait, |handle| {
+            let object = || format!("{} blob {}", handle.key, blob.ordinal);
+            let malformed = |what| VaultError::Damaged { object: object(), source: what };
+            if handle.trailer().kind != kind {
+                return Err(malformed(reseal_format::FormatError::Mismatch("it is in a pack of another kind")));
+            }
+            let place = handle.lengths.place(blob.ordinal);
+            let (offset, length) = place.ok_or_else(|| VaultError::Missing {
+                object: object(),
+                why: "the pack has no such blob, or it was emptied",
+            })?;
+            buf.resize(length, 0);
+            match wait {
+                Wait::May => self.tenant.store.read_at(&handle.key, offset, buf)?,
+                Wait::MustNot => {
+                    if !self.tenant.store.try_read_at(&handle.key, offset, buf)? {
+                        return Err(VaultError::WouldBlock);
+                    }
+                }
+            }
+            let plain = handle.open(blob.ordinal, buf)?.len();
+            buf.truncate(plain);
+            Ok(())
+        })
+    }
+
+    /// The id of a blob, from its pack's table of ids.
+    pub fn blob_id(&self, blob: BlobRef) -> Result<Option<BlobId>, VaultError> {
+        if let Some(table) = self.ids.get(&blob.pack) {
+            return Ok(table.0.get(blob.ordinal as usize).copied());
+        }
+        let table = self.with_fallback(blob, Wait::May, |handle| self.read_ids(handle))?;
+        let id = table.get(blob.ordinal as usize).copied();
+        self.ids.put(blob.pack, Arc::new(IdTable(table)));
+        Ok(id)
+    }
+
+    /// Reads and opens a pack's table of ids.
+    pub fn read_ids(&self, handle: &PackHandle) -> Result<Vec<BlobId>, VaultError> {
+        let trailer = handle.trailer();
+        let mut table = vec![0; trailer.id_table_bytes()];
+        self.tenant.store.read_at(&handle.key, trailer.blob_bytes, &mut table)?;
+        handle.opener.open_ids(table).map_err(VaultError::damaged(format!("{} id table", handle.key)))
+    }
+}

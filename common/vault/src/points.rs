@@ -1,0 +1,247 @@
+//! VMs, their chains, and single restore points.
+
+use std::collections::BTreeMap;
+
+use reseal_format::geometry::MAX_DISK;
+use reseal_format::ids::Digest;
+use reseal_format::layout::{self, PointFile, parse_point_file};
+use reseal_format::manifest::{Manifest, Parent, Tombstone};
+use reseal_format::names::VmName;
+use reseal_format::seal::MAX_OBJECT;
+use reseal_format::time::Timestamp;
+use reseal_store::StoreError;
+
+use crate::tenant::random;
+use crate::{Tenant, VaultError};
+
+/// Whether a number of a chain can still be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// It has a manifest.
+    Live,
+    /// It has a tombstone.
+    Forgotten,
+    /// It has neither, though later numbers exist: damage.
+    Missing,
+}
+
+/// The numbers of a VM's restore points, from 1 on.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Chain(BTreeMap<u32, State>);
+
+impl Chain {
+    /// The chain of what a listing of the VM's folder names.
+    fn from_names<'a>(names: impl Iterator<Item = &'a str>) -> Chain {
+        let mut states = BTreeMap::new();
+        for name in names {
+            match parse_point_file(name) {
+                // A tombstone counts even where its manifest is still there: it was about to be deleted.
+                Some(PointFile::Tombstone(number)) => drop(states.insert(number, State::Forgotten)),
+                Some(PointFile::Manifest(number)) => drop(states.entry(number).or_insert(State::Live)),
+                None => {}
+            }
+        }
+        let last = states.keys().next_back().copied().unwrap_or(0);
+        // A hostile listing may jump to the highest number: the gap is one fact, so only its ends are kept.
+        let mut expected = 1;
+        for number in states.keys().copied().collect::<Vec<_>>() {
+            if number > expected {
+                states.insert(expected, State::Missing);
+                states.insert(number - 1, State::Missing);
+            }
+            expected = number.saturating_add(1);
+        }
+        debug_assert!(states.keys().next_back().copied().unwrap_or(0) == last);
+        Chain(states)
+    }
+
+    /// Every number with its state; of a gap only the first and the last number.
+    pub fn numbers(&self) -> impl DoubleEndedIterator<Item = (u32, State)> + '_ {
+        self.0.iter().map(|(&number, &state)| (number, state))
+    }
+
+    /// The numbers that have a manifest.
+    pub fn live(&self) -> impl DoubleEndedIterator<Item = u32> + '_ {
+        self.numbers().filter(|(_, state)| *state == State::Live).map(|(number, _)| number)
+    }
+
+    /// Whether a number must have existed but has neither manifest nor tombstone.
+    pub fn is_gap(&self, number: u32) -> bool {
+        let before = self.0.range(..=number).next_back();
+        number > 0 && number < self.last() && before.is_none_or(|(&n, &state)| state == State::Missing || n == 0)
+    }
+
+    /// The highest number that was given, live or forgotten; 0 if none was.
+    pub fn last(&self) -> u32 {
+        self.0.keys().next_back().copied().unwrap_or(0)
+    }
+}
+
+/// A restore point whose manifest was opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Point {
+    pub manifest: Manifest,
+    /// Digest of the manifest's plaintext.
+    pub digest: Digest,
+}
+
+/// How a user names a restore point: `VM@latest`, `VM@NUMBER` or `VM@TIME`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PointSpec {
+    pub vm: VmName,
+    pub which: Which,
+}
+
+/// Which point of a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Which {
+    Latest,
+    Number(u32),
+    Time(Timestamp),
+}
+
+impl PointSpec {
+    /// Parses; the last `@` ends the VM's name.
+    pub fn parse(text: &str) -> Result<PointSpec, VaultError> {
+        let bad = || VaultError::BadPoint { text: text.chars().take(200).collect() };
+        let (vm, which) = text.rsplit_once('@').ok_or_else(bad)?;
+        let which = match which {
+            "latest" => Which::Latest,
+            digits if digits.bytes().all(|b| b.is_ascii_digit()) => Which::Number(digits.parse().map_err(|_| bad())?),
+            time => Which::Time(Timestamp::parse(time).ok_or_else(bad)?),
+        };
+        Ok(PointSpec { vm: VmName::new(vm).map_err(|_| bad())?, which })
+    }
+}
+
+impl Tenant {
+    /// The VMs that have a folder, sorted by name.
+    pub fn vms(&self) -> Result<Vec<VmName>, VaultError> {
+        let entries = self.store.list(&layout::vms(&self.name))?;
+        let mut names: Vec<_> = entries.iter().filter_map(|entry| VmName::from_key(&entry.name)).collect();
+        names.sort();
+        Ok(names)
+    }
+
+    /// The numbers of a VM's restore points. A VM that has none has an empty chain.
+    pub fn chain(&self, vm: &VmName) -> Result<Chain, VaultError> {
+        let entries = self.store.list(&layout::vm(&self.name, vm))?;
+        Ok(Chain::from_names(entries.iter().map(|entry| entry.name.as_str())))
+    }
+
+    /// Opens a manifest.
+    pub fn point(&self, vm: &VmName, number: u32) -> Result<Point, VaultError> {
+        let key = layout::manifest(&self.name, vm, number);
+        let object = self.store.get(&key, MAX_OBJECT).map_err(|e| match e {
+            StoreError::NotFound(_) => VaultError::NoPoint { vm: vm.clone(), point: format!("{vm}@{number}") },
+            other => other.into(),
+        })?;
+        let opened = Manifest::open(&self.keys, vm, number, &object).map_err(VaultError::damaged(&key))?;
+        Ok(Point { manifest: opened.0, digest: opened.1 })
+    }
+
+    /// Opens a tombstone.
+    pub fn tombstone(&self, vm: &VmName, number: u32) -> Result<Tombstone, VaultError> {
+        let key = layout::tombstone(&self.name, vm, number);
+        let object = self.store.get(&key, MAX_OBJECT)?;
+        Tombstone::open(&self.keys, vm, number, &object).map_err(VaultError::damaged(&key))
+    }
+
+    /// Opens the point that a user named.
+    pub fn resolve(&self, spec: &PointSpec) -> Result<Point, VaultError> {
+        let chain = self.chain(&spec.vm)?;
+        if chain.last() == 0 {
+            return Err(VaultError::NoVm { vm: spec.vm.clone() });
+        }
+        let missing = |point: String| VaultError::NoPoint { vm: spec.vm.clone(), point };
+        match spec.which {
+            Which::Number(number) if chain.is_gap(number) => Err(VaultError::Missing {
+                object: layout::manifest(&self.name, &spec.vm, number),
+                why: "it was removed without `reseal forget`, for later restore points exist and no tombstone does",
+            }),
+            Which::Number(number) => self.point(&spec.vm, number),
+            Which::Latest => match chain.live().next_back() {
+                Some(number) => self.point(&spec.vm, number),
+                None => Err(missing(format!("{}@latest", spec.vm))),
+            },
+            Which::Time(time) => {
+                self.point_at(&spec.vm, &chain, time)?.ok_or_else(|| missing(format!("{}@{time}", spec.vm)))
+            }
+        }
+    }
+
+    /// The point of exactly that time. Times grow along a chain, so it is searched by halves.
+    pub fn point_at(&self, vm: &VmName, chain: &Chain, time: Timestamp) -> Result<Option<Point>, VaultError> {
+        let numbers: Vec<u32> = chain.live().collect();
+        let (mut low, mut high) = (0, numbers.len());
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let point = self.point(vm, numbers[middle])?;
+            match point.manifest.created.cmp(&time) {
+                std::cmp::Ordering::Equal => return Ok(Some(point)),
+                std::cmp::Ordering::Less => low = middle + 1,
+                std::cmp::Ordering::Greater => high = middle,
+            }
+        }
+        Ok(None)
+    }
+
+    /// Makes a restore point exist. All that it leads to must be durable already.
+    pub fn commit(&self, manifest: &Manifest) -> Result<Digest, VaultError> {
+        debug_assert!(manifest.disks.iter().all(|disk| disk.length <= MAX_DISK));
+        let key = layout::manifest(&self.name, &manifest.vm, manifest.number);
+        let (object, digest) = manifest.seal(&self.keys, random()?).map_err(VaultError::damaged(&key))?;
+        let lost = || VaultError::LostRace { vm: manifest.vm.clone(), number: manifest.number };
+        match self.store.create(&key, &object) {
+            Ok(()) => Ok(digest),
+            Err(StoreError::Exists(_)) => Err(lost()),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// What the next point of a chain names as its parent.
+    pub fn parent_of_next(&self, vm: &VmName, chain: &Chain) -> Result<Option<(Parent, Option<Point>)>, VaultError> {
+        match chain.numbers().next_back() {
+            None => Ok(None),
+            Some((number, State::Live)) => {
+                let point = self.point(vm, number)?;
+                Ok(Some((Parent { number, digest: point.digest }, Some(point))))
+            }
+            Some((number, _)) => {
+                let digest = self.tombstone(vm, number)?.digest;
+                Ok(Some((Parent { number, digest }, None)))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gap_without_tombstone_is_missing() {
+        let names = ["00000001.manifest", "00000002.forgotten", "00000002.manifest", "00000005.manifest", "notes", "x"];
+        let chain = Chain::from_names(names.into_iter());
+        let states: Vec<_> = chain.numbers().collect();
+        assert_eq!(
+            states,
+            [(1, State::Live), (2, State::Forgotten), (3, State::Missing), (4, State::Missing), (5, State::Live)]
+        );
+        assert_eq!(chain.last(), 5);
+        assert_eq!([0, 1, 2, 3, 4, 5, 6].map(|n| chain.is_gap(n)), [false, false, false, true, true, false, false]);
+        let hostile = Chain::from_names(["99999999.manifest"].into_iter());
+        assert_eq!(hostile.numbers().count(), 3, "a huge gap takes no memory");
+    }
+
+    #[test]
+    fn points_parse_at_the_last_at_sign() {
+        let spec = PointSpec::parse("a@b@7").unwrap();
+        assert_eq!((spec.vm.as_str(), spec.which), ("a@b", Which::Number(7)));
+        assert_eq!(PointSpec::parse("web01@latest").unwrap().which, Which::Latest);
+        assert!(matches!(PointSpec::parse("web01@2026-11-24T06-31-47.123Z").unwrap().which, Which::Time(_)));
+        for bad in ["web01", "web01@", "@1", "web01@x", "web01@99999999999", "a/b@1"] {
+            assert!(PointSpec::parse(bad).is_err(), "{bad}");
+        }
+    }
+}

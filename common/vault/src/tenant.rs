@@ -1,0 +1,127 @@
+//! Making a vault and its tenants, and unlocking one.
+
+use std::sync::Arc;
+
+use reseal_format::ids::{TenantId, VaultId};
+use reseal_format::keys::{DedupSecret, Dek, Master, Scope};
+use reseal_format::layout;
+use reseal_format::names::TenantName;
+use reseal_format::tenant::{KmsRef, MAX_RECORD, TenantKeys, TenantRecord, master_payload};
+use reseal_format::vaultfile::{MAX_VAULT_FILE, VaultFile};
+use reseal_kms::{KeyName, Kms};
+use reseal_store::{Store, StoreError};
+use zeroize::Zeroizing;
+
+use crate::VaultError;
+
+/// Random bytes from the system.
+pub fn random<const N: usize>() -> Result<[u8; N], VaultError> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).map_err(|_| VaultError::Random)?;
+    Ok(bytes)
+}
+
+fn random_key() -> Result<Zeroizing<[u8; 32]>, VaultError> {
+    let mut key = Zeroizing::new([0; 32]);
+    getrandom::fill(key.as_mut()).map_err(|_| VaultError::Random)?;
+    Ok(key)
+}
+
+/// Makes a vault, or tells that there is one.
+pub fn create_vault(store: &dyn Store, repo: &str) -> Result<VaultId, VaultError> {
+    let id = VaultId::from_bytes(random()?);
+    match store.create(layout::VAULT_FILE, &VaultFile::new(id).encode()) {
+        Ok(()) => Ok(id),
+        Err(StoreError::Exists(_)) => Err(VaultError::VaultExists { repo: repo.into() }),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// The id of the vault.
+fn vault_id(store: &dyn Store, repo: &str) -> Result<VaultId, VaultError> {
+    let bytes = match store.get(layout::VAULT_FILE, MAX_VAULT_FILE) {
+        Err(StoreError::NotFound(_)) => return Err(VaultError::NotAVault { repo: repo.into() }),
+        other => other?,
+    };
+    Ok(VaultFile::decode(&bytes).map_err(VaultError::damaged(layout::VAULT_FILE))?.vault_id)
+}
+
+/// What a KMS binds a wrapped master to.
+fn kms_context(scope: &Scope) -> Vec<u8> {
+    [&b"reseal/1 master"[..], scope.vault.as_bytes(), scope.tenant.as_bytes()].concat()
+}
+
+/// Makes a tenant in the vault, with a new KEK in the KMS. The name of the KEK, which a recovery kit must hold.
+pub fn create_tenant(
+    store: &dyn Store,
+    repo: &str,
+    tenant: &TenantName,
+    kms: &dyn Kms,
+) -> Result<(KeyName, Scope), VaultError> {
+    let vault = vault_id(store, repo)?;
+    match store.get(&layout::tenant_record(tenant), MAX_RECORD) {
+        Err(StoreError::NotFound(_)) => {}
+        Ok(_) => return Err(VaultError::TenantExists { tenant: tenant.clone() }),
+        Err(e) => return Err(e.into()),
+    }
+    let scope = Scope { vault, tenant: TenantId::from_bytes(random()?) };
+    let key = kms.create(KeyName::for_tenant(tenant.as_str())?.as_str())?;
+    let master = Master::from_bytes(random_key()?);
+    let keys = TenantKeys::new(scope, Dek::from_bytes(random_key()?), DedupSecret::from_bytes(random_key()?));
+    let payload = master_payload(&scope, keys.record_generation(), &master);
+    let wrapped = kms.wrap(key.as_str(), &kms_context(&scope), &payload)?;
+    let reference = KmsRef { kind: kms.kind().into(), key: key.as_str().into() };
+    let record = TenantRecord::new(&keys, &master, random()?, reference, wrapped);
+    match store.create(&layout::tenant_record(tenant), &record.encode()) {
+        Err(StoreError::Exists(_)) => Err(VaultError::TenantExists { tenant: tenant.clone() }),
+        other => Ok(other.map(|()| (key, scope))?),
+    }
+}
+
+/// A tenant whose keys are unlocked.
+pub struct Tenant {
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) name: TenantName,
+    pub(crate) keys: Arc<TenantKeys>,
+    kms: KmsRef,
+}
+
+impl Tenant {
+    /// Reads the tenant's record and has the KMS unwrap its master.
+    pub fn open(store: Arc<dyn Store>, repo: &str, name: &TenantName, kms: &dyn Kms) -> Result<Tenant, VaultError> {
+        let vault = vault_id(&*store, repo)?;
+        let key = layout::tenant_record(name);
+        let bytes = match store.get(&key, MAX_RECORD) {
+            Err(StoreError::NotFound(_)) => return Err(VaultError::NoTenant { tenant: name.clone() }),
+            other => other?,
+        };
+        let record = TenantRecord::decode(&bytes).map_err(VaultError::damaged(&key))?;
+        if record.kms.kind != kms.kind() {
+            return Err(VaultError::OtherKms { wanted: record.kms.kind, given: kms.kind() });
+        }
+        let scope = Scope { vault, tenant: record.tenant_id };
+        let payload = kms.unwrap(&record.kms.key, &kms_context(&scope), &record.wrapped)?;
+        let keys = record.unlock(vault, &payload).map_err(VaultError::damaged(&key))?;
+        Ok(Tenant { store, name: name.clone(), keys: Arc::new(keys), kms: record.kms })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &TenantName {
+        &self.name
+    }
+
+    /// Its keys.
+    pub fn keys(&self) -> &Arc<TenantKeys> {
+        &self.keys
+    }
+
+    /// Where its objects are.
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
+    /// Which KMS key wraps its master.
+    pub fn kms(&self) -> &KmsRef {
+        &self.kms
+    }
+}

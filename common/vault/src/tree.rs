@@ -1,0 +1,112 @@
+//! From a disk's cluster to its blob: at most four nodes, each cached.
+
+use std::sync::Arc;
+
+use reseal_format::geometry::{ClusterIndex, FANOUT_U64, root_level};
+use reseal_format::ids::PackId;
+use reseal_format::index::{BlobRef, IndexNode};
+use reseal_format::keys::Kind;
+use reseal_format::manifest::Disk;
+
+use crate::cache::{Cache, Weigh};
+use crate::{Packs, VaultError, Wait};
+
+impl Weigh for IndexNode {
+    fn weight(&self) -> usize {
+        self.memory()
+    }
+}
+
+/// The index trees of a tenant's disks.
+pub struct Tree {
+    packs: Arc<Packs>,
+    /// Nodes are shared by the restore points that did not change them, so they are cached by where they stand.
+    nodes: Cache<(PackId, u32), Arc<IndexNode>>,
+}
+
+impl Tree {
+    /// A reader that keeps at most about so many bytes of nodes.
+    pub fn new(packs: Arc<Packs>, cache_bytes: usize) -> Tree {
+        Tree { packs, nodes: Cache::new(cache_bytes) }
+    }
+
+    /// The packs that it reads from.
+    pub fn packs(&self) -> &Arc<Packs> {
+        &self.packs
+    }
+
+    /// The node at that place, which must be of that level.
+    pub fn node(&self, blob: BlobRef, level: u8, wait: Wait) -> Result<Arc<IndexNode>, VaultError> {
+        let place = (blob.pack, blob.ordinal);
+        if let Some(node) = self.nodes.get(&place).filter(|node| node.level() == level) {
+            return Ok(node);
+        }
+        let mut content = Vec::new();
+        self.packs.read_blob(Kind::IndexPack, blob, wait, &mut content)?;
+        let node = IndexNode::decompress(&content).and_then(|bytes| IndexNode::decode(&bytes, level));
+        let object = || format!("index node {} of pack {}", blob.ordinal, blob.pack);
+        let node = Arc::new(node.map_err(|source| VaultError::Damaged { object: object(), source })?);
+        self.nodes.put(place, node.clone());
+        Ok(node)
+    }
+
+    /// The leaf of that number of a disk, counted from its start; `None` if all its clusters are holes.
+    pub fn leaf(&self, disk: &Disk, leaf: u64, wait: Wait) -> Result<Option<Arc<IndexNode>>, VaultError> {
+        let first = ClusterIndex(leaf * FANOUT_U64);
+        let level = root_level(disk.length);
+        let Some(root) = disk.root else { return Ok(None) };
+        let mut node = self.node(root.into(), level, wait)?;
+        for level in (0..level).rev() {
+            let Some(child) = node.get(first.slot(level + 1)) else { return Ok(None) };
+            node = self.node(child, level, wait)?;
+        }
+        Ok(Some(node))
+    }
+
+    /// The blob of a cluster; `None` if it is a hole.
+    pub fn blob(&self, disk: &Disk, cluster: ClusterIndex, wait: Wait) -> Result<Option<BlobRef>, VaultError> {
+        Ok(self.leaf(disk, cluster.leaf(), wait)?.and_then(|leaf| leaf.get(cluster.slot(0))))
+    }
+
+    /// The first cluster from `from` on, below `end`, that is a hole (`want_hole`) or is not; `None` if there is none.
+    /// Subtrees that are holes are stepped over whole.
+    pub fn next(
+        &self,
+        disk: &Disk,
+        from: ClusterIndex,
+        end: u64,
+        want_hole: bool,
+    ) -> Result<Option<ClusterIndex>, VaultError> {
+        let mut at = from.0;
+        while at < end {
+            let (leaf, span) = self.leaf_or_gap(disk, ClusterIndex(at))?;
+            let stop = (at - at % span + span).min(end);
+            match leaf {
+                None if want_hole => return Ok(Some(ClusterIndex(at))),
+                None => at = stop,
+                Some(leaf) => {
+                    let found = (at..stop).find(|&c| leaf.is_hole(ClusterIndex(c).slot(0)) == want_hole);
+                    match found {
+                        Some(cluster) => return Ok(Some(ClusterIndex(cluster))),
+                        None => at = stop,
+                    }
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// The leaf that maps a cluster, and how many clusters it spans; without one, how many the missing subtree does.
+    fn leaf_or_gap(&self, disk: &Disk, cluster: ClusterIndex) -> Result<(Option<Arc<IndexNode>>, u64), VaultError> {
+        let level = root_level(disk.length);
+        let Some(root) = disk.root else { return Ok((None, FANOUT_U64.pow(u32::from(level) + 1))) };
+        let mut node = self.node(root.into(), level, Wait::May)?;
+        for level in (0..level).rev() {
+            match node.get(cluster.slot(level + 1)) {
+                Some(child) => node = self.node(child, level, Wait::May)?,
+                None => return Ok((None, FANOUT_U64.pow(u32::from(level) + 1))),
+            }
+        }
+        Ok((Some(node), FANOUT_U64))
+    }
+}
