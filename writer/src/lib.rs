@@ -1,1 +1,28 @@
+//! Making restore points, and looking after them.
+//!
+//! ```text
+//! backup: source → extents → clusters → hash → have it? → frames ┃ seal → pack → index → manifest
+//!         (source)  (plan)   (worker)   (known, lookup)          (assemble, index_writer)  (backup)
+//! ```
+//!
+//! [`pipeline`] joins the stages; [`verify`] reads everything back.
+//!
+//! Architecture invariant: what is right of ┃ happens where the keys are, on the target's side; a remote backup cuts the
+//! pipeline there. The lookup is a hint: nothing is deduplicated against before the pack's own id table confirms it.
 
+mod assemble;
+pub mod backup;
+mod error;
+mod finisher;
+mod index_writer;
+mod known;
+mod lookup;
+mod pipeline;
+mod plan;
+pub mod source;
+pub mod verify;
+mod verify_pack;
+mod walk;
+mod worker;
+
+pub use error::BackupError;

@@ -1,1 +1,69 @@
-fn main() {}
+//! `reseal`: back up, list, verify; and `reseal-mount`, which it starts for all that reads disks.
+
+mod commands;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use reseal_cli::{CommonArgs, Failure, finish, harden};
+
+use commands::{backup, delegate, init, key, list, show, verify};
+
+/// Backs up virtual machines so that whoever holds the backup can't read it without its keys
+#[derive(Parser)]
+#[command(name = "reseal", version, propagate_version = true)]
+struct Cli {
+    #[command(flatten)]
+    common: CommonArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Makes a vault, the keyring if there is none, the tenant, and a recovery kit
+    Init(init::Args),
+    /// Makes a restore point of a VM
+    Backup(backup::Args),
+    /// Lists restore points
+    List(list::Args),
+    /// Shows what a restore point holds
+    Show(show::Args),
+    /// Reads everything back and authenticates it; exit status 3 if something is damaged
+    Verify(verify::Args),
+    /// Takes keys to another machine: the recovery kit
+    Key(key::Args),
+    /// Shows restore points as files: every disk, decrypted, under VM/TIME/
+    Mount(delegate::Args),
+    /// Ends a mount
+    Umount(delegate::Args),
+    /// Writes a disk of a restore point to a file or block device
+    Restore(delegate::Args),
+}
+
+fn run(cli: Cli) -> Result<(), Failure> {
+    let common = &cli.common;
+    match cli.command {
+        Command::Mount(args) => return delegate::run("mount", &args),
+        Command::Umount(args) => return delegate::run("umount", &args),
+        Command::Restore(args) => return delegate::run("restore", &args),
+        _ => harden(common.allow_swap)?,
+    }
+    match cli.command {
+        Command::Init(args) => init::run(common, args),
+        Command::Backup(args) => backup::run(common, args),
+        Command::List(args) => list::run(common, args),
+        Command::Show(args) => show::run(common, args),
+        Command::Verify(args) => verify::run(common, args),
+        Command::Key(args) => key::run(common, args),
+        Command::Mount(_) | Command::Umount(_) | Command::Restore(_) => Ok(()),
+    }
+}
+
+fn main() -> ExitCode {
+    // Arguments of the commands that are passed on are not ours to judge, so they go as they are.
+    if let Some(result) = delegate::early(std::env::args_os()) {
+        return finish("reseal", result);
+    }
+    finish("reseal", run(Cli::parse()))
+}

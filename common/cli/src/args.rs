@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
-use reseal_format::names::TenantName;
+use reseal_format::names::{TenantName, VmName};
 use reseal_kms::Keyring;
 use reseal_store::Store;
 use reseal_vault::Tenant;
@@ -95,5 +95,13 @@ impl CommonArgs {
         let heads = Heads::new(&paths.state, &tenant.keys().scope(), self.accept_rollback);
         heads.check(tenant.keys().record_generation(), &[])?;
         Ok(Opened { tenant, heads, paths, repo })
+    }
+}
+
+impl Opened {
+    /// Checks the newest number of a VM against what was seen before, and remembers it.
+    pub fn check_head(&self, vm: &VmName) -> Result<(), Failure> {
+        let last = self.tenant.chain(vm)?.last();
+        Ok(self.heads.check(self.tenant.keys().record_generation(), &[(vm.clone(), last)])?)
     }
 }

@@ -95,7 +95,7 @@ pub struct Definition {
 pub struct Stats {
     /// Read from the sources.
     pub read: u64,
-    /// Of clusters that differ from the parent's.
+    /// Of clusters with data that differ from the parent's.
     pub changed: u64,
     /// Of changed clusters that the tenant did not have.
     pub new: u64,

@@ -18,6 +18,15 @@ impl Timestamp {
         (0..=LAST).contains(&self.0)
     }
 
+    /// The same moment as RFC 3339 writes it: `2026-11-24T06:31:47.123Z`.
+    pub fn to_rfc3339(self) -> String {
+        let text = self.to_string();
+        match text.split_once('T') {
+            Some((date, time)) => format!("{date}T{}", time.replace('-', ":")),
+            None => text,
+        }
+    }
+
     /// Parses what [`fmt::Display`] prints, also with colons instead of dashes in the time.
     pub fn parse(text: &str) -> Option<Timestamp> {
         let (date, time) = text.split_once('T')?;

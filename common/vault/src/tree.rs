@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use reseal_format::geometry::{ClusterIndex, FANOUT_U64, root_level};
+use reseal_format::geometry::{ClusterIndex, FANOUT_U64, clusters_below, root_level};
 use reseal_format::ids::PackId;
 use reseal_format::index::{BlobRef, IndexNode};
 use reseal_format::keys::Kind;
@@ -16,6 +16,9 @@ impl Weigh for IndexNode {
         self.memory()
     }
 }
+
+/// A node and where it stands, or how many clusters the missing subtree spans.
+type Descent = Result<(BlobRef, Arc<IndexNode>), u64>;
 
 /// The index trees of a tenant's disks.
 pub struct Tree {
@@ -50,17 +53,42 @@ impl Tree {
         Ok(node)
     }
 
+    /// Goes down from a disk's root to the node of that level that leads to a cluster. `Err` in the inner result is how
+    /// many clusters the missing subtree spans.
+    fn descend(&self, disk: &Disk, cluster: ClusterIndex, level: u8, wait: Wait) -> Result<Descent, VaultError> {
+        let root_level = root_level(disk.length);
+        let Some(root) = disk.root else { return Ok(Err(clusters_below(root_level))) };
+        let mut place = root.into();
+        let mut node = self.node(place, root_level, wait)?;
+        while node.level() > level {
+            match node.get(cluster.slot(node.level())) {
+                Some(child) => place = child,
+                None => return Ok(Err(clusters_below(node.level() - 1))),
+            }
+            node = self.node(place, node.level() - 1, wait)?;
+        }
+        Ok(Ok((place, node)))
+    }
+
+    /// The node of a disk that leads to a cluster at that level, and where it stands; `None` if it is a hole, or if the
+    /// disk's tree is not that high.
+    pub fn ancestor(
+        &self,
+        disk: &Disk,
+        cluster: ClusterIndex,
+        level: u8,
+        wait: Wait,
+    ) -> Result<Option<(BlobRef, Arc<IndexNode>)>, VaultError> {
+        if level > root_level(disk.length) || cluster.first_byte() >= disk.length {
+            return Ok(None);
+        }
+        Ok(self.descend(disk, cluster, level, wait)?.ok())
+    }
+
     /// The leaf of that number of a disk, counted from its start; `None` if all its clusters are holes.
     pub fn leaf(&self, disk: &Disk, leaf: u64, wait: Wait) -> Result<Option<Arc<IndexNode>>, VaultError> {
         let first = ClusterIndex(leaf * FANOUT_U64);
-        let level = root_level(disk.length);
-        let Some(root) = disk.root else { return Ok(None) };
-        let mut node = self.node(root.into(), level, wait)?;
-        for level in (0..level).rev() {
-            let Some(child) = node.get(first.slot(level + 1)) else { return Ok(None) };
-            node = self.node(child, level, wait)?;
-        }
-        Ok(Some(node))
+        Ok(self.descend(disk, first, 0, wait)?.ok().map(|(_, leaf)| leaf))
     }
 
     /// The blob of a cluster; `None` if it is a hole.
@@ -79,7 +107,10 @@ impl Tree {
     ) -> Result<Option<ClusterIndex>, VaultError> {
         let mut at = from.0;
         while at < end {
-            let (leaf, span) = self.leaf_or_gap(disk, ClusterIndex(at))?;
+            let (leaf, span) = match self.descend(disk, ClusterIndex(at), 0, Wait::May)? {
+                Ok((_, leaf)) => (Some(leaf), FANOUT_U64),
+                Err(span) => (None, span),
+            };
             let stop = (at - at % span + span).min(end);
             match leaf {
                 None if want_hole => return Ok(Some(ClusterIndex(at))),
@@ -94,19 +125,5 @@ impl Tree {
             }
         }
         Ok(None)
-    }
-
-    /// The leaf that maps a cluster, and how many clusters it spans; without one, how many the missing subtree does.
-    fn leaf_or_gap(&self, disk: &Disk, cluster: ClusterIndex) -> Result<(Option<Arc<IndexNode>>, u64), VaultError> {
-        let level = root_level(disk.length);
-        let Some(root) = disk.root else { return Ok((None, FANOUT_U64.pow(u32::from(level) + 1))) };
-        let mut node = self.node(root.into(), level, Wait::May)?;
-        for level in (0..level).rev() {
-            match node.get(cluster.slot(level + 1)) {
-                Some(child) => node = self.node(child, level, Wait::May)?,
-                None => return Ok((None, FANOUT_U64.pow(u32::from(level) + 1))),
-            }
-        }
-        Ok((Some(node), FANOUT_U64))
     }
 }

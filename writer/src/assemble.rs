@@ -1,0 +1,123 @@
+//! Puts the pipeline's results back in order, seals what is new, and feeds the index.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use reseal_format::geometry::{CLUSTER_U64, ClusterIndex};
+use reseal_format::ids::BlobId;
+use reseal_format::index::BlobRef;
+use reseal_format::keys::Kind;
+use reseal_vault::{PackWriter, Tenant};
+
+use crate::BackupError;
+use crate::finisher::Finisher;
+use crate::index_writer::{IndexWriter, NodeStore};
+use crate::worker::{Cluster, Done};
+
+/// What was counted, in bytes.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Counted {
+    pub read: u64,
+    pub changed: u64,
+    pub new: u64,
+}
+
+/// Seals the blobs of one restore point.
+pub(crate) struct Assembler<'a> {
+    writer: PackWriter,
+    finisher: &'a Finisher,
+    nodes: NodeStore,
+    /// New blobs that the lookup does not know yet: those of packs that are not finished.
+    session: HashMap<BlobId, BlobRef>,
+    pub counted: Counted,
+}
+
+impl<'a> Assembler<'a> {
+    pub(crate) fn new(tenant: Arc<Tenant>, finisher: &'a Finisher) -> Assembler<'a> {
+        Assembler {
+            writer: PackWriter::new(tenant.clone(), Kind::DataPack),
+            finisher,
+            nodes: NodeStore::new(tenant),
+            session: HashMap::new(),
+            counted: Counted::default(),
+        }
+    }
+
+    fn add(&mut self, done: Done, index: &mut IndexWriter<'_>) -> Result<(), BackupError> {
+        for ids in self.finisher.learnt() {
+            for id in ids {
+                self.session.remove(&id);
+            }
+        }
+        self.counted.read += done.read;
+        for (cluster, at) in done.clusters.into_iter().zip(done.unit.first..) {
+            let place = match cluster {
+                Cluster::Hole => continue,
+                Cluster::Unchanged(place) => place,
+                Cluster::Known(place) => {
+                    self.counted.changed += CLUSTER_U64;
+                    place
+                }
+                Cluster::New { id, frames } => {
+                    self.counted.changed += CLUSTER_U64;
+                    self.store(id, frames)?
+                }
+            };
+            index.set(ClusterIndex(at), place, &mut self.nodes, self.finisher)?;
+        }
+        Ok(())
+    }
+
+    fn store(&mut self, id: BlobId, mut frames: Vec<u8>) -> Result<BlobRef, BackupError> {
+        // Two threads may have found the same new cluster.
+        if let Some(&place) = self.session.get(&id) {
+            return Ok(place);
+        }
+        self.counted.new += CLUSTER_U64;
+        let (place, full) = self.writer.add(id, &mut frames)?;
+        self.session.insert(id, place);
+        if let Some(pack) = full {
+            self.finisher.submit(pack, true)?;
+        }
+        Ok(place)
+    }
+
+    /// Where index nodes go.
+    pub(crate) fn nodes(&mut self) -> (&'a Finisher, &mut NodeStore) {
+        (self.finisher, &mut self.nodes)
+    }
+
+    /// Hands over the packs that are not full.
+    pub(crate) fn close(&mut self) -> Result<(), BackupError> {
+        if let Some(pack) = self.writer.take_last() {
+            self.finisher.submit(pack, true)?;
+        }
+        self.nodes.close(self.finisher)
+    }
+}
+
+/// Takes results in any order and adds them in the order of the disk.
+pub(crate) struct InOrder<'a, 'b> {
+    pub assembler: &'a mut Assembler<'b>,
+    pub index: IndexWriter<'a>,
+    next: u64,
+    early: BTreeMap<u64, Done>,
+}
+
+impl<'a, 'b> InOrder<'a, 'b> {
+    pub(crate) fn new(assembler: &'a mut Assembler<'b>, index: IndexWriter<'a>) -> InOrder<'a, 'b> {
+        InOrder { assembler, index, next: 0, early: BTreeMap::new() }
+    }
+
+    /// Takes a result; how many units could be added because of it.
+    pub(crate) fn take(&mut self, done: Done) -> Result<usize, BackupError> {
+        self.early.insert(done.unit.sequence, done);
+        let mut added = 0;
+        while let Some(done) = self.early.remove(&self.next) {
+            self.assembler.add(done, &mut self.index)?;
+            self.next += 1;
+            added += 1;
+        }
+        Ok(added)
+    }
+}

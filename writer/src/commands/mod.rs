@@ -1,0 +1,71 @@
+//! The verbs of `reseal`, one a module.
+
+pub(crate) mod backup;
+pub(crate) mod delegate;
+pub(crate) mod init;
+pub(crate) mod key;
+pub(crate) mod list;
+pub(crate) mod show;
+pub(crate) mod verify;
+
+use std::thread::available_parallelism;
+
+use reseal_format::manifest::{Disk, Manifest, Stats};
+use reseal_format::names::{DiskName, VmName};
+use reseal_vault::Point;
+use serde::Serialize;
+
+/// Threads for work that keeps a core busy.
+pub(crate) fn cores() -> usize {
+    available_parallelism().map_or(1, usize::from)
+}
+
+/// A restore point as `--json` prints it. Stable: fields are only ever added.
+#[derive(Serialize)]
+pub(crate) struct PointJson<'a> {
+    vm: &'a VmName,
+    number: u32,
+    time: String,
+    point_id: String,
+    parent: Option<u32>,
+    disks: Vec<DiskJson<'a>>,
+    definition: Option<&'a str>,
+    stats: Stats,
+    warnings: &'a [String],
+}
+
+#[derive(Serialize)]
+struct DiskJson<'a> {
+    name: &'a DiskName,
+    length: u64,
+    used: u64,
+    source: &'a str,
+}
+
+impl<'a> PointJson<'a> {
+    pub(crate) fn new(manifest: &'a Manifest) -> PointJson<'a> {
+        let disk =
+            |disk: &'a Disk| DiskJson { name: &disk.name, length: disk.length, used: used(disk), source: &disk.source };
+        PointJson {
+            vm: &manifest.vm,
+            number: manifest.number,
+            time: manifest.created.to_string(),
+            point_id: manifest.point_id.to_string(),
+            parent: manifest.parent.map(|parent| parent.number),
+            disks: manifest.disks.iter().map(disk).collect(),
+            definition: manifest.definition.as_ref().map(|definition| definition.file_name.as_str()),
+            stats: manifest.stats,
+            warnings: &manifest.warnings,
+        }
+    }
+}
+
+/// Bytes of a disk that are not holes.
+pub(crate) fn used(disk: &Disk) -> u64 {
+    (disk.used_clusters * reseal_format::geometry::CLUSTER_U64).min(disk.length)
+}
+
+/// A point's name as `list` prints it and every command takes it.
+pub(crate) fn point_name(point: &Point) -> String {
+    format!("{}@{}", point.manifest.vm, point.manifest.number)
+}

@@ -1,0 +1,47 @@
+//! `reseal show`
+
+use std::time::Duration;
+
+use reseal_cli::{CommonArgs, Failure, human_bytes, human_duration};
+use reseal_vault::PointSpec;
+
+use super::{PointJson, point_name, used};
+
+/// Arguments of `show`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// VM@latest, VM@NUMBER or VM@TIME
+    point: String,
+}
+
+pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
+    let output = common.output();
+    let spec = PointSpec::parse(&args.point)?;
+    let opened = common.open()?;
+    opened.check_head(&spec.vm)?;
+    let point = opened.tenant.resolve(&spec)?;
+    let manifest = &point.manifest;
+    output.json(&PointJson::new(manifest));
+    output.say(format!("point       {}", point_name(&point)));
+    output.say(format!("time        {}", manifest.created));
+    output.say(format!("id          {}", manifest.point_id));
+    let parent = manifest.parent.map_or("none".to_owned(), |parent| format!("{}@{}", manifest.vm, parent.number));
+    output.say(format!("parent      {parent}"));
+    for disk in &manifest.disks {
+        let (length, used) = (human_bytes(disk.length), human_bytes(used(disk)));
+        output.say(format!("disk        {}: {length}, {used} used, from {}", disk.name, disk.source));
+    }
+    if let Some(definition) = &manifest.definition {
+        output.say(format!("definition  {}, {}", definition.file_name, human_bytes(definition.text.len() as u64)));
+    }
+    let stats = &manifest.stats;
+    output.say(format!("read        {}", human_bytes(stats.read)));
+    output.say(format!("changed     {}", human_bytes(stats.changed)));
+    output.say(format!("new         {}", human_bytes(stats.new)));
+    output.say(format!("stored      {}", human_bytes(stats.stored)));
+    output.say(format!("took        {}", human_duration(Duration::from_millis(stats.duration_ms))));
+    for warning in &manifest.warnings {
+        output.say(format!("warning     {warning}"));
+    }
+    Ok(())
+}

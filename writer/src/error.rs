@@ -1,0 +1,46 @@
+//! What can go wrong with a backup.
+
+use std::io;
+
+use reseal_cli::{Failure, Status};
+use reseal_vault::VaultError;
+
+/// A backup that did not make a restore point.
+#[derive(Debug, thiserror::Error)]
+pub enum BackupError {
+    #[error("can't {action} {path}: {source}")]
+    Source { path: String, action: &'static str, source: io::Error },
+    #[error(
+        "{path} looks like a {format} image, whose guest-visible disk is inside it; convert it with \
+             `qemu-img convert -O raw`, or pass --raw if the guest's disk really starts like that"
+    )]
+    Container { path: String, format: &'static str },
+    #[error("{path} is neither a regular file nor a block device")]
+    NotADisk { path: String },
+    #[error("{path} has {length} bytes, more than the longest disk of a vault ({max})")]
+    TooLarge { path: String, length: u64, max: u64 },
+    #[error("{path} ended at byte {end}, though it had {length} bytes when the backup began; nothing was committed")]
+    Shrank { path: String, end: u64, length: u64 },
+    #[error("{0}")]
+    Usage(String),
+    #[error("a thread of the pipeline ended unexpectedly")]
+    Thread,
+    #[error(transparent)]
+    Vault(#[from] VaultError),
+}
+
+impl From<BackupError> for Failure {
+    fn from(error: BackupError) -> Failure {
+        match error {
+            BackupError::Vault(error) => error.into(),
+            BackupError::Source { ref source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                Failure::of(Status::Failed, &error)
+            }
+            BackupError::Source { .. } | BackupError::Shrank { .. } => Failure::of(Status::Unreachable, &error),
+            BackupError::Container { .. } | BackupError::NotADisk { .. } | BackupError::Usage(_) => {
+                Failure::of(Status::Usage, &error)
+            }
+            BackupError::TooLarge { .. } | BackupError::Thread => Failure::of(Status::Failed, &error),
+        }
+    }
+}

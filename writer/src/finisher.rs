@@ -1,0 +1,96 @@
+//! Full packs are made durable in the background, so that waiting for the disk does not stop the pipeline.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use parking_lot::Mutex;
+use reseal_format::ids::BlobId;
+use reseal_vault::{FinishingPack, VaultError};
+
+use crate::BackupError;
+use crate::known::Known;
+
+/// Packs that wait, and threads that finish: enough to keep a disk syncing while the next packs fill, few enough that
+/// their buffers and ids stay small.
+const WAITING: usize = 2;
+const THREADS: usize = 2;
+
+/// A pack to be finished; `dedup` tells whether later clusters may be deduplicated against it.
+struct Job {
+    pack: FinishingPack,
+    dedup: bool,
+}
+
+/// The threads that finish packs.
+pub(crate) struct Finisher {
+    jobs: Sender<Job>,
+    learnt: Receiver<Vec<BlobId>>,
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    known: Arc<Known>,
+    stored: AtomicU64,
+    failure: Mutex<Option<VaultError>>,
+}
+
+impl Shared {
+    fn finish(&self, job: Job) -> Result<Vec<BlobId>, VaultError> {
+        let (id, ids, bytes) = job.pack.finish()?;
+        self.stored.fetch_add(bytes, Ordering::Relaxed);
+        if let Some(lookup) = &self.known.lookup {
+            // What the lookup does not learn now, the next backup learns from the listing.
+            let _ = lookup.learn(id, 0, if job.dedup { &ids } else { &[] });
+        }
+        Ok(if job.dedup { ids } else { Vec::new() })
+    }
+}
+
+impl Finisher {
+    pub(crate) fn new(known: Arc<Known>) -> Finisher {
+        let (jobs, todo) = bounded::<Job>(WAITING);
+        let (done, learnt) = unbounded();
+        let shared = Arc::new(Shared { known, stored: AtomicU64::new(0), failure: Mutex::new(None) });
+        let thread = |_| {
+            let (todo, done, shared) = (todo.clone(), done.clone(), shared.clone());
+            std::thread::spawn(move || {
+                for job in todo {
+                    match shared.finish(job) {
+                        Ok(ids) => drop(done.send(ids)),
+                        Err(e) => drop(shared.failure.lock().get_or_insert(e)),
+                    }
+                }
+            })
+        };
+        let threads = (0..THREADS).map(thread).collect();
+        Finisher { jobs, learnt, shared, threads }
+    }
+
+    /// Hands over a pack; waits where too many wait already.
+    pub(crate) fn submit(&self, pack: FinishingPack, dedup: bool) -> Result<(), BackupError> {
+        if let Some(failure) = self.shared.failure.lock().take() {
+            return Err(failure.into());
+        }
+        self.jobs.send(Job { pack, dedup }).map_err(|_| BackupError::Thread)
+    }
+
+    /// The ids of blobs that the lookup has learnt since the last call.
+    pub(crate) fn learnt(&self) -> impl Iterator<Item = Vec<BlobId>> + '_ {
+        self.learnt.try_iter()
+    }
+
+    /// Waits until all packs are durable; how many bytes they have.
+    pub(crate) fn wait(self) -> Result<u64, BackupError> {
+        drop(self.jobs);
+        for thread in self.threads {
+            thread.join().map_err(|_| BackupError::Thread)?;
+        }
+        match self.shared.failure.lock().take() {
+            Some(failure) => Err(failure.into()),
+            None => Ok(self.shared.stored.load(Ordering::Relaxed)),
+        }
+    }
+}

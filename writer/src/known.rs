@@ -1,0 +1,73 @@
+//! Have we got it? The parent's cluster at the same place first, then the tenant's other packs.
+
+use std::sync::Arc;
+
+use reseal_format::geometry::ClusterIndex;
+use reseal_format::ids::BlobId;
+use reseal_format::index::{BlobRef, IndexNode};
+use reseal_format::manifest::Disk;
+use reseal_vault::{Packs, Tree, VaultError, Wait};
+
+use crate::lookup::Lookup;
+
+/// What a tenant has already. Shared by all threads of a backup.
+pub(crate) struct Known {
+    pub packs: Arc<Packs>,
+    pub tree: Tree,
+    /// `None` where there is no lookup to be had: then only unchanged clusters are recognised.
+    pub lookup: Option<Lookup>,
+}
+
+impl Known {
+    /// Whether the blob there has that id. What can't be read is not known: it will be stored again, which also mends
+    /// what is damaged.
+    fn confirms(&self, place: BlobRef, id: &BlobId) -> bool {
+        matches!(self.packs.blob_id(place), Ok(Some(found)) if found == *id)
+    }
+
+    /// A blob of that id in any pack of the tenant.
+    pub(crate) fn find(&self, id: &BlobId) -> Option<BlobRef> {
+        let place = self.lookup.as_ref()?.find(id).ok().flatten()?;
+        self.confirms(place, id).then_some(place)
+    }
+}
+
+/// The same disk in the parent, seen by one thread, which goes through it in order.
+pub(crate) struct ParentDisk<'a> {
+    known: &'a Known,
+    disk: Option<&'a Disk>,
+    leaf: Option<(u64, Option<Arc<IndexNode>>)>,
+}
+
+impl<'a> ParentDisk<'a> {
+    pub(crate) fn new(known: &'a Known, disk: Option<&'a Disk>) -> ParentDisk<'a> {
+        ParentDisk { known, disk, leaf: None }
+    }
+
+    /// The parent's blob of a cluster; `None` if that was a hole, or there was no such disk or cluster.
+    pub(crate) fn blob(&mut self, cluster: ClusterIndex) -> Result<Option<BlobRef>, VaultError> {
+        let Some(disk) = self.disk else { return Ok(None) };
+        let number = cluster.leaf();
+        if self.leaf.as_ref().is_none_or(|(leaf, _)| *leaf != number) {
+            self.leaf = Some((number, self.read_leaf(disk, cluster)?));
+        }
+        let leaf = self.leaf.as_ref().and_then(|(_, leaf)| leaf.as_ref());
+        Ok(leaf.and_then(|leaf| leaf.get(cluster.slot(0))))
+    }
+
+    /// A damaged index of the parent must not stop the next backup: its clusters count as not known.
+    fn read_leaf(&self, disk: &Disk, cluster: ClusterIndex) -> Result<Option<Arc<IndexNode>>, VaultError> {
+        if cluster.first_byte() >= disk.length {
+            return Ok(None);
+        }
+        match self.known.tree.leaf(disk, cluster.leaf(), Wait::May) {
+            Err(e) if e.damaged_object().is_some() => Ok(None),
+            other => other,
+        }
+    }
+
+    /// Whether the parent's blob there has that id.
+    pub(crate) fn confirms(&self, place: BlobRef, id: &BlobId) -> bool {
+        self.known.confirms(place, id)
+    }
+}

@@ -1,0 +1,225 @@
+//! Where a disk is read from: a regular file or a block device that holds its raw bytes.
+
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::Path;
+
+use reseal_format::geometry::MAX_DISK;
+use rustix::fs::{Advice, SeekFrom, fadvise, seek};
+
+use crate::BackupError;
+
+/// Image containers by what they start with; at which offset.
+const CONTAINERS: [(&str, usize, &[u8]); 7] = [
+    ("qcow2", 0, b"QFI\xfb"),
+    ("VMDK", 0, b"KDMV"),
+    ("VMDK", 0, b"COWD"),
+    ("VMDK", 0, b"# Disk DescriptorFile"),
+    ("VHDX", 0, b"vhdxfile"),
+    ("VHD", 0, b"conectix"),
+    ("VDI", 64, b"\x7f\x10\xda\xbe"),
+];
+
+/// A disk that lies still.
+pub struct Source {
+    file: File,
+    path: String,
+    length: u64,
+    before: Version,
+}
+
+/// What changes when somebody writes to the source.
+#[derive(Debug, PartialEq, Eq)]
+enum Version {
+    File {
+        length: u64,
+        modified: (i64, i64),
+    },
+    /// Sectors written since boot; `None` where the system does not count them.
+    Device {
+        written: Option<u64>,
+    },
+}
+
+impl Version {
+    fn of(data: &Metadata) -> Version {
+        if data.file_type().is_block_device() {
+            Version::Device { written: sectors_written(data.rdev()) }
+        } else {
+            Version::File { length: data.len(), modified: (data.mtime(), data.mtime_nsec()) }
+        }
+    }
+}
+
+/// The counter of written sectors of a block device: the seventh field of its `stat`
+/// (Documentation/block/stat.rst of the Linux kernel).
+fn sectors_written(device: u64) -> Option<u64> {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let stat = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/stat")).ok()?;
+    stat.split_whitespace().nth(6)?.parse().ok()
+}
+
+impl Source {
+    /// Opens a disk. Image containers are refused unless `raw` says that the bytes are the disk's, whatever they look
+    /// like.
+    pub fn open(path: &Path, raw: bool) -> Result<Source, BackupError> {
+        let name = path.display().to_string();
+        let failed = |action| {
+            let path = name.clone();
+            move |source| BackupError::Source { path, action, source }
+        };
+        let file = File::open(path).map_err(failed("open"))?;
+        let data = file.metadata().map_err(failed("read"))?;
+        let length = if data.file_type().is_block_device() {
+            seek(&file, SeekFrom::End(0)).map_err(|e| failed("measure")(e.into()))?
+        } else if data.is_file() {
+            data.len()
+        } else {
+            return Err(BackupError::NotADisk { path: name });
+        };
+        if length > MAX_DISK {
+            return Err(BackupError::TooLarge { path: name, length, max: MAX_DISK });
+        }
+        let source = Source { file, length, before: Version::of(&data), path: name };
+        if !raw {
+            source.refuse_container()?;
+        }
+        // A hint that costs nothing when it is ignored.
+        let _ = fadvise(&source.file, 0, None, Advice::Sequential);
+        Ok(source)
+    }
+
+    fn refuse_container(&self) -> Result<(), BackupError> {
+        let mut start = [0; 128];
+        let known = usize::try_from(self.length).map_or(start.len(), |length| length.min(start.len()));
+        self.read_at(0, &mut start[..known])?;
+        let starts = |(_, at, magic): &(&str, usize, &[u8])| start[*at..].starts_with(magic);
+        if let Some((format, ..)) = CONTAINERS.into_iter().find(starts) {
+            return Err(BackupError::Container { path: self.path.clone(), format });
+        }
+        // A fixed VHD is the raw disk followed by a footer of one sector.
+        if self.length >= 512 {
+            let mut end = [0; 8];
+            self.read_at(self.length - 512, &mut end)?;
+            if &end == b"conectix" {
+                return Err(BackupError::Container { path: self.path.clone(), format: "fixed VHD" });
+            }
+        }
+        Ok(())
+    }
+
+    /// Its path, as given.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// Bytes of the disk.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// About how many bytes will be read: what is allocated.
+    pub fn expected(&self) -> u64 {
+        match (&self.before, self.file.metadata()) {
+            (Version::File { .. }, Ok(data)) => self.length.min(data.blocks() * 512),
+            _ => self.length,
+        }
+    }
+
+    /// Fills `buf` from `offset` on, which must not be past the end.
+    pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BackupError> {
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            match self.file.read_at(&mut buf[done..], at) {
+                Ok(0) => return Err(BackupError::Shrank { path: self.path.clone(), end: at, length: self.length }),
+                Ok(got) => done += got,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(source) => {
+                    return Err(BackupError::Source {
+                        path: format!("{} at byte {at}", self.path),
+                        action: "read",
+                        source,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The next extent of data from `offset` on; `None` if only a hole follows.
+    pub fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>, BackupError> {
+        if offset >= self.length {
+            return Ok(None);
+        }
+        let failed = |e: rustix::io::Errno| BackupError::Source {
+            path: self.path.clone(),
+            action: "find the holes of",
+            source: e.into(),
+        };
+        let start = match seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(start) => start,
+            Err(rustix::io::Errno::NXIO) => return Ok(None),
+            // Block devices, and file systems that do not tell: all is data.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => return Ok(Some((offset, self.length))),
+            Err(e) => return Err(failed(e)),
+        };
+        let end = seek(&self.file, SeekFrom::Hole(start)).map_err(failed)?;
+        Ok((start < self.length).then(|| (start, end.min(self.length))))
+    }
+
+    /// Whether somebody has written to it since it was opened.
+    pub fn changed(&self) -> Result<bool, BackupError> {
+        let data = self.file.metadata();
+        let data = data.map_err(|source| BackupError::Source { path: self.path.clone(), action: "look at", source })?;
+        Ok(Version::of(&data) != self.before)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn containers_are_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        for (format, at, magic) in CONTAINERS {
+            let mut bytes = vec![0; 4096];
+            bytes[at..at + magic.len()].copy_from_slice(magic);
+            std::fs::write(&path, &bytes).unwrap();
+            match Source::open(&path, false) {
+                Err(BackupError::Container { format: found, .. }) => assert_eq!(found, format),
+                _ => panic!("{format} was not refused"),
+            }
+            assert!(Source::open(&path, true).is_ok());
+        }
+        let mut fixed = vec![0; 4096 + 512];
+        fixed[4096..4104].copy_from_slice(b"conectix");
+        std::fs::write(&path, &fixed).unwrap();
+        assert!(matches!(Source::open(&path, false), Err(BackupError::Container { .. })));
+        std::fs::write(&path, b"x").unwrap();
+        assert!(Source::open(&path, false).is_ok(), "shorter than any header");
+        assert!(matches!(Source::open(folder.path(), false), Err(BackupError::NotADisk { .. })));
+    }
+
+    #[test]
+    fn holes_are_stepped_over_and_changes_seen() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        let file = File::create(&path).unwrap();
+        file.set_len(10 << 20).unwrap();
+        file.write_all_at(&[1; 4096], 3 << 20).unwrap();
+        let source = Source::open(&path, false).unwrap();
+        let (start, end) = source.next_data(0).unwrap().unwrap();
+        assert!(start <= 3 << 20 && end >= (3 << 20) + 4096 && end - start < 1 << 20);
+        assert_eq!(source.next_data(end).unwrap(), None);
+        assert!(!source.changed().unwrap());
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        file.write_all_at(&[1; 4096], 0).unwrap();
+        assert!(source.changed().unwrap());
+        file.set_len(5).unwrap();
+        assert!(matches!(source.read_at(0, &mut [0; 10]), Err(BackupError::Shrank { end: 5, .. })));
+    }
+}

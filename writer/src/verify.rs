@@ -1,0 +1,324 @@
+//! Reads restore points, or everything of a tenant, back, and names what is damaged and which points that hurts.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
+use reseal_format::ids::{Digest, NoteId, PackId, VmId};
+use reseal_format::layout;
+use reseal_format::manifest::Note;
+use reseal_format::names::VmName;
+use reseal_format::seal::MAX_OBJECT;
+use reseal_vault::heads::Heads;
+use reseal_vault::{PackFile, Packs, Point, State, Tenant, Tree, VaultError};
+use serde::Serialize;
+
+use crate::BackupError;
+use crate::verify_pack::{Findings, PackVerifier};
+use crate::walk::{Collector, Ordinals, Tracer};
+
+/// Bytes of tables and nodes that a verification keeps.
+const TABLES: usize = 16 << 20;
+const NODES: usize = 64 << 20;
+/// Ordinals that are spelt out for one pack.
+const MAX_SPELT: usize = 16;
+
+/// What to verify.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum What {
+    /// Every object of the tenant, unreferenced ones too.
+    Everything,
+    /// All points of a VM.
+    Vm(VmName),
+    /// One point.
+    Point(VmName, u32),
+}
+
+/// What was found.
+#[derive(Debug, Default, Serialize)]
+pub struct Report {
+    pub points: u64,
+    pub packs: u64,
+    pub blobs: u64,
+    /// Bytes of packs that were read.
+    pub bytes: u64,
+    pub damaged: Vec<Damage>,
+}
+
+/// Something that is not as it was written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Damage {
+    /// Key of the object.
+    pub object: String,
+    pub what: String,
+    /// Restore points that can't be read whole because of it, as `VM@NUMBER`.
+    pub hurts: Vec<String>,
+}
+
+/// A verification in progress.
+pub struct Verify<'a> {
+    tenant: Arc<Tenant>,
+    heads: &'a Heads,
+    packs: Arc<Packs>,
+    tree: Tree,
+    report: Report,
+    points: Vec<Point>,
+}
+
+impl<'a> Verify<'a> {
+    /// Prepares to verify.
+    pub fn new(tenant: Arc<Tenant>, heads: &'a Heads) -> Verify<'a> {
+        let packs = Arc::new(Packs::new(tenant.clone(), TABLES));
+        let tree = Tree::new(packs.clone(), NODES);
+        Verify { tenant, heads, packs, tree, report: Report::default(), points: Vec::new() }
+    }
+
+    /// Verifies on so many threads. `progress` is told how many bytes there are, and then of each that was read.
+    pub fn run(
+        mut self,
+        what: &What,
+        threads: usize,
+        start: impl FnOnce(u64),
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<Report, BackupError> {
+        self.chains(what)?;
+        let mut collector = Collector::default();
+        for disk in self.points.iter().flat_map(|point| &point.manifest.disks) {
+            collector.disk(&self.tree, disk);
+        }
+        let files = self.files(what, &collector)?;
+        start(files.iter().map(|(file, _)| file.length).sum());
+        let findings = self.verify_packs(&files, threads, progress)?;
+        self.judge(&files, findings, &collector);
+        Ok(self.report)
+    }
+
+    fn damage(&mut self, object: String, what: impl Into<String>, hurts: Vec<String>) {
+        self.report.damaged.push(Damage { object, what: what.into(), hurts });
+    }
+
+    /// Opens manifests, tombstones and notes, and checks that chains are whole.
+    fn chains(&mut self, what: &What) -> Result<(), BackupError> {
+        let vms = match what {
+            What::Everything => {
+                let mut vms = BTreeSet::from_iter(self.tenant.vms()?);
+                vms.extend(self.heads.known_vms()?);
+                vms.into_iter().collect()
+            }
+            What::Vm(vm) | What::Point(vm, _) => vec![vm.clone()],
+        };
+        for vm in vms {
+            let chain = self.tenant.chain(&vm)?;
+            match self.heads.check(self.tenant.keys().record_generation(), &[(vm.clone(), chain.last())]) {
+                Err(e @ VaultError::Rollback { .. }) => {
+                    self.damage(layout::vm(self.tenant.name(), &vm), e.to_string(), Vec::new());
+                }
+                other => other?,
+            }
+            if chain.last() == 0 && *what != What::Everything {
+                return Err(VaultError::NoVm { vm }.into());
+            }
+            let mut previous: Option<(u32, Digest, VmId)> = None;
+            for (number, state) in chain.numbers() {
+                if matches!(what, What::Point(_, wanted) if *wanted != number) {
+                    continue;
+                }
+                previous = self.number(&vm, number, state, previous)?;
+            }
+            if *what == What::Everything {
+                self.notes(&vm)?;
+            }
+        }
+        if let What::Point(vm, number) = what
+            && self.points.is_empty()
+            && self.report.damaged.is_empty()
+        {
+            return Err(VaultError::NoPoint { vm: vm.clone(), point: format!("{vm}@{number}") }.into());
+        }
+        Ok(())
+    }
+
+    /// Checks one number of a chain against the one before it.
+    fn number(
+        &mut self,
+        vm: &VmName,
+        number: u32,
+        state: State,
+        previous: Option<(u32, Digest, VmId)>,
+    ) -> Result<Option<(u32, Digest, VmId)>, BackupError> {
+        let name = format!("{vm}@{number}");
+        let key = layout::manifest(self.tenant.name(), vm, number);
+        let (digest, vm_id, parent) = match state {
+            State::Missing => {
+                let what = "is missing, and no tombstone says that it was forgotten";
+                self.damage(key, what, vec![name]);
+                return Ok(None);
+            }
+            State::Forgotten => match self.tenant.tombstone(vm, number) {
+                Ok(tombstone) => (tombstone.digest, tombstone.vm_id, tombstone.parent),
+                Err(e) => {
+                    self.damage(layout::tombstone(self.tenant.name(), vm, number), e.to_string(), Vec::new());
+                    return Ok(None);
+                }
+            },
+            State::Live => match self.tenant.point(vm, number) {
+                Ok(point) => {
+                    let facts = (point.digest, point.manifest.vm_id, point.manifest.parent);
+                    self.report.points += 1;
+                    self.points.push(point);
+                    facts
+                }
+                Err(e) => {
+                    self.damage(key, e.to_string(), vec![name]);
+                    return Ok(None);
+                }
+            },
+        };
+        let follows = previous.is_none_or(|(before, digest, id)| {
+            vm_id == id && parent.is_some_and(|parent| (parent.number, parent.digest) == (before, digest))
+        });
+        if !follows {
+            self.damage(key, "does not follow the restore point before it: one of the two was replaced", vec![name]);
+        }
+        Ok(Some((number, digest, vm_id)))
+    }
+
+    fn notes(&mut self, vm: &VmName) -> Result<(), BackupError> {
+        let folder = layout::notes(self.tenant.name(), vm);
+        for entry in self.tenant.store().list(&folder).map_err(VaultError::from)? {
+            let key = format!("{folder}{}", entry.name);
+            let parsed = entry.name.strip_suffix(".note").and_then(|name| name.split_once('-'));
+            let parsed = parsed.and_then(|(number, id)| Some((number.parse().ok()?, NoteId::from_hex(id)?)));
+            let Some((number, id)) = parsed else { continue };
+            match self.tenant.store().get(&key, MAX_OBJECT) {
+                Err(e) => self.damage(key, e.to_string(), Vec::new()),
+                Ok(object) => {
+                    if let Err(e) = Note::open(self.tenant.keys(), number, id, &object) {
+                        self.damage(key, e.to_string(), Vec::new());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The packs to verify: all there are, or those that the points need, then with which blobs.
+    fn files<'c>(
+        &self,
+        what: &What,
+        collector: &'c Collector,
+    ) -> Result<Vec<(PackFile, Option<&'c Ordinals>)>, BackupError> {
+        let mut present = self.packs.list()?;
+        present.sort();
+        if *what == What::Everything {
+            return Ok(present.into_iter().map(|file| (file, None)).collect());
+        }
+        // Of each pack the newest generation, which is what a reader would end at.
+        let newest: BTreeMap<PackId, PackFile> = present.into_iter().map(|file| (file.id, file)).collect();
+        let needed = collector.needed.iter();
+        Ok(needed.filter_map(|(id, (_, only))| Some((*newest.get(id)?, Some(only)))).collect())
+    }
+
+    fn verify_packs(
+        &mut self,
+        files: &[(PackFile, Option<&Ordinals>)],
+        threads: usize,
+        progress: &(dyn Fn(u64) + Sync),
+    ) -> Result<BTreeMap<usize, Findings>, BackupError> {
+        let next = AtomicUsize::new(0);
+        let blobs = AtomicU64::new(0);
+        let bytes = AtomicU64::new(0);
+        let bad = Mutex::new(BTreeMap::new());
+        let packs = &*self.packs;
+        let thread = || -> std::io::Result<()> {
+            let mut verifier = PackVerifier::new(packs)?;
+            loop {
+                let nth = next.fetch_add(1, Ordering::Relaxed);
+                let Some((file, only)) = files.get(nth) else { return Ok(()) };
+                let findings = verifier.verify(*file, *only);
+                progress(file.length);
+                blobs.fetch_add(findings.good, Ordering::Relaxed);
+                bytes.fetch_add(findings.bytes, Ordering::Relaxed);
+                if findings.whole.is_some() || !findings.blobs.is_empty() {
+                    bad.lock().insert(nth, findings);
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(thread)).collect();
+            threads.into_iter().try_for_each(|thread| match thread.join() {
+                Ok(Ok(())) => Ok(()),
+                _ => Err(BackupError::Thread),
+            })
+        })?;
+        self.report.packs = files.len() as u64;
+        self.report.blobs = blobs.into_inner();
+        self.report.bytes = bytes.into_inner();
+        Ok(bad.into_inner())
+    }
+
+    /// Turns findings into damages, and finds out which points each of them hurts.
+    fn judge(
+        &mut self,
+        files: &[(PackFile, Option<&Ordinals>)],
+        findings: BTreeMap<usize, Findings>,
+        collector: &Collector,
+    ) {
+        let mut damages = Vec::new();
+        let mut whole: HashMap<PackId, usize> = HashMap::new();
+        let mut single: HashMap<(PackId, u32), usize> = HashMap::new();
+        for (nth, finding) in findings {
+            let file = files[nth].0;
+            let object = layout::pack(self.tenant.name(), file.id, file.generation);
+            single.extend(finding.blobs.iter().map(|(ordinal, _)| ((file.id, *ordinal), damages.len())));
+            if finding.unreadable {
+                whole.insert(file.id, damages.len());
+            }
+            damages.push(Damage { object, what: spell(&finding), hurts: Vec::new() });
+        }
+        let present: BTreeSet<PackId> = files.iter().map(|(file, _)| file.id).collect();
+        for (id, (generation, _)) in &collector.needed {
+            if !present.contains(id) {
+                whole.insert(*id, damages.len());
+                let object = layout::pack(self.tenant.name(), *id, *generation);
+                damages.push(Damage { object, what: "is missing".into(), hurts: Vec::new() });
+            }
+        }
+        for (place, error) in &collector.broken {
+            // Mostly the pack itself is known to be damaged there; what is left is a node that contradicts its place.
+            if !whole.contains_key(&place.0) && !single.contains_key(place) {
+                single.insert(*place, damages.len());
+                let object = layout::pack(self.tenant.name(), place.0, 0);
+                damages.push(Damage { object, what: format!("blob {}: {error}", place.1), hurts: Vec::new() });
+            }
+        }
+        if damages.is_empty() {
+            return;
+        }
+        let damage_of = |(pack, ordinal)| single.get(&(pack, ordinal)).or_else(|| whole.get(&pack)).copied();
+        let mut tracer = Tracer::new(&self.tree, &damage_of);
+        for point in &self.points {
+            let mut hurt: Vec<usize> =
+                point.manifest.disks.iter().flat_map(|disk| tracer.disk(disk).to_vec()).collect();
+            hurt.sort_unstable();
+            hurt.dedup();
+            for nth in hurt {
+                damages[nth].hurts.push(format!("{}@{}", point.manifest.vm, point.manifest.number));
+            }
+        }
+        self.report.damaged.extend(damages);
+    }
+}
+
+/// What is wrong with a pack, in one line.
+fn spell(finding: &Findings) -> String {
+    let mut parts: Vec<String> = finding.whole.iter().cloned().collect();
+    if let Some((_, what)) = finding.blobs.first() {
+        let ordinals: Vec<_> = finding.blobs.iter().take(MAX_SPELT).map(|(ordinal, _)| ordinal.to_string()).collect();
+        let more = finding.blobs.len().saturating_sub(MAX_SPELT);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        parts.push(format!("blob {}{more}: {what}", ordinals.join(", ")));
+    }
+    parts.join("; ")
+}
