@@ -11,12 +11,15 @@ const EXPECT_VERSION: &str = "RESEAL_EXPECT_VERSION";
 /// The commands that are passed on.
 const VERBS: [&str; 3] = ["mount", "umount", "restore"];
 
+/// Common options that are followed by a value.
+const TAKE_VALUES: [&str; 5] = ["--repo", "--tenant", "--keyring", "--keyring-passphrase-file", "--state"];
+
 /// Whatever the other program takes.
 #[derive(clap::Args)]
 #[command(disable_help_flag = true)]
 pub(crate) struct Args {
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    rest: Vec<OsString>,
+    _rest: Vec<OsString>,
 }
 
 /// Passes a command line on if its first word that is no option is such a command. Options before it are passed on too.
@@ -26,11 +29,14 @@ pub(crate) fn early(arguments: impl Iterator<Item = OsString>) -> Option<Result<
     VERBS.contains(&verb).then(|| start(&rest))
 }
 
-/// Passes on a command whose options stood before it.
-pub(crate) fn run(verb: &str, args: &Args) -> Result<(), Failure> {
-    let own: Vec<OsString> = std::env::args_os().skip(1).take_while(|argument| argument != verb).collect();
-    let rest = args.rest.iter().cloned();
-    start(&[OsString::from(verb)].into_iter().chain(rest).chain(own).collect::<Vec<_>>())
+/// Passes on a command whose options stood before it, as it was typed.
+pub(crate) fn run(verb: &str) -> Result<(), Failure> {
+    let typed: Vec<OsString> = std::env::args_os().skip(1).collect();
+    // A word after an option that takes a value is that value, even if it spells the command.
+    let is_value = |at: usize| at > 0 && TAKE_VALUES.iter().any(|option| typed[at - 1] == *option);
+    let at = (0..typed.len()).find(|&at| typed[at] == verb && !is_value(at)).unwrap_or(0);
+    let (before, after) = typed.split_at(at);
+    start(&[&after[..1], before, &after[1..]].concat())
 }
 
 fn start(arguments: &[OsString]) -> Result<(), Failure> {
