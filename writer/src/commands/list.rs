@@ -70,7 +70,10 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
                 if manifest.warnings.is_empty() { "" } else { "  see `reseal show`" },
             ));
         }
-        opened.heads.check(tenant.keys().record_generation(), &[(vm, chain.last())])?;
+        match opened.heads.check(tenant.keys().record_generation(), &[(vm, chain.last())]) {
+            Err(e @ VaultError::Rollback { .. }) => damaged = Some(e.into()),
+            other => other?,
+        }
     }
     if shown == 0 && damaged.is_none() {
         output.say("no restore points yet; make one with `reseal backup VM DISK`");
