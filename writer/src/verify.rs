@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
-use reseal_format::ids::{Digest, NoteId, PackId, VmId};
+use reseal_format::ids::{Digest, PackId, VmId};
 use reseal_format::layout;
 use reseal_format::manifest::Note;
 use reseal_format::names::VmName;
@@ -188,13 +188,11 @@ impl<'a> Verify<'a> {
         let folder = layout::notes(self.tenant.name(), vm);
         for entry in self.tenant.store().list(&folder).map_err(VaultError::from)? {
             let key = format!("{folder}{}", entry.name);
-            let parsed = entry.name.strip_suffix(".note").and_then(|name| name.split_once('-'));
-            let parsed = parsed.and_then(|(number, id)| Some((number.parse().ok()?, NoteId::from_hex(id)?)));
-            let Some((number, id)) = parsed else { continue };
+            let Some((number, id)) = layout::parse_note_file(&entry.name) else { continue };
             match self.tenant.store().get(&key, MAX_OBJECT) {
                 Err(e) => self.damage(key, e.to_string(), Vec::new()),
                 Ok(object) => {
-                    if let Err(e) = Note::open(self.tenant.keys(), number, id, &object) {
+                    if let Err(e) = Note::open(self.tenant.keys(), vm, number, id, &object) {
                         self.damage(key, e.to_string(), Vec::new());
                     }
                 }

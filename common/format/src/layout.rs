@@ -3,6 +3,9 @@
 use crate::ids::{NoteId, PackId};
 use crate::names::{TenantName, VmName};
 
+/// Highest number of a restore point: eight digits, so that keys sort by number.
+pub const MAX_NUMBER: u32 = 99_999_999;
+
 /// The vault's own record, read before anything else.
 pub const VAULT_FILE: &str = "reseal.json";
 
@@ -68,18 +71,27 @@ pub enum PointFile {
     Tombstone(u32),
 }
 
-/// Parses the last part of a key in a VM's folder; numbers count from 1.
+/// Parses the eight digits of a number; numbers count from 1.
+fn parse_number(digits: &str) -> Option<u32> {
+    let number: u32 = digits.parse().ok().filter(|n| (1..=MAX_NUMBER).contains(n))?;
+    (digits == format!("{number:08}")).then_some(number)
+}
+
+/// Parses the last part of a key in a VM's folder.
 pub fn parse_point_file(name: &str) -> Option<PointFile> {
     let (digits, kind) = name.split_once('.')?;
-    let number: u32 = digits.parse().ok().filter(|&n| n > 0)?;
-    if digits != format!("{number:08}") {
-        return None;
-    }
+    let number = parse_number(digits)?;
     match kind {
         "manifest" => Some(PointFile::Manifest(number)),
         "forgotten" => Some(PointFile::Tombstone(number)),
         _ => None,
     }
+}
+
+/// Parses the last part of a note's key: the number of its point, and its id.
+pub fn parse_note_file(name: &str) -> Option<(u32, NoteId)> {
+    let (digits, id) = name.strip_suffix(".note")?.split_once('-')?;
+    Some((parse_number(digits)?, NoteId::from_hex(id)?))
 }
 
 /// Parses the last part of a pack's key: its id and generation.
@@ -97,11 +109,24 @@ mod tests {
     fn file_names_parse_only_as_written() {
         assert_eq!(parse_point_file("00000012.manifest"), Some(PointFile::Manifest(12)));
         assert_eq!(parse_point_file("00000012.forgotten"), Some(PointFile::Tombstone(12)));
-        for name in ["12.manifest", "00000000.manifest", "+0000012.manifest", "00000012.manifest.x", "00000012", ""] {
+        for name in [
+            "12.manifest",
+            "00000000.manifest",
+            "100000000.manifest",
+            "+0000012.manifest",
+            "00000012.manifest.x",
+            "00000012",
+            "",
+        ] {
             assert_eq!(parse_point_file(name), None, "{name}");
         }
         let id = PackId::from_bytes([7; 16]);
         assert_eq!(parse_pack_file(&format!("{id}.3")), Some((id, 3)));
         assert_eq!(parse_pack_file(&format!("{id}.03")), None);
+        let note = NoteId::from_bytes([8; 16]);
+        assert_eq!(parse_note_file(&format!("00000012-{note}.note")), Some((12, note)));
+        for name in [format!("+0000012-{note}.note"), format!("00000012-{note}"), "00000012-.note".to_owned()] {
+            assert_eq!(parse_note_file(&name), None, "{name}");
+        }
     }
 }

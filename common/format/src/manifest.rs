@@ -1,5 +1,6 @@
 //! What is sealed about restore points: the manifest that makes one exist, the tombstone of one that was forgotten,
-//! and notes. The plaintext is JSON; unknown fields are ignored, so that later versions may add facts.
+//! and notes. The plaintext is JSON; unknown fields are ignored, so that later versions may add facts. What may not be
+//! ignored they name in `required_features`, which a program that lacks one of them refuses.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -9,10 +10,11 @@ use crate::geometry::MAX_DISK;
 use crate::ids::{Digest, NoteId, PackId, PointId, VmId};
 use crate::index::BlobRef;
 use crate::keys::{KEY, Kind};
+use crate::layout::MAX_NUMBER;
 use crate::names::{DiskName, VmName};
 use crate::pack::MAX_BLOBS;
 use crate::seal::{Header, open, seal};
-use crate::tenant::TenantKeys;
+use crate::tenant::{TenantKeys, refuse_unknown};
 use crate::time::Timestamp;
 
 /// Most disks of a VM.
@@ -122,6 +124,7 @@ pub struct Tombstone {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Note {
     pub note_id: NoteId,
+    pub vm: VmName,
     pub vm_id: VmId,
     pub number: u32,
     pub point_id: PointId,
@@ -136,7 +139,15 @@ fn to_json(value: &impl Serialize) -> Vec<u8> {
 }
 
 fn from_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, FormatError> {
-    serde_json::from_slice(bytes).map_err(|_| FormatError::Malformed("its sealed JSON does not parse"))
+    #[derive(Deserialize)]
+    struct Required {
+        #[serde(default)]
+        required_features: Vec<String>,
+    }
+    let malformed = |_| FormatError::Malformed("its sealed JSON does not parse");
+    let required: Required = serde_json::from_slice(bytes).map_err(malformed)?;
+    refuse_unknown(&required.required_features)?;
+    serde_json::from_slice(bytes).map_err(malformed)
 }
 
 impl Manifest {
@@ -179,7 +190,10 @@ impl Manifest {
     /// What holds for every manifest: checked before one is written and after one is read.
     fn check(&self) -> Result<(), FormatError> {
         let malformed = |what| Err(FormatError::Malformed(what));
-        if self.number == 0 || self.parent.is_some_and(|parent| parent.number >= self.number) {
+        if !(1..=MAX_NUMBER).contains(&self.number) {
+            return malformed("its number is out of range");
+        }
+        if self.parent.is_some_and(|parent| parent.number >= self.number) {
             return malformed("its number does not follow its parent's");
         }
         if !self.created.is_sane() {
@@ -229,6 +243,9 @@ impl Tombstone {
         if !same || tombstone.number != number || tombstone.vm != *vm {
             return Err(FormatError::Mismatch("it is another restore point's tombstone"));
         }
+        if !tombstone.created.is_sane() {
+            return Err(FormatError::Malformed("its time is out of range"));
+        }
         Ok(tombstone)
     }
 }
@@ -248,13 +265,17 @@ impl Note {
         seal(keys, &header, salt, &to_json(self))
     }
 
-    /// Opens the note of that id about number `number`.
-    pub fn open(keys: &TenantKeys, number: u32, id: NoteId, object: &[u8]) -> Result<Note, FormatError> {
+    /// Opens the note of that id about number `number` of `vm`. That it is about the point that has this number now, its
+    /// reader checks by the point's id.
+    pub fn open(keys: &TenantKeys, vm: &VmName, number: u32, id: NoteId, object: &[u8]) -> Result<Note, FormatError> {
         let (header, plain) = open(keys, Kind::Note, object)?;
         let note: Note = from_json(&plain)?;
         let same = (header.number, header.vm, &header.id) == (number, note.vm_id, id.as_bytes());
-        if !same || note.number != number || note.note_id != id {
+        if !same || note.number != number || note.note_id != id || note.vm != *vm {
             return Err(FormatError::Mismatch("it is another note"));
+        }
+        if !note.created.is_sane() {
+            return Err(FormatError::Malformed("its time is out of range"));
         }
         Ok(note)
     }
@@ -305,6 +326,24 @@ mod tests {
     }
 
     #[test]
+    fn unknown_fields_are_ignored_and_unknown_features_refused() {
+        let keys = keys(1);
+        let header = manifest().header(&keys);
+        let open = |change: &dyn Fn(&mut serde_json::Value)| {
+            let mut json = serde_json::to_value(manifest()).unwrap();
+            change(&mut json);
+            let plain = serde_json::to_vec(&json).unwrap();
+            let object = seal(&keys, &header, [7; 32], &plain).unwrap();
+            let (opened, digest) = Manifest::open(&keys, &VmName::new("web01").unwrap(), 2, &object)?;
+            assert_eq!(digest, Digest::of(&plain), "unknown fields are part of the digest");
+            Ok(opened)
+        };
+        assert_eq!(open(&|json| json["disks"][0]["change_id"] = "52 de".into()), Ok(manifest()));
+        let refused = open(&|json| json["required_features"] = serde_json::json!(["x"]));
+        assert_eq!(refused, Err(FormatError::Feature("x".into())));
+    }
+
+    #[test]
     fn contradictions_are_refused_before_writing() {
         let mut twice = manifest();
         twice.disks.push(twice.disks[0].clone());
@@ -312,6 +351,9 @@ mod tests {
         let mut orphan = manifest();
         orphan.number = 1;
         assert!(orphan.seal(&keys(1), [7; 32]).is_err());
+        let mut escaped = manifest();
+        escaped.definition = Some(Definition { file_name: "x".into(), text: "\0".repeat(MAX_DEFINITION) });
+        assert!(escaped.seal(&keys(1), [7; 32]).is_err(), "longer as JSON than as text");
         let mut huge = manifest();
         huge.disks[0].length = u64::MAX;
         assert!(huge.seal(&keys(1), [7; 32]).is_err());
@@ -336,6 +378,7 @@ mod tests {
         assert!(Tombstone::open(&keys, &web01, 1, &object).is_err());
         let note = Note {
             note_id: NoteId::from_bytes([9; 16]),
+            vm: web01.clone(),
             vm_id: VmId::from_bytes([1; 16]),
             number: 2,
             point_id: PointId::from_bytes([2; 16]),
@@ -344,8 +387,9 @@ mod tests {
             content: serde_json::json!({"booted": true}),
         };
         let object = note.seal(&keys, [1; 32]).unwrap();
-        assert_eq!(Note::open(&keys, 2, note.note_id, &object).unwrap(), note);
-        assert!(Note::open(&keys, 3, note.note_id, &object).is_err());
-        assert!(Note::open(&keys, 2, NoteId::from_bytes([8; 16]), &object).is_err());
+        assert_eq!(Note::open(&keys, &web01, 2, note.note_id, &object).unwrap(), note);
+        assert!(Note::open(&keys, &web01, 3, note.note_id, &object).is_err());
+        assert!(Note::open(&keys, &web01, 2, NoteId::from_bytes([8; 16]), &object).is_err());
+        assert!(Note::open(&keys, &VmName::new("web02").unwrap(), 2, note.note_id, &object).is_err());
     }
 }

@@ -174,6 +174,7 @@ impl PackSealer {
             salt,
             digest: Digest::from_bytes([0; 32]),
         };
+        keys.check_writable()?;
         let key = PackKey::new(keys, &trailer)?;
         Ok(PackSealer { key, trailer, lengths: Vec::new(), ids: Vec::new(), hasher: blake3::Hasher::new() })
     }

@@ -93,12 +93,12 @@ fn cipher(keys: &TenantKeys, header: &Header, salt: &[u8; KEY]) -> Result<(Aes25
     Ok((cipher, scope))
 }
 
-/// Seals `plaintext`. `salt` must be fresh random bytes.
-///
-/// # Panics
-/// If the plaintext is longer than [`MAX_PLAINTEXT`].
+/// Seals `plaintext`, which has at most [`MAX_PLAINTEXT`] bytes. `salt` must be fresh random bytes.
 pub fn seal(keys: &TenantKeys, header: &Header, salt: [u8; KEY], plaintext: &[u8]) -> Result<Vec<u8>, FormatError> {
-    assert!(plaintext.len() <= MAX_PLAINTEXT, "the caller keeps sealed objects within their limit");
+    keys.check_writable()?;
+    if plaintext.len() > MAX_PLAINTEXT {
+        return Err(FormatError::Malformed("longer than a sealed object may be"));
+    }
     let (cipher, scope) = cipher(keys, header, &salt)?;
     let mut object = header.encode(&salt, plaintext.len()).to_vec();
     let aad = header_aad(&scope, &object);

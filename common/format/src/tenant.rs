@@ -3,7 +3,7 @@
 //! ```text
 //! tenant.json { tenant id, generation, kms { kind, key }, wrapped, salt, sealed }
 //! wrapped = KMS(KEK, magic ‖ vault id ‖ tenant id ‖ generation ‖ master)
-//! sealed  = AES-256-GCM(HKDF(master, salt), JSON { DEKs by epoch, current epoch, dedup secret })
+//! sealed  = AES-256-GCM(HKDF(master, salt), JSON { name, features, DEKs by epoch, current epoch, dedup secret })
 //! ```
 
 use std::collections::BTreeMap;
@@ -15,6 +15,7 @@ use zeroize::{Zeroize, Zeroizing};
 
 use crate::ids::{TenantId, VaultId};
 use crate::keys::{DedupSecret, Dek, KEY, Kind, Master, ONLY_ORDINAL, Scope, header_aad, nonce, object_key};
+use crate::names::TenantName;
 use crate::{FORMAT_VERSION, FormatError};
 
 /// Longest tenant record that is read.
@@ -55,12 +56,15 @@ pub struct TenantKeys {
     deks: BTreeMap<u32, Dek>,
     dedup: DedupSecret,
     record_generation: u64,
+    /// A feature that this program would need in order to write.
+    lacks_to_write: Option<String>,
 }
 
 impl TenantKeys {
     /// The first keys of a new tenant, from fresh random bytes.
     pub fn new(scope: Scope, dek: Dek, dedup: DedupSecret) -> TenantKeys {
-        TenantKeys { scope, current: 1, deks: BTreeMap::from([(1, dek)]), dedup, record_generation: 1 }
+        let deks = BTreeMap::from([(1, dek)]);
+        TenantKeys { scope, current: 1, deks, dedup, record_generation: 1, lacks_to_write: None }
     }
 
     /// Vault and tenant.
@@ -76,6 +80,14 @@ impl TenantKeys {
     /// Generation of the record that they came from.
     pub fn record_generation(&self) -> u64 {
         self.record_generation
+    }
+
+    /// Refuses to seal anything where the record demands what this program does not know of whoever writes.
+    pub(crate) fn check_writable(&self) -> Result<(), FormatError> {
+        match &self.lacks_to_write {
+            Some(feature) => Err(FormatError::Feature(feature.clone())),
+            None => Ok(()),
+        }
     }
 
     /// The DEK of an epoch.
@@ -98,6 +110,14 @@ impl std::fmt::Debug for TenantKeys {
 /// The sealed part, as JSON. Keys are hexadecimal here for as long as it takes to seal or parse them.
 #[derive(Serialize, Deserialize)]
 struct Secrets {
+    /// The tenant's name: so that two tenants' folders can't be exchanged.
+    tenant: TenantName,
+    /// Features that a program must know to read, or to write, what this tenant has. This version knows none. Unlike
+    /// those of `reseal.json` they are authenticated, and can be added with a new generation of the record.
+    #[serde(default)]
+    required_features: Vec<String>,
+    #[serde(default)]
+    required_to_write: Vec<String>,
     current_epoch: u32,
     deks: Vec<SecretDek>,
     dedup: SecretHex,
@@ -145,14 +165,24 @@ pub fn master_payload(scope: &Scope, generation: u64, master: &Master) -> Zeroiz
 
 impl TenantRecord {
     /// The record of a new tenant: `wrapped` is what the KMS made of [`master_payload`] for generation 1.
-    pub fn new(keys: &TenantKeys, master: &Master, salt: [u8; KEY], kms: KmsRef, wrapped: Vec<u8>) -> TenantRecord {
+    pub fn new(
+        keys: &TenantKeys,
+        name: &TenantName,
+        master: &Master,
+        salt: [u8; KEY],
+        kms: KmsRef,
+        wrapped: Vec<u8>,
+    ) -> TenantRecord {
         let secrets = Secrets {
+            tenant: name.clone(),
+            required_features: Vec::new(),
+            required_to_write: Vec::new(),
             current_epoch: keys.current,
             deks: keys.deks.iter().map(|(&epoch, dek)| SecretDek { epoch, key: SecretHex::of(dek.expose()) }).collect(),
             dedup: SecretHex::of(keys.dedup.expose()),
         };
         // With its whole capacity reserved, so that no part of it is moved and left behind unwiped.
-        let mut plain = Zeroizing::new(Vec::with_capacity(256 + secrets.deks.len() * 128));
+        let mut plain = Zeroizing::new(Vec::with_capacity(1024 + secrets.deks.len() * 128));
         serde_json::to_writer(&mut *plain, &secrets).expect("numbers and text always serialize");
         let mut record = TenantRecord {
             format: FORMAT_VERSION,
@@ -199,8 +229,9 @@ impl TenantRecord {
         serde_json::from_slice(bytes).map_err(malformed)
     }
 
-    /// Checks every field of the unwrapped payload, and opens what the master seals.
-    pub fn unlock(&self, vault: VaultId, payload: &[u8]) -> Result<TenantKeys, FormatError> {
+    /// Checks every field of the unwrapped payload, opens what the master seals, and checks that it is of the tenant of
+    /// that name.
+    pub fn unlock(&self, vault: VaultId, name: &TenantName, payload: &[u8]) -> Result<TenantKeys, FormatError> {
         let scope = Scope { vault, tenant: self.tenant_id };
         let payload: &[u8; PAYLOAD] =
             payload.try_into().map_err(|_| FormatError::Malformed("the unwrapped payload has a wrong length"))?;
@@ -223,6 +254,10 @@ impl TenantRecord {
         let plain = Zeroizing::new(plain.map_err(|_| FormatError::Authentication)?);
         let secrets: Secrets =
             serde_json::from_slice(&plain).map_err(|_| FormatError::Malformed("the record's secrets do not parse"))?;
+        if secrets.tenant != *name {
+            return Err(FormatError::Mismatch("it is another tenant's record"));
+        }
+        refuse_unknown(&secrets.required_features)?;
         if secrets.deks.len() > MAX_EPOCHS {
             return Err(FormatError::Malformed("more DEK epochs than a record may hold"));
         }
@@ -234,10 +269,24 @@ impl TenantRecord {
             deks: deks?,
             dedup: DedupSecret::from_bytes(secrets.dedup.bytes()?),
             record_generation: self.generation,
+            lacks_to_write: secrets.required_to_write.first().map(|feature| shorten(feature)),
         };
         keys.dek(keys.current)?;
         Ok(keys)
     }
+}
+
+/// Refuses features that a program must know: this version knows none.
+pub(crate) fn refuse_unknown(required: &[String]) -> Result<(), FormatError> {
+    match required.first() {
+        Some(feature) => Err(FormatError::Feature(shorten(feature))),
+        None => Ok(()),
+    }
+}
+
+/// As much of a feature's name as an error shows.
+fn shorten(feature: &str) -> String {
+    feature.chars().take(64).collect()
 }
 
 #[cfg(test)]
@@ -255,7 +304,37 @@ pub(crate) mod tests {
         let master = Master::from_bytes(Zeroizing::new([0xAA; KEY]));
         let payload = master_payload(&keys.scope, 1, &master);
         let kms = KmsRef { kind: "keyring".into(), key: "k".into() };
-        (TenantRecord::new(keys, &master, [0xBB; KEY], kms, vec![1, 2, 3]), payload)
+        (TenantRecord::new(keys, &acme(), &master, [0xBB; KEY], kms, vec![1, 2, 3]), payload)
+    }
+
+    fn acme() -> TenantName {
+        TenantName::new("acme").unwrap()
+    }
+
+    /// A record whose sealed part a later version has changed.
+    fn changed(keys: &TenantKeys, change: impl Fn(&mut serde_json::Value)) -> TenantRecord {
+        let master = Master::from_bytes(Zeroizing::new([0xAA; KEY]));
+        let (mut record, _) = record(keys);
+        let (cipher, aad) = record.cipher(&keys.scope, &master);
+        let nonce = nonce(ONLY_ORDINAL).into();
+        let plain = cipher.decrypt(&nonce, Payload { msg: &record.sealed, aad: &aad }).unwrap();
+        let mut secrets: serde_json::Value = serde_json::from_slice(&plain).unwrap();
+        change(&mut secrets);
+        let plain = serde_json::to_vec(&secrets).unwrap();
+        record.sealed = cipher.encrypt(&nonce, Payload { msg: &plain, aad: &aad }).unwrap();
+        record
+    }
+
+    #[test]
+    fn unknown_fields_are_ignored_and_unknown_features_refused() {
+        let keys = keys(1);
+        let payload = record(&keys).1;
+        let unlock = |record: TenantRecord| record.unlock(keys.scope.vault, &acme(), &payload);
+        assert!(unlock(changed(&keys, |secrets| secrets["policies"] = serde_json::json!({"keep": 7}))).is_ok());
+        let lacking = unlock(changed(&keys, |secrets| secrets["required_features"] = serde_json::json!(["x"])));
+        assert_eq!(lacking.unwrap_err(), FormatError::Feature("x".into()));
+        let readable = unlock(changed(&keys, |secrets| secrets["required_to_write"] = serde_json::json!(["y"])));
+        assert_eq!(readable.unwrap().check_writable(), Err(FormatError::Feature("y".into())));
     }
 
     #[test]
@@ -264,17 +343,19 @@ pub(crate) mod tests {
         let (record, payload) = record(&keys);
         let back = TenantRecord::decode(&record.encode()).unwrap();
         assert_eq!(back, record);
-        let unlocked = back.unlock(keys.scope.vault, &payload).unwrap();
+        let unlocked = back.unlock(keys.scope.vault, &acme(), &payload).unwrap();
         assert_eq!(unlocked.dek(1).unwrap().expose(), &[0xD1; KEY]);
         assert_eq!(unlocked.dedup().expose(), &[0xD2; KEY]);
         for at in 0..payload.len() {
             let mut other = payload.clone();
             other[at] ^= 1;
-            assert!(back.unlock(keys.scope.vault, &other).is_err(), "payload byte {at}");
+            assert!(back.unlock(keys.scope.vault, &acme(), &other).is_err(), "payload byte {at}");
         }
-        assert!(back.unlock(VaultId::from_bytes([9; 16]), &payload).is_err());
+        assert!(back.unlock(VaultId::from_bytes([9; 16]), &acme(), &payload).is_err());
+        let other = TenantName::new("globex").unwrap();
+        assert!(back.unlock(keys.scope.vault, &other, &payload).is_err(), "another tenant's folder");
         let moved = TenantRecord { generation: 2, ..record };
-        assert!(moved.unlock(keys.scope.vault, &payload).is_err(), "generation");
+        assert!(moved.unlock(keys.scope.vault, &acme(), &payload).is_err(), "generation");
     }
 
     #[test]

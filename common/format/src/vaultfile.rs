@@ -39,14 +39,21 @@ impl VaultFile {
 
     /// Parses, and refuses what this program can't read.
     pub fn decode(bytes: &[u8]) -> Result<VaultFile, FormatError> {
-        let file: VaultFile =
-            serde_json::from_slice(bytes).map_err(|_| FormatError::Malformed("not the JSON of a vault"))?;
-        if file.what != WHAT {
-            return Err(FormatError::Malformed("not the JSON of a vault"));
+        /// What a file of any version has.
+        #[derive(Deserialize)]
+        struct Version {
+            what: String,
+            format: u16,
         }
-        if file.format != FORMAT_VERSION {
-            return Err(FormatError::Version { found: file.format });
+        let malformed = FormatError::Malformed("not the JSON of a vault");
+        let version: Version = serde_json::from_slice(bytes).map_err(|_| malformed.clone())?;
+        if version.what != WHAT {
+            return Err(malformed);
         }
+        if version.format != FORMAT_VERSION {
+            return Err(FormatError::Version { found: version.format });
+        }
+        let file: VaultFile = serde_json::from_slice(bytes).map_err(|_| malformed)?;
         match file.required_features.first() {
             Some(feature) => Err(FormatError::Feature(feature.chars().take(64).collect())),
             None => Ok(file),
@@ -64,6 +71,8 @@ mod tests {
         assert_eq!(VaultFile::decode(&file.encode()), Ok(file.clone()));
         let later = VaultFile { format: 2, ..file.clone() };
         assert_eq!(VaultFile::decode(&later.encode()), Err(FormatError::Version { found: 2 }));
+        let elsewise = br#"{"what": "reseal vault", "format": 2}"#;
+        assert_eq!(VaultFile::decode(elsewise), Err(FormatError::Version { found: 2 }));
         let other = VaultFile { required_features: vec!["x".into()], ..file };
         assert_eq!(VaultFile::decode(&other.encode()), Err(FormatError::Feature("x".into())));
         assert!(VaultFile::decode(b"{}").is_err());

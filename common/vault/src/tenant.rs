@@ -27,8 +27,30 @@ fn random_key() -> Result<Zeroizing<[u8; 32]>, VaultError> {
     Ok(key)
 }
 
+/// Refuses to go on without a record that must have been there, for what it is the head of still is.
+fn expect_none(store: &dyn Store, folders: &[String], object: &str) -> Result<(), VaultError> {
+    for folder in folders {
+        if !store.list(folder)?.is_empty() {
+            let why = "what belongs to it is there, so it was removed; restore it from a copy of the vault";
+            return Err(VaultError::Missing { object: object.to_owned(), why });
+        }
+    }
+    Ok(())
+}
+
+fn expect_no_vault(store: &dyn Store) -> Result<(), VaultError> {
+    expect_none(store, &[layout::TENANTS.to_owned()], layout::VAULT_FILE)
+}
+
+fn expect_no_tenant(store: &dyn Store, tenant: &TenantName) -> Result<(), VaultError> {
+    expect_none(store, &[layout::vms(tenant), layout::packs(tenant)], &layout::tenant_record(tenant))
+}
+
 /// Makes a vault, or tells that there is one.
 pub fn create_vault(store: &dyn Store, repo: &str) -> Result<VaultId, VaultError> {
+    if let Err(StoreError::NotFound(_)) = store.get(layout::VAULT_FILE, MAX_VAULT_FILE) {
+        expect_no_vault(store)?;
+    }
     let id = VaultId::from_bytes(random()?);
     match store.create(layout::VAULT_FILE, &VaultFile::new(id).encode()) {
         Ok(()) => Ok(id),
@@ -40,7 +62,10 @@ pub fn create_vault(store: &dyn Store, repo: &str) -> Result<VaultId, VaultError
 /// The id of the vault.
 fn vault_id(store: &dyn Store, repo: &str) -> Result<VaultId, VaultError> {
     let bytes = match store.get(layout::VAULT_FILE, MAX_VAULT_FILE) {
-        Err(StoreError::NotFound(_)) => return Err(VaultError::NotAVault { repo: repo.into() }),
+        Err(StoreError::NotFound(_)) => {
+            expect_no_vault(store)?;
+            return Err(VaultError::NotAVault { repo: repo.into() });
+        }
         other => other?,
     };
     Ok(VaultFile::decode(&bytes).map_err(VaultError::damaged(layout::VAULT_FILE))?.vault_id)
@@ -60,7 +85,7 @@ pub fn create_tenant(
 ) -> Result<(KeyName, Scope), VaultError> {
     let vault = vault_id(store, repo)?;
     match store.get(&layout::tenant_record(tenant), MAX_RECORD) {
-        Err(StoreError::NotFound(_)) => {}
+        Err(StoreError::NotFound(_)) => expect_no_tenant(store, tenant)?,
         Ok(_) => return Err(VaultError::TenantExists { tenant: tenant.clone() }),
         Err(e) => return Err(e.into()),
     }
@@ -71,7 +96,7 @@ pub fn create_tenant(
     let payload = master_payload(&scope, keys.record_generation(), &master);
     let wrapped = kms.wrap(key.as_str(), &kms_context(&scope), &payload)?;
     let reference = KmsRef { kind: kms.kind().into(), key: key.as_str().into() };
-    let record = TenantRecord::new(&keys, &master, random()?, reference, wrapped);
+    let record = TenantRecord::new(&keys, tenant, &master, random()?, reference, wrapped);
     match store.create(&layout::tenant_record(tenant), &record.encode()) {
         Err(StoreError::Exists(_)) => Err(VaultError::TenantExists { tenant: tenant.clone() }),
         other => Ok(other.map(|()| (key, scope))?),
@@ -92,7 +117,10 @@ impl Tenant {
         let vault = vault_id(&*store, repo)?;
         let key = layout::tenant_record(name);
         let bytes = match store.get(&key, MAX_RECORD) {
-            Err(StoreError::NotFound(_)) => return Err(VaultError::NoTenant { tenant: name.clone() }),
+            Err(StoreError::NotFound(_)) => {
+            expect_no_tenant(&*store, name)?;
+            return Err(VaultError::NoTenant { tenant: name.clone() });
+        }
             other => other?,
         };
         let record = TenantRecord::decode(&bytes).map_err(VaultError::damaged(&key))?;
@@ -101,7 +129,7 @@ impl Tenant {
         }
         let scope = Scope { vault, tenant: record.tenant_id };
         let payload = kms.unwrap(&record.kms.key, &kms_context(&scope), &record.wrapped)?;
-        let keys = record.unlock(vault, &payload).map_err(VaultError::damaged(&key))?;
+        let keys = record.unlock(vault, name, &payload).map_err(VaultError::damaged(&key))?;
         Ok(Tenant { store, name: name.clone(), keys: Arc::new(keys), kms: record.kms })
     }
 
