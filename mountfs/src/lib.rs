@@ -1,1 +1,42 @@
+//! Any restore point as files, and disks back as files.
+//!
+//! The data's path, which is also the reading order of the modules:
+//!
+//! ```text
+//! request → disk: leaf → blob → open → frames → bytes → reply       (disk, frame_cache, wipe)
+//!         → view: VM → restore point → file                         (inodes, files, catalog, view)
+//!         → at once, or by the pool under a deadline                (answer, pool, readahead, handles, fuse)
+//! mount → session → unmount                                         (mount, mounts, background, signals, umount)
+//! restore: disk → clusters on all cores → file or block device      (restore)
+//! ```
+//!
+//! [`errno`] has every way to fail and what the kernel is told; [`journal`] what the administrator is told.
+//!
+//! Architecture invariant: `fuse` and `answer` are the only modules that know FUSE's requests; all that decides anything
+//! is tested without `/dev/fuse`. No FUSE thread waits for a store.
 
+pub mod disk;
+mod frame_cache;
+mod wipe;
+
+pub mod catalog;
+pub mod files;
+pub mod inodes;
+pub mod view;
+
+mod answer;
+mod fuse;
+mod handles;
+pub mod pool;
+mod readahead;
+
+pub mod background;
+pub mod mount;
+mod mounts;
+pub mod signals;
+pub mod umount;
+
+pub mod restore;
+
+pub mod errno;
+pub mod journal;

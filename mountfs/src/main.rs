@@ -1,1 +1,63 @@
-fn main() {}
+//! `reseal-mount`: what `reseal` starts for restore points that are read.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use reseal_cli::{CommonArgs, Failure, Status, finish};
+
+mod commands;
+
+use commands::mount::{MountArgs, mount, unmount};
+use commands::restore::{RestoreArgs, restore};
+
+const PROGRAM: &str = "reseal-mount";
+/// Set by `reseal` to its own version: two that differ must not work on one vault together.
+const EXPECTED_VERSION: &str = "RESEAL_EXPECT_VERSION";
+
+#[derive(Parser)]
+#[command(name = PROGRAM, bin_name = "reseal", version, about = "Mounts and restores the restore points of a reseal vault")]
+struct Cli {
+    #[command(flatten)]
+    common: CommonArgs,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Shows restore points as files: /VM/TIME/DISK.raw, decrypted as they are read
+    Mount(MountArgs),
+    /// Ends a mount and waits until its process is gone
+    Umount {
+        /// Where it is mounted
+        mountpoint: PathBuf,
+    },
+    /// Writes disks of a restore point to files or a block device, in the clear
+    Restore(RestoreArgs),
+}
+
+fn main() -> ExitCode {
+    if let Err(failure) = check_version() {
+        return finish(PROGRAM, Err(failure));
+    }
+    let Cli { common, verb } = Cli::parse();
+    match verb {
+        Verb::Mount(arguments) => mount(&common, &arguments),
+        Verb::Umount { mountpoint } => finish(PROGRAM, unmount(&mountpoint)),
+        Verb::Restore(arguments) => finish(PROGRAM, restore(&common, &arguments)),
+    }
+}
+
+fn check_version() -> Result<(), Failure> {
+    let own = env!("CARGO_PKG_VERSION");
+    match std::env::var(EXPECTED_VERSION) {
+        Ok(expected) if expected != own => Err(Failure::new(
+            Status::Failed,
+            format!(
+                "this is version {own}, but the reseal that started it is {expected}; install both from one release"
+            ),
+        )),
+        _ => Ok(()),
+    }
+}

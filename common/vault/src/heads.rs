@@ -137,7 +137,7 @@ mod tests {
         heads.check(3, &[(vm.clone(), 8)]).unwrap();
         assert!(matches!(heads.check(3, &[(vm.clone(), 7)]), Err(VaultError::Rollback { seen: 8, now: 7, .. })));
         assert!(matches!(heads.check(2, &[]), Err(VaultError::Rollback { seen: 3, now: 2, .. })));
-        assert_eq!(heads.known_vms().unwrap(), [vm.clone()]);
+        assert_eq!(heads.known_vms().unwrap(), std::slice::from_ref(&vm));
         Heads::new(folder.path(), &scope, true).check(2, &[(vm.clone(), 7)]).unwrap();
         heads.check(2, &[(vm, 7)]).unwrap();
     }

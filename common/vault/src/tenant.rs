@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use reseal_format::FormatError;
 use reseal_format::ids::{TenantId, VaultId};
 use reseal_format::keys::{DedupSecret, Dek, Master, Scope};
 use reseal_format::layout;
@@ -127,6 +128,9 @@ impl Tenant {
         if record.kms.kind != kms.kind() {
             return Err(VaultError::OtherKms { wanted: record.kms.kind, given: kms.kind() });
         }
+        // A name that was typed wrong is the user's mistake; one that was read is damage.
+        let named = KeyName::parse(&record.kms.key).map_err(|_| FormatError::Malformed("no KMS key has such a name"));
+        named.map_err(VaultError::damaged(&key))?;
         let scope = Scope { vault, tenant: record.tenant_id };
         let payload = kms.unwrap(&record.kms.key, &kms_context(&scope), &record.wrapped)?;
         let keys = record.unlock(vault, name, &payload).map_err(VaultError::damaged(&key))?;
