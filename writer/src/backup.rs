@@ -6,6 +6,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use reseal_format::ids::{Digest, PointId, VmId};
 use reseal_format::keys::Kind;
+use reseal_format::layout::MAX_NUMBER;
 use reseal_format::manifest::{Definition, Disk, MAX_TEXT, Manifest, Parent, Stats};
 use reseal_format::names::{DiskName, VmName};
 use reseal_format::time::Timestamp;
@@ -92,19 +93,18 @@ impl Backup<'_> {
             warnings,
         };
         let digest = self.tenant.commit(&manifest)?;
-        self.heads.check(self.tenant.keys().record_generation(), &[(self.vm, manifest.number)])?;
+        self.heads.remember(self.tenant.keys().record_generation(), &[(self.vm, manifest.number)])?;
         Ok((manifest, digest))
     }
 
     fn position(&self) -> Result<Position, BackupError> {
         let chain = self.tenant.chain(&self.vm)?;
-        let generation = self.tenant.keys().record_generation();
-        self.heads.check(generation, &[(self.vm.clone(), chain.last())])?;
-        let newest = match chain.live().next_back() {
+        self.heads.check(&[(self.vm.clone(), chain.last())])?;
+        let newest = match self.tenant.newest(&self.vm, &chain)? {
             Some(number) => Some(self.tenant.point(&self.vm, number)?),
             None => None,
         };
-        let number = chain.last().checked_add(1).filter(|number| *number < 100_000_000);
+        let number = chain.last().checked_add(1).filter(|number| *number <= MAX_NUMBER);
         let number = number.ok_or_else(|| BackupError::Usage(format!("{} has no more numbers to give", self.vm)))?;
         let Some((parent, point)) = self.tenant.parent_of_next(&self.vm, &chain)? else {
             let vm_id = VmId::from_bytes(random().map_err(BackupError::from)?);

@@ -110,7 +110,7 @@ impl<'a> Verify<'a> {
         };
         for vm in vms {
             let chain = self.tenant.chain(&vm)?;
-            match self.heads.check(self.tenant.keys().record_generation(), &[(vm.clone(), chain.last())]) {
+            match self.heads.check(&[(vm.clone(), chain.last())]) {
                 Err(e @ VaultError::Rollback { .. }) => {
                     self.damage(layout::vm(self.tenant.name(), &vm), e.to_string(), Vec::new());
                 }
@@ -128,6 +128,9 @@ impl<'a> Verify<'a> {
             }
             if *what == What::Everything {
                 self.notes(&vm)?;
+            }
+            if let Some((number, ..)) = previous {
+                self.heads.remember(self.tenant.keys().record_generation(), &[(vm, number)])?;
             }
         }
         if let What::Point(vm, number) = what

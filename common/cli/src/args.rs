@@ -93,15 +93,15 @@ impl CommonArgs {
         let store: Arc<dyn Store> = open_store(&repo)?;
         let tenant = Arc::new(Tenant::open(store, &repo, &name, &self.open_keyring()?)?);
         let heads = Heads::new(&paths.state, &tenant.keys().scope(), self.accept_rollback);
-        heads.check(tenant.keys().record_generation(), &[])?;
+        heads.remember(tenant.keys().record_generation(), &[])?;
         Ok(Opened { tenant, heads, paths, repo })
     }
 }
 
 impl Opened {
-    /// Checks the newest number of a VM against what was seen before, and remembers it.
+    /// Checks the newest number of a VM against what was seen before.
     pub fn check_head(&self, vm: &VmName) -> Result<(), Failure> {
         let last = self.tenant.chain(vm)?.last();
-        Ok(self.heads.check(self.tenant.keys().record_generation(), &[(vm.clone(), last)])?)
+        Ok(self.heads.check(&[(vm.clone(), last)])?)
     }
 }

@@ -27,6 +27,12 @@ struct Seen {
     vms: BTreeMap<VmName, u32>,
 }
 
+impl Seen {
+    fn number(&self, vm: &VmName) -> u32 {
+        self.vms.get(vm).copied().unwrap_or(0)
+    }
+}
+
 /// The memory of one tenant.
 #[derive(Debug, Clone)]
 pub struct Heads {
@@ -46,25 +52,42 @@ impl Heads {
         Heads { folder: tenant_folder(state, scope), accept_rollback }
     }
 
-    /// Checks the generation of the tenant record and the highest number of each of these VMs against what was seen,
-    /// and remembers them.
-    pub fn check(&self, record_generation: u64, vms: &[(VmName, u32)]) -> Result<(), VaultError> {
+    /// Checks the highest number of each of these VMs against what was seen. Nothing is remembered of them: a number in a
+    /// listing proves nothing before its object was opened.
+    pub fn check(&self, vms: &[(VmName, u32)]) -> Result<(), VaultError> {
+        let before = self.read().map_err(|e| self.error(e))?;
+        let lower = vms.iter().find(|(vm, number)| *number < before.number(vm));
+        match lower {
+            None => Ok(()),
+            Some(_) if self.accept_rollback => self.update(|seen| {
+                for (vm, number) in vms.iter().filter(|(vm, number)| *number < before.number(vm)) {
+                    seen.vms.insert(vm.clone(), *number);
+                }
+                seen.vms.retain(|_, number| *number > 0);
+                Ok(())
+            }),
+            Some((vm, number)) => {
+                let (seen, now) = (before.number(vm).into(), (*number).into());
+                Err(VaultError::Rollback { what: format!("the newest restore point of {vm}"), seen, now })
+            }
+        }
+    }
+
+    /// Remembers the generation of the tenant record, and the highest number of each of these VMs: all of them
+    /// authenticated. A generation below the one that was seen is a rollback.
+    pub fn remember(&self, record_generation: u64, vms: &[(VmName, u32)]) -> Result<(), VaultError> {
         self.update(|seen| {
-            let rollback = |what: String, seen: u64, now: u64| Err(VaultError::Rollback { what, seen, now });
             if record_generation < seen.record_generation && !self.accept_rollback {
-                let what = "the generation of the tenant record".to_owned();
-                return rollback(what, seen.record_generation, record_generation);
+                return Err(VaultError::Rollback {
+                    what: "the generation of the tenant record".to_owned(),
+                    seen: seen.record_generation,
+                    now: record_generation,
+                });
             }
             seen.record_generation = record_generation;
-            for (vm, number) in vms {
-                let before = seen.vms.get(vm).copied().unwrap_or(0);
-                if *number < before && !self.accept_rollback {
-                    return rollback(format!("the newest restore point of {vm}"), before.into(), (*number).into());
-                }
-                match number {
-                    0 => seen.vms.remove(vm),
-                    _ => seen.vms.insert(vm.clone(), *number),
-                };
+            for (vm, number) in vms.iter().filter(|(_, number)| *number > 0) {
+                let highest = seen.number(vm).max(*number);
+                seen.vms.insert(vm.clone(), highest);
             }
             Ok(())
         })
@@ -133,12 +156,17 @@ mod tests {
         let scope = Scope { vault: VaultId::from_bytes([1; 16]), tenant: TenantId::from_bytes([2; 16]) };
         let heads = Heads::new(folder.path(), &scope, false);
         let vm = VmName::new("web01").unwrap();
-        heads.check(3, &[(vm.clone(), 7)]).unwrap();
-        heads.check(3, &[(vm.clone(), 8)]).unwrap();
-        assert!(matches!(heads.check(3, &[(vm.clone(), 7)]), Err(VaultError::Rollback { seen: 8, now: 7, .. })));
-        assert!(matches!(heads.check(2, &[]), Err(VaultError::Rollback { seen: 3, now: 2, .. })));
+        heads.remember(3, &[(vm.clone(), 8)]).unwrap();
+        heads.remember(3, &[(vm.clone(), 7)]).unwrap();
+        heads.check(&[(vm.clone(), 8)]).unwrap();
+        heads.check(&[(vm.clone(), 99)]).unwrap();
+        assert!(matches!(heads.check(&[(vm.clone(), 7)]), Err(VaultError::Rollback { seen: 8, now: 7, .. })));
+        assert!(matches!(heads.remember(2, &[]), Err(VaultError::Rollback { seen: 3, now: 2, .. })));
         assert_eq!(heads.known_vms().unwrap(), std::slice::from_ref(&vm));
-        Heads::new(folder.path(), &scope, true).check(2, &[(vm.clone(), 7)]).unwrap();
-        heads.check(2, &[(vm, 7)]).unwrap();
+        let accepting = Heads::new(folder.path(), &scope, true);
+        accepting.remember(2, &[]).unwrap();
+        accepting.check(&[(vm.clone(), 7)]).unwrap();
+        heads.remember(2, &[]).unwrap();
+        heads.check(&[(vm, 7)]).unwrap();
     }
 }

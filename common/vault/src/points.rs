@@ -160,7 +160,7 @@ impl Tenant {
                 why: "it was removed without `reseal forget`, for later restore points exist and no tombstone does",
             }),
             Which::Number(number) => self.point(&spec.vm, number),
-            Which::Latest => match chain.live().next_back() {
+            Which::Latest => match self.newest(&spec.vm, &chain)? {
                 Some(number) => self.point(&spec.vm, number),
                 None => Err(missing(format!("{}@latest", spec.vm))),
             },
@@ -168,6 +168,19 @@ impl Tenant {
                 self.point_at(&spec.vm, &chain, time)?.ok_or_else(|| missing(format!("{}@{time}", spec.vm)))
             }
         }
+    }
+
+    /// The highest number that has a manifest. Tombstones above it are opened: one that somebody made up must not hide a
+    /// newer point.
+    pub fn newest(&self, vm: &VmName, chain: &Chain) -> Result<Option<u32>, VaultError> {
+        for (number, state) in chain.numbers().rev() {
+            match state {
+                State::Live => return Ok(Some(number)),
+                State::Forgotten => drop(self.tombstone(vm, number)?),
+                State::Missing => {}
+            }
+        }
+        Ok(None)
     }
 
     /// The point of exactly that time. Times grow along a chain, so it is searched by halves.

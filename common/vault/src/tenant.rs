@@ -119,9 +119,9 @@ impl Tenant {
         let key = layout::tenant_record(name);
         let bytes = match store.get(&key, MAX_RECORD) {
             Err(StoreError::NotFound(_)) => {
-            expect_no_tenant(&*store, name)?;
-            return Err(VaultError::NoTenant { tenant: name.clone() });
-        }
+                expect_no_tenant(&*store, name)?;
+                return Err(VaultError::NoTenant { tenant: name.clone() });
+            }
             other => other?,
         };
         let record = TenantRecord::decode(&bytes).map_err(VaultError::damaged(&key))?;

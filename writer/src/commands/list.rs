@@ -33,12 +33,19 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     for vm in vms {
         let chain = tenant.chain(&vm)?;
         if chain.last() == 0 && args.vm.is_some() {
-            opened.heads.check(tenant.keys().record_generation(), &[(vm.clone(), 0)])?;
+            opened.heads.check(&[(vm.clone(), 0)])?;
             return Err(VaultError::NoVm { vm }.into());
         }
+        let mut authenticated = 0;
         for (number, state) in chain.numbers() {
             match state {
-                State::Forgotten => continue,
+                State::Forgotten => {
+                    match tenant.tombstone(&vm, number) {
+                        Ok(_) => authenticated = number,
+                        Err(e) => damaged = Some(e.into()),
+                    }
+                    continue;
+                }
                 State::Missing => {
                     let message = format!("{vm}@{number} is missing: it was removed without `reseal forget`");
                     damaged = Some(Failure::new(Status::Damaged, message));
@@ -58,6 +65,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
                 output.say(&header);
             }
             shown += 1;
+            authenticated = number;
             let manifest = &point.manifest;
             output.json(&PointJson::new(manifest));
             output.say(format!(
@@ -70,10 +78,11 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
                 if manifest.warnings.is_empty() { "" } else { "  see `reseal show`" },
             ));
         }
-        match opened.heads.check(tenant.keys().record_generation(), &[(vm, chain.last())]) {
+        match opened.heads.check(&[(vm.clone(), chain.last())]) {
             Err(e @ VaultError::Rollback { .. }) => damaged = Some(e.into()),
             other => other?,
         }
+        opened.heads.remember(tenant.keys().record_generation(), &[(vm, authenticated)])?;
     }
     if shown == 0 && damaged.is_none() {
         output.say("no restore points yet; make one with `reseal backup VM DISK`");
