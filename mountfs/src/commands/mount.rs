@@ -1,0 +1,152 @@
+//! `mount` and `umount`.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+use reseal_cli::{CommonArgs, Failure, Status, finish, harden};
+use reseal_format::names::VmName;
+use reseal_mountfs::background::{Detach, Side, split};
+use reseal_mountfs::catalog::Shown;
+use reseal_mountfs::journal::Journal;
+use reseal_mountfs::mount::{MountError, Mounted, Options};
+use reseal_mountfs::signals::StopSignals;
+use reseal_mountfs::umount;
+use reseal_vault::{PointSpec, Tenant, VaultError};
+
+use crate::PROGRAM;
+
+#[derive(Args)]
+pub(crate) struct MountArgs {
+    /// A folder
+    mountpoint: PathBuf,
+    /// Shows only this VM, or only this restore point
+    #[arg(value_name = "VM|POINT")]
+    only: Option<String>,
+    /// Returns when the mount is ready, and serves on in the background
+    #[arg(long)]
+    background: bool,
+    /// Where a mount in the background says what went wrong
+    #[arg(long, value_name = "FILE", requires = "background")]
+    log: Option<PathBuf>,
+    /// Lets other users read too
+    #[arg(long)]
+    allow_other: bool,
+    /// Memory for opened data, such as 256M or 1G
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
+    cache_size: usize,
+    /// Threads that serve requests
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
+    threads: u16,
+    /// How long a reader waits for the vault before it gets an error
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    io_timeout: u32,
+}
+
+fn parse_size(text: &str) -> Result<usize, String> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (digits, unit) = text.split_at(split);
+    let shift = match unit {
+        "" => 0,
+        "K" | "k" | "KiB" => 10,
+        "M" | "m" | "MiB" => 20,
+        "G" | "g" | "GiB" => 30,
+        _ => return Err(format!("{unit:?} is no unit; use K, M or G")),
+    };
+    let number: usize = digits.parse().map_err(|_| "it starts with a number".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "it is too large".to_owned())
+}
+
+/// Mounts and serves until it is unmounted.
+pub(crate) fn mount(common: &CommonArgs, arguments: &MountArgs) -> ExitCode {
+    let detach = match arguments.background {
+        false => None,
+        // SAFETY: nothing has started a thread yet.
+        true => match unsafe { split(arguments.log.as_deref()) } {
+            Ok(Side::Command(status)) => return ExitCode::from(status),
+            Ok(Side::Server(detach)) => Some(detach),
+            Err(error) => {
+                return finish(
+                    PROGRAM,
+                    Err(Failure::new(Status::Failed, format!("can't go to the background: {error}"))),
+                );
+            }
+        },
+    };
+    // A worker that hangs in a dead store does not hold up the end: with this thread the process ends.
+    finish(PROGRAM, serve(common, arguments, detach))
+}
+
+fn serve(common: &CommonArgs, arguments: &MountArgs, detach: Option<Detach>) -> Result<(), Failure> {
+    harden(common.allow_swap)?;
+    let failed = |e: std::io::Error| Failure::new(Status::Failed, e.to_string());
+    let signals = StopSignals::new().map_err(failed)?;
+    let opened = common.open()?;
+    let options = Options {
+        shown: shown(&opened.tenant, arguments.only.as_deref())?,
+        threads: usize::from(arguments.threads),
+        cache_bytes: arguments.cache_size,
+        io_timeout: Duration::from_secs(arguments.io_timeout.into()),
+        allow_other: arguments.allow_other,
+    };
+    let journal = Arc::new(Journal::new());
+    let mounted = Mounted::new(opened.tenant, Some(opened.heads), &arguments.mountpoint, &options, journal);
+    let mounted = mounted.map_err(mount_failure)?;
+    signals.on_signal(mounted.stopper()).map_err(failed)?;
+    let end = if detach.is_some() { "`reseal umount` ends it" } else { "Ctrl-C ends it" };
+    common.output().say(format!("mounted at {}, decrypted as it is read; {end}", mounted.path().display()));
+    if let Some(detach) = detach {
+        detach.detach().map_err(failed)?;
+    }
+    mounted.wait().map_err(mount_failure)
+}
+
+/// What the second argument of `mount` names. A VM's name may hold an `@`, so a VM of that name goes first.
+fn shown(tenant: &Tenant, only: Option<&str>) -> Result<Shown, Failure> {
+    let Some(text) = only else { return Ok(Shown::All) };
+    if let Ok(vm) = VmName::new(text)
+        && tenant.chain(&vm)?.last() > 0
+    {
+        return Ok(Shown::Vm(vm));
+    }
+    if !text.contains('@') {
+        let vm = VmName::new(text).map_err(|e| Failure::of(Status::Usage, &e))?;
+        return Err(VaultError::NoVm { vm }.into());
+    }
+    let point = tenant.resolve(&PointSpec::parse(text)?)?;
+    Ok(Shown::Point(point.manifest.vm, point.manifest.number))
+}
+
+fn mount_failure(error: MountError) -> Failure {
+    let status = match &error {
+        MountError::NotAFolder { .. } => Status::Usage,
+        MountError::Mountpoint { .. }
+        | MountError::Mounted { .. }
+        | MountError::Mount { .. }
+        | MountError::Start(_)
+        | MountError::Session { .. } => Status::Failed,
+    };
+    Failure::of(status, &error)
+}
+
+/// Ends a mount.
+pub(crate) fn unmount(mountpoint: &Path) -> Result<(), Failure> {
+    umount::umount(mountpoint).map_err(|error| Failure::of(Status::Failed, &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_parsed() {
+        assert_eq!(parse_size("256M"), Ok(256 << 20));
+        assert_eq!(parse_size("1GiB"), Ok(1 << 30));
+        assert_eq!(parse_size("4096"), Ok(4096));
+        for bad in ["", "M", "12T", "-1", "99999999999999999999", "99999999999G"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+}
