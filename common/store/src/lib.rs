@@ -78,6 +78,8 @@ pub enum StoreError {
     TooLong { key: String, length: u64, limit: usize },
     #[error("{key} ends at byte {length}, before byte {wanted}; it is cut off")]
     Short { key: String, length: u64, wanted: u64 },
+    #[error("{0} is no regular file")]
+    NotAFile(String),
     #[error("no space left for {0}; free some on the file system of the vault")]
     Full(String),
     #[error("can't {action} {key}: {source}")]
@@ -88,7 +90,8 @@ impl StoreError {
     /// The key of the object that it is about.
     pub fn key(&self) -> &str {
         match self {
-            StoreError::NotFound(key) | StoreError::Exists(key) | StoreError::Full(key) => key,
+            StoreError::NotFound(key) | StoreError::NotAFile(key) => key,
+            StoreError::Exists(key) | StoreError::Full(key) => key,
             StoreError::TooLong { key, .. } | StoreError::Short { key, .. } | StoreError::Io { key, .. } => key,
         }
     }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use lru::LruCache;
 use parking_lot::Mutex;
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use crate::{Entry, Store, StoreError, Upload};
@@ -47,8 +47,7 @@ impl Local {
         if let Some(file) = self.open.lock().get(key) {
             return Ok(file.clone());
         }
-        let path = self.shared.path(key)?;
-        let file = Arc::new(File::open(path).map_err(|e| io_error(key, "open", e))?);
+        let file = Arc::new(self.shared.open(key)?);
         self.open.lock().put(key.to_owned(), file.clone());
         Ok(file)
     }
@@ -63,6 +62,17 @@ impl Shared {
             return Err(StoreError::Io { key: key.into(), action: "use", source });
         }
         Ok(self.root.join(key))
+    }
+
+    /// Opens an object. Whoever else can write to the folder may have put something in its place whose opening or reading
+    /// would never end, such as a pipe.
+    fn open(&self, key: &str) -> Result<File, StoreError> {
+        let path = self.path(key)?;
+        let file = open_at_once(&path).map_err(|e| io_error(key, "open", e))?;
+        match file.metadata().map_err(|e| io_error(key, "read", e))?.is_file() {
+            true => Ok(file),
+            false => Err(StoreError::NotAFile(key.into())),
+        }
     }
 
     /// Makes a folder, with those above it, and their entries durable.
@@ -105,12 +115,21 @@ impl Shared {
     }
 }
 
+/// Opens to read without waiting for a writer, should it be a pipe. Regular files don't know the difference.
+fn open_at_once(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path)
+}
+
 fn io_error(key: &str, action: &'static str, source: io::Error) -> StoreError {
     match source.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => StoreError::NotFound(key.into()),
         io::ErrorKind::AlreadyExists => StoreError::Exists(key.into()),
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StoreError::Full(key.into()),
-        _ => StoreError::Io { key: key.into(), action, source },
+        _ => match Errno::from_io_error(&source) {
+            // A link to itself, a socket, a device that is not there.
+            Some(Errno::LOOP | Errno::NXIO | Errno::NODEV) => StoreError::NotAFile(key.into()),
+            _ => StoreError::Io { key: key.into(), action, source },
+        },
     }
 }
 
@@ -125,7 +144,7 @@ fn short_or_io(key: &str, file: &File, wanted: u64, source: io::Error) -> StoreE
 
 impl Store for Local {
     fn get(&self, key: &str, limit: usize) -> Result<Vec<u8>, StoreError> {
-        let file = File::open(self.shared.path(key)?).map_err(|e| io_error(key, "open", e))?;
+        let file = self.shared.open(key)?;
         let length = file.metadata().map_err(|e| io_error(key, "read", e))?.len();
         let size = usize::try_from(length).ok().filter(|&size| size <= limit);
         let size = size.ok_or_else(|| StoreError::TooLong { key: key.into(), length, limit })?;
@@ -205,7 +224,7 @@ impl Store for Local {
         for entry in self.list(TMP)? {
             let path = self.shared.root.join(TMP).join(&entry.name);
             // Whoever still writes holds the lock; what can't be opened or removed now is left for the next sweep.
-            let Ok(file) = File::open(&path) else { continue };
+            let Ok(file) = open_at_once(&path) else { continue };
             if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
                 let _ = std::fs::remove_file(&path);
             }
@@ -321,6 +340,23 @@ mod tests {
         assert!(!abandoned.exists());
         upload.finish().unwrap();
         assert_eq!(store.get("k", 1).unwrap(), b"x");
+    }
+
+    #[test]
+    fn what_is_no_regular_file_is_no_object_and_never_waited_for() {
+        let (folder, store) = store();
+        store.create("a/b", b"x").unwrap();
+        let root = folder.path().join("vault");
+        rustix::fs::mknodat(rustix::fs::CWD, root.join("pipe"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, root.join("tmp/pipe"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        std::os::unix::fs::symlink(root.join("loop"), root.join("loop")).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", root.join("zero")).unwrap();
+        for key in ["a", "pipe", "loop", "zero"] {
+            assert!(matches!(store.get(key, 9), Err(StoreError::NotAFile(_))), "{key}");
+            assert!(matches!(store.read_at(key, 0, &mut [0]), Err(StoreError::NotAFile(_))), "{key}");
+            assert!(matches!(store.read_tail(key, 9), Err(StoreError::NotAFile(_))), "{key}");
+        }
+        store.sweep().unwrap();
     }
 
     #[test]

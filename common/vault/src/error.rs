@@ -87,7 +87,8 @@ impl VaultError {
                 reseal_kms::Class::Failed => Class::Failed,
             },
             VaultError::Store(error) => match error {
-                StoreError::NotFound(_) | StoreError::TooLong { .. } | StoreError::Short { .. } => Class::Damaged,
+                StoreError::NotFound(_) | StoreError::NotAFile(_) => Class::Damaged,
+                StoreError::TooLong { .. } | StoreError::Short { .. } => Class::Damaged,
                 StoreError::Exists(_) | StoreError::Full(_) => Class::Failed,
                 StoreError::Io { .. } => Class::Unreachable,
             },
@@ -105,7 +106,10 @@ impl VaultError {
         match self {
             VaultError::Damaged { object, .. } | VaultError::Missing { object, .. } => Some(object),
             VaultError::Store(
-                StoreError::NotFound(key) | StoreError::TooLong { key, .. } | StoreError::Short { key, .. },
+                StoreError::NotFound(key)
+                | StoreError::NotAFile(key)
+                | StoreError::TooLong { key, .. }
+                | StoreError::Short { key, .. },
             ) => Some(key),
             _ => None,
         }

@@ -1,0 +1,167 @@
+//! The document: docs/BENCHMARKS.md, written anew by each full run.
+
+use std::fmt::Write;
+
+use crate::plan::Plan;
+use crate::samples::{Quantity, Samples, Spread, Tool};
+use crate::targets::{self, Against, Target};
+use crate::{Result, host};
+
+pub(crate) fn write(plan: &Plan, samples: &Samples) -> Result<()> {
+    let text = document(plan, samples)?;
+    let output = plan.output(samples);
+    if let Some(folder) = output.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    std::fs::write(&output, text)?;
+    eprintln!("bench: wrote {}", output.display());
+    Ok(())
+}
+
+fn document(plan: &Plan, samples: &Samples) -> Result<String> {
+    let mut text = String::from(INTRODUCTION);
+    writeln!(text, "Taken on {}. The machine: {}.\n", host::today(), host::describe(&plan.work))?;
+    if samples.idle_percent < crate::BUSY {
+        let idle = samples.idle_percent;
+        writeln!(
+            text,
+            "**The machine was busy with something else** (at worst {idle:.0} % idle before a turn): take it again.\n"
+        )?;
+    }
+    text.push_str("## Targets\n\n| quantity | must reach | measured | |\n| --- | --- | --- | --- |\n");
+    for target in targets::all() {
+        let verdict = target.judge(samples);
+        let measured = verdict.measured.as_deref().unwrap_or("");
+        writeln!(text, "| {} | {} | {measured} | {} |", title(target.quantity), verdict.bound, verdict.state())?;
+    }
+    tools(&mut text, samples)?;
+    disk(&mut text, samples)?;
+    for (quantity, title, unit, digits) in Quantity::PRINTED {
+        table(&mut text, samples, quantity, title, (unit, digits))?;
+    }
+    memory(&mut text, samples)?;
+    text.push_str(METHOD);
+    Ok(text)
+}
+
+fn title(quantity: Quantity) -> &'static str {
+    Quantity::PRINTED.iter().find(|(printed, ..)| *printed == quantity).map_or("", |(_, title, ..)| title)
+}
+
+fn tools(text: &mut String, samples: &Samples) -> Result<()> {
+    text.push_str("\n## Tools\n\n| name here | what it is |\n| --- | --- |\n");
+    for tool in &samples.tools {
+        let reason =
+            tool.left_out.as_deref().map(|reason| format!("left out: {}", reason.lines().next().unwrap_or_default()));
+        let parts: Vec<&str> = [Some(tool.about.as_str()), reason.as_deref()]
+            .into_iter()
+            .flatten()
+            .filter(|part| !part.is_empty())
+            .collect();
+        writeln!(text, "| {} | {} |", tool.name, parts.join("; "))?;
+    }
+    Ok(())
+}
+
+fn disk(text: &mut String, samples: &Samples) -> Result<()> {
+    text.push_str("\n## The disk\n\nA bootable Debian 12 with a database, made by `tests/scripts/debian-disk.sh`, and two days of changes:\n\n");
+    for line in samples.disks.lines() {
+        writeln!(text, "- {line}")?;
+    }
+    writeln!(text, "- the recorded boot of day 2: {}", samples.trace)?;
+    Ok(())
+}
+
+fn table(
+    text: &mut String,
+    samples: &Samples,
+    quantity: Quantity,
+    title: &str,
+    (unit, digits): (&str, usize),
+) -> Result<()> {
+    let measured: Vec<(&Tool, Spread)> =
+        samples.tools.iter().filter_map(|tool| Some((tool, tool.spread(quantity)?))).collect();
+    if measured.is_empty() {
+        return Ok(());
+    }
+    let heading = if title.starts_with('…') { "" } else { "## " };
+    writeln!(
+        text,
+        "\n{heading}{title}\n\n| | median, {unit} | least to most (samples) | reseal is better by | target |\n| --- | --- | --- | --- | --- |"
+    )?;
+    let reseal = samples.median("reseal", quantity);
+    let targets = targets::all();
+    for (tool, spread) in measured {
+        let better =
+            reseal.filter(|_| tool.name != "reseal").map(|own| targets::advantage(quantity, own, spread.median));
+        writeln!(
+            text,
+            "| {} | {:.digits$} | {:.digits$} to {:.digits$} ({}) | {} | {} |",
+            tool.name,
+            spread.median,
+            spread.least,
+            spread.most,
+            spread.count,
+            better.map(|better| format!("{better:.2} ×")).unwrap_or_default(),
+            target_cell(&targets, samples, quantity, &tool.name),
+        )?;
+    }
+    Ok(())
+}
+
+fn target_cell(targets: &[Target], samples: &Samples, quantity: Quantity, tool: &str) -> String {
+    let concerns = |target: &&Target| {
+        target.quantity == quantity
+            && match target.against {
+                Against::Tool(other, _) => other == tool,
+                Against::Most(_) => tool == "reseal",
+            }
+    };
+    let Some(target) = targets.iter().find(concerns) else { return String::new() };
+    let verdict = target.judge(samples);
+    format!("{}: {}", verdict.bound, verdict.state())
+}
+
+fn memory(text: &mut String, samples: &Samples) -> Result<()> {
+    if samples.memory.is_empty() {
+        return Ok(());
+    }
+    text.push_str("\n## Peak memory of reseal by the size of the disk, MiB\n\n| disk | first backup | second, unchanged | mount, read all over |\n| --- | --- | --- | --- |\n");
+    for case in &samples.memory {
+        writeln!(
+            text,
+            "| {} | {:.0} | {:.0} | {:.0} |",
+            case.disk, case.backup_mib, case.second_backup_mib, case.mount_mib
+        )?;
+    }
+    Ok(())
+}
+
+const INTRODUCTION: &str = "\
+# Benchmarks
+
+reseal beside the tools that users would pick instead. Written by `make bench`, which takes everything in one go: do not
+edit by hand.
+
+";
+
+const METHOD: &str = "
+## How it was taken
+
+All tools take their turns within each round, and each round begins with another tool; a figure is the median over the rounds.
+
+- **Backup**: into an empty repository, then day 1 and day 2 into the same; nothing says what changed. The source is in the page
+  cache. From the start of the program to its end. QEMU has no restore points: it converts day 2's disk once.
+- **Stored**: the lengths of all files of the repository, less their holes; local caches elsewhere are not counted.
+- **Mount**: day 2 is mounted anew for each reading, the whole page cache dropped before, the tool's program loaded again: repository
+  cold, program warm. From the start of the command until 512 bytes have been read from the disk in the mount.
+- **Sequential**: `dd bs=1M count=1000`.
+- **Random**: `fio --rw=randread --bs=4k --ioengine=psync --direct=0` over 1200 MiB for at most 6 s, no block twice; four readers have 300 MiB each.
+- **Boot**: the reads that the emulator made while day 2 booted to its login prompt, recorded once from the raw image below the guest's page
+  cache, replayed by one thread, one after the other, as fast as they are answered.
+- **Restore**: the newest point to a file, page cache dropped before; from the start of the program to its end, without a final sync. The first
+  round compares the file with the source.
+- **Peak memory**: the most that was ever resident: of a backup, of the program and what it started, the largest of the three; of a mount,
+  of the process that serves it, the largest of the four.
+- **null**: a FUSE file system of one file of constant bytes: the limit of every mount here.
+";

@@ -1,0 +1,113 @@
+//! The libraries under the programs: for what a command line can't show, such as single reads of a store.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use reseal_format::manifest::{Disk, Manifest};
+use reseal_format::names::{DiskName, TenantName, VmName};
+use reseal_kms::Keyring;
+use reseal_mountfs::disk::{DiskReader, Tools};
+use reseal_store::{Local, Store};
+use reseal_vault::heads::Heads;
+use reseal_vault::{Tenant, VaultError, Wait};
+use reseal_writer::BackupError;
+use reseal_writer::backup::{Backup, Encoding};
+use reseal_writer::source::Source;
+
+use crate::model::ReadDisk;
+use crate::site::Site;
+
+/// Bytes of cache that a reader of a test has.
+const CACHE: usize = 8 << 20;
+
+/// A name of a VM.
+pub fn vm(name: &str) -> VmName {
+    VmName::new(name).unwrap()
+}
+
+impl Site {
+    /// The vault as a store.
+    pub fn store(&self) -> Arc<dyn Store> {
+        Arc::new(Local::new(&self.vault))
+    }
+
+    /// Opens the tenant in this process.
+    pub fn tenant(&self) -> Arc<Tenant> {
+        self.tenant_in(self.store()).unwrap()
+    }
+
+    /// Opens the tenant in that store, which holds this site's vault.
+    pub fn tenant_in(&self, store: Arc<dyn Store>) -> Result<Arc<Tenant>, VaultError> {
+        let keyring = Keyring::open(&self.keyring, |_| Err(std::io::ErrorKind::NotFound.into()))?;
+        let name = TenantName::new("default").unwrap();
+        Ok(Arc::new(Tenant::open(store, "vault", &name, &keyring)?))
+    }
+
+    /// What this site remembers.
+    pub fn heads(&self, tenant: &Tenant) -> Heads {
+        Heads::new(&self.state, &tenant.keys().scope(), false)
+    }
+}
+
+/// Backs up one disk in this process. There is no lookup at `state`: one that a process opens stays open in it.
+pub fn backup(tenant: &Arc<Tenant>, heads: &Heads, name: &str, disk: &Path) -> Result<Manifest, BackupError> {
+    let backup = Backup {
+        tenant: tenant.clone(),
+        heads,
+        state: PathBuf::from("/dev/null/no-lookup"),
+        vm: vm(name),
+        disks: vec![(DiskName::new("disk-0").unwrap(), Source::open(disk, false)?)],
+        definition: None,
+        encoding: Encoding::DEFAULT,
+        workers: 2,
+        progress: &|_| {},
+    };
+    Ok(backup.run()?.0)
+}
+
+/// A disk of a restore point, read without FUSE.
+pub struct LibraryDisk {
+    reader: DiskReader,
+    disk: Disk,
+}
+
+impl LibraryDisk {
+    /// Opens a disk of a point.
+    pub fn open(tenant: &Arc<Tenant>, name: &str, number: u32, disk: &str) -> Result<LibraryDisk, VaultError> {
+        let point = tenant.point(&vm(name), number)?;
+        let found = point.manifest.disks.into_iter().find(|found| found.name.as_str() == disk);
+        Ok(LibraryDisk { reader: DiskReader::new(tenant.clone(), CACHE), disk: found.expect("the point has that disk") })
+    }
+
+    /// Reads a range, or tells why not.
+    pub fn try_read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), VaultError> {
+        self.reader.read(&self.disk, offset, bytes, Wait::May, &mut Tools::new())
+    }
+
+    /// The whole disk, which must be small.
+    pub fn all(&self) -> Result<Vec<u8>, VaultError> {
+        let mut bytes = vec![0xEE; usize::try_from(self.disk.length).unwrap()];
+        self.try_read(0, &mut bytes)?;
+        Ok(bytes)
+    }
+}
+
+impl ReadDisk for LibraryDisk {
+    fn length(&self) -> u64 {
+        self.disk.length
+    }
+
+    fn extents(&self) -> Vec<(u64, u64)> {
+        let mut extents = Vec::new();
+        let mut at = 0;
+        while let Some(start) = self.reader.next_data(&self.disk, at).unwrap().filter(|&start| start < self.disk.length) {
+            at = self.reader.next_hole(&self.disk, start).unwrap();
+            extents.push((start, at));
+        }
+        extents
+    }
+
+    fn read(&self, offset: u64, bytes: &mut [u8]) {
+        self.try_read(offset, bytes).unwrap();
+    }
+}

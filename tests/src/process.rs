@@ -1,0 +1,188 @@
+//! Running programs: with an end, whatever they do, and with the memory that they took.
+
+use std::io::Read;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// Longest that one command may take: what takes longer hangs.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// One of this workspace's programs, which lie in the folder above the test's own.
+pub fn program(name: &str) -> PathBuf {
+    let own = std::env::current_exe().unwrap();
+    let path = own.ancestors().nth(2).unwrap().join(name);
+    assert!(path.exists(), "{} is missing: run `cargo build --workspace` first", path.display());
+    path
+}
+
+/// A program that has ended.
+#[derive(Debug)]
+pub struct Run {
+    /// What was run, for messages.
+    pub line: String,
+    /// Exit status; `None` if a signal ended it.
+    pub status: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+    /// Most memory that it had at once. Not less than this process had when it started it, for the kernel counts that.
+    pub peak_kib: u64,
+}
+
+/// A program that is running.
+pub struct Running {
+    child: Child,
+    line: String,
+    stdout: JoinHandle<Vec<u8>>,
+    stderr: JoinHandle<Vec<u8>>,
+}
+
+fn drain(mut from: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = from.read_to_end(&mut bytes);
+        bytes
+    })
+}
+
+/// Starts a program without input. Should this process be killed, so is it.
+pub fn start(command: &mut Command) -> Running {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap_or_else(|e| panic!("can't start {command:?}: {e}"));
+    let stdout = drain(child.stdout.take().unwrap());
+    let stderr = drain(child.stderr.take().unwrap());
+    let words: Vec<_> = command.get_args().map(|word| word.to_string_lossy().into_owned()).collect();
+    Running { child, line: words.join(" "), stdout, stderr }
+}
+
+/// Runs a program to its end.
+pub fn run(command: &mut Command) -> Run {
+    start(command).wait()
+}
+
+impl Running {
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Whether it has ended; that can still be waited for.
+    pub fn has_ended(&self) -> bool {
+        // SAFETY: all zeros are a valid `siginfo_t`.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+        // SAFETY: the pointer is to a variable of this function.
+        let result = unsafe { libc::waitid(libc::P_PID, self.child.id(), &raw mut info, flags) };
+        // SAFETY: the call has filled the structure as one of a child.
+        result == 0 && unsafe { info.si_pid() } != 0
+    }
+
+    /// Kills it without a chance to clean up, and waits for it.
+    pub fn kill(mut self) -> Run {
+        let _ = self.child.kill();
+        self.wait()
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    /// If it takes too long.
+    pub fn wait(mut self) -> Run {
+        let began = Instant::now();
+        let mut pause = Duration::from_micros(500);
+        let pid = i32::try_from(self.child.id()).unwrap();
+        let (status, usage) = loop {
+            let mut status = 0;
+            // SAFETY: all zeros are a valid `rusage`.
+            let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+            // SAFETY: both pointers are to variables of this function; the child is ours and was not waited for yet.
+            match unsafe { libc::wait4(pid, &raw mut status, libc::WNOHANG, &raw mut usage) } {
+                0 if began.elapsed() > LIMIT => {
+                    let _ = self.child.kill();
+                    panic!("`{}` hangs: it was ended after {} s", self.line, LIMIT.as_secs());
+                }
+                0 => thread::sleep(pause),
+                _ => break (status, usage),
+            }
+            pause = (pause * 2).min(Duration::from_millis(5));
+        };
+        let text = |bytes: JoinHandle<Vec<u8>>| String::from_utf8_lossy(&bytes.join().unwrap()).into_owned();
+        Run {
+            line: self.line,
+            status: libc::WIFEXITED(status).then(|| libc::WEXITSTATUS(status)),
+            stdout: text(self.stdout),
+            stderr: text(self.stderr),
+            peak_kib: u64::try_from(usage.ru_maxrss).unwrap(),
+        }
+    }
+}
+
+impl Run {
+    /// Checks the exit status; of several a command may have one.
+    #[track_caller]
+    pub fn expect(self, statuses: &[i32]) -> Run {
+        let wanted = self.status.is_some_and(|status| statuses.contains(&status));
+        assert!(wanted, "`{}` should end with one of {statuses:?}: {self:#?}", self.line);
+        self
+    }
+
+    /// Checks that it succeeded.
+    #[track_caller]
+    pub fn ok(self) -> Run {
+        self.expect(&[0])
+    }
+
+    /// Checks that it failed with that status, and said all of this.
+    #[track_caller]
+    pub fn fails(self, status: i32, said: &[&str]) -> Run {
+        let run = self.expect(&[status]);
+        for text in said {
+            assert!(run.stderr.contains(text), "`{}` should say {text:?}: {run:#?}", run.line);
+        }
+        run
+    }
+
+    /// Its output as one JSON document.
+    #[track_caller]
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|e| panic!("`{}` printed no JSON ({e}): {self:#?}", self.line))
+    }
+
+    /// Its output as JSON documents, one a line.
+    #[track_caller]
+    pub fn json_lines(&self) -> Vec<Value> {
+        self.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// All that it printed.
+    pub fn said(&self) -> String {
+        format!("{}{}", self.stdout, self.stderr)
+    }
+}
+
+/// Runs a program of the system that must succeed; its output.
+#[track_caller]
+pub fn system(program: &str, arguments: &[&str]) -> String {
+    run(Command::new(program).args(arguments)).ok().stdout
+}
+
+/// Sends a signal.
+pub fn signal(process: u32, signal: i32) {
+    // SAFETY: a call that takes two numbers.
+    unsafe { libc::kill(i32::try_from(process).unwrap(), signal) };
+}
+
+/// A command whose process dies with this one.
+pub fn bound_to_us(command: &mut Command) -> &mut Command {
+    // SAFETY: prctl is async-signal-safe and touches no memory.
+    unsafe {
+        command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        })
+    }
+}
