@@ -75,8 +75,6 @@ struct KnownVm {
     name: VmName,
     /// Times of points whose manifests were opened.
     times: Mutex<BTreeMap<u32, Timestamp>>,
-    /// Highest number that was checked against what this machine remembers.
-    checked: Mutex<Option<u32>>,
 }
 
 #[derive(Default)]
@@ -128,7 +126,7 @@ impl Catalog {
             return Some(index);
         }
         let index = VmIndex(u32::try_from(vms.in_order.len()).ok().filter(|&index| index < MAX_VMS)?);
-        let known = KnownVm { name: name.clone(), times: Mutex::default(), checked: Mutex::new(None) };
+        let known = KnownVm { name: name.clone(), times: Mutex::default() };
         vms.in_order.push(Arc::new(known));
         vms.by_name.insert(name.clone(), index);
         Some(index)
@@ -181,8 +179,7 @@ impl Catalog {
         let known = self.known(vm)?;
         // Taken before the listing: what appears while it is made may not be in it.
         let at = Instant::now();
-        let chain = self.tenant.chain(&known.name)?;
-        self.check(&known, &chain)?;
+        let chain = self.chain(&known)?;
         let live = chain.live().filter(|&number| match &self.shown {
             Shown::Point(_, only) => number == *only,
             Shown::All | Shown::Vm(_) => true,
@@ -192,15 +189,12 @@ impl Catalog {
         Ok(listed.live.clone())
     }
 
-    /// Holds a chain against what this machine has seen before; once for each new number.
-    fn check(&self, known: &KnownVm, chain: &Chain) -> Result<(), VaultError> {
-        let Some(heads) = &self.heads else { return Ok(()) };
-        let mut checked = known.checked.lock();
-        if *checked != Some(chain.last()) {
-            heads.check(&[(known.name.clone(), chain.last())])?;
-            *checked = Some(chain.last());
+    /// The numbers of a VM, held against what this machine has seen before.
+    fn chain(&self, known: &KnownVm) -> Result<Chain, VaultError> {
+        match &self.heads {
+            Some(heads) => heads.whole_chain(&self.tenant, &known.name),
+            None => self.tenant.chain(&known.name),
         }
-        Ok(())
     }
 
     /// A point, opened.
@@ -229,7 +223,8 @@ impl Catalog {
 
     /// The time of the newest point; `None` if the VM has none.
     pub fn latest(&self, vm: VmIndex) -> Result<Option<Timestamp>, VaultError> {
-        let newest = self.live(vm, Age::New, Wait::May)?.last().copied();
+        let known = self.known(vm)?;
+        let newest = self.tenant.newest(&known.name, &self.chain(&known)?)?;
         // If it is damaged that is an error: an older one under this name would be taken for it.
         newest.map(|number| self.time(vm, number, Wait::May)).transpose()
     }

@@ -90,6 +90,7 @@ fn vault_errno(error: &VaultError) -> Errno {
         VaultError::Damaged { .. } | VaultError::Missing { .. } | VaultError::Rollback { .. } => Errno::EIO,
         VaultError::NotAVault { .. }
         | VaultError::VaultExists { .. }
+        | VaultError::NotEmpty(_)
         | VaultError::NoTenant { .. }
         | VaultError::TenantExists { .. }
         | VaultError::LostRace { .. }

@@ -154,7 +154,7 @@ mod tests {
         for _ in 0..1000 {
             at = at.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             stream.waited();
-            assert!(stream.advance(at % DISK & !4095, 4096, DISK).is_empty());
+            assert!(stream.advance((at % DISK) & !4095, 4096, DISK).is_empty());
         }
         let stream = Stream::default();
         stream.waited();

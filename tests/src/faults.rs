@@ -18,6 +18,7 @@ pub enum Operation {
     Finish,
     List,
     Delete,
+    Settle,
     Sweep,
 }
 
@@ -152,6 +153,10 @@ impl Store for Watched {
 
     fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.shared.apply(Operation::Delete, key, || self.inner.delete(key))
+    }
+
+    fn settle(&self, folder: &str) -> Result<(), StoreError> {
+        self.shared.apply(Operation::Settle, folder, || self.inner.settle(folder))
     }
 
     fn sweep(&self) -> Result<(), StoreError> {

@@ -226,7 +226,8 @@ impl Thawed {
 
     /// Verifies every object of the tenant.
     pub fn verify(&self) -> Report {
-        let heads = Heads::new(&self.folder.path().join("state"), &self.tenant.keys().scope(), false);
-        Verify::new(self.tenant.clone(), &heads).run(&What::Everything, 2, |_| {}, &|_| {}).unwrap()
+        let state = self.folder.path().join("state");
+        let heads = Heads::new(&state, &self.tenant.keys().scope(), false);
+        Verify::new(self.tenant.clone(), &heads, &state).run(&What::Everything, 2, |_| {}, &|_| {}).unwrap()
     }
 }

@@ -62,7 +62,7 @@ pub fn backup(tenant: &Arc<Tenant>, heads: &Heads, name: &str, disk: &Path) -> R
         workers: 2,
         progress: &|_| {},
     };
-    Ok(backup.run()?.0)
+    Ok(backup.run()?.manifest)
 }
 
 /// A disk of a restore point, read without FUSE.
@@ -76,7 +76,10 @@ impl LibraryDisk {
     pub fn open(tenant: &Arc<Tenant>, name: &str, number: u32, disk: &str) -> Result<LibraryDisk, VaultError> {
         let point = tenant.point(&vm(name), number)?;
         let found = point.manifest.disks.into_iter().find(|found| found.name.as_str() == disk);
-        Ok(LibraryDisk { reader: DiskReader::new(tenant.clone(), CACHE), disk: found.expect("the point has that disk") })
+        Ok(LibraryDisk {
+            reader: DiskReader::new(tenant.clone(), CACHE),
+            disk: found.expect("the point has that disk"),
+        })
     }
 
     /// Reads a range, or tells why not.
@@ -100,7 +103,8 @@ impl ReadDisk for LibraryDisk {
     fn extents(&self) -> Vec<(u64, u64)> {
         let mut extents = Vec::new();
         let mut at = 0;
-        while let Some(start) = self.reader.next_data(&self.disk, at).unwrap().filter(|&start| start < self.disk.length) {
+        while let Some(start) = self.reader.next_data(&self.disk, at).unwrap().filter(|&start| start < self.disk.length)
+        {
             at = self.reader.next_hole(&self.disk, start).unwrap();
             extents.push((start, at));
         }

@@ -35,7 +35,8 @@ impl ModelDisk {
             let stop = ((page + 1) * PAGE).min(end);
             let content = self.pages.entry(page).or_insert_with(|| Arc::new(vec![0; size(PAGE)]));
             let content = Arc::make_mut(content);
-            content[size(at % PAGE)..][..size(stop - at)].copy_from_slice(&bytes[size(at - offset)..size(stop - offset)]);
+            content[size(at % PAGE)..][..size(stop - at)]
+                .copy_from_slice(&bytes[size(at - offset)..size(stop - offset)]);
             if content.iter().all(|&byte| byte == 0) {
                 self.pages.remove(&page);
             }

@@ -149,7 +149,8 @@ impl Run {
     /// Its output as one JSON document.
     #[track_caller]
     pub fn json(&self) -> Value {
-        serde_json::from_str(&self.stdout).unwrap_or_else(|e| panic!("`{}` printed no JSON ({e}): {self:#?}", self.line))
+        serde_json::from_str(&self.stdout)
+            .unwrap_or_else(|e| panic!("`{}` printed no JSON ({e}): {self:#?}", self.line))
     }
 
     /// Its output as JSON documents, one a line.

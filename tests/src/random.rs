@@ -45,9 +45,10 @@ impl Random {
     }
 }
 
-/// How much longer than usual tests run: `RESEAL_SOAK`, a factor, which `make soak` sets.
+/// How much longer than usual tests run: ten times for each unit of `RESEAL_SOAK`, which `make soak` sets.
 pub fn soak() -> u32 {
-    std::env::var("RESEAL_SOAK").ok().and_then(|factor| factor.parse().ok()).filter(|&factor| factor > 0).unwrap_or(1)
+    let units = std::env::var("RESEAL_SOAK").ok().and_then(|units| units.parse().ok()).unwrap_or(0);
+    (10 * units).max(1)
 }
 
 /// Seeds for so many rounds; more of them in a soak. They are fixed, so that a failure comes again.

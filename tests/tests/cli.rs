@@ -158,7 +158,9 @@ fn check_point_json(point: &Value) {
         assert!(point.get(field).is_some_and(is_right), "{field} of {point}");
     }
     for disk in point["disks"].as_array().unwrap() {
-        assert!(disk["name"].is_string() && disk["length"].is_u64() && disk["used"].is_u64() && disk["source"].is_string());
+        assert!(
+            disk["name"].is_string() && disk["length"].is_u64() && disk["used"].is_u64() && disk["source"].is_string()
+        );
     }
     for field in ["read", "changed", "new", "stored", "duration_ms"] {
         assert!(point["stats"][field].is_u64(), "{field} of {point}");

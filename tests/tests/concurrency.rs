@@ -20,9 +20,11 @@ fn ten_backups_of_one_tenant_at_once_all_succeed() {
     const SHARED: usize = 4 << 20;
     let site = Site::new();
     // All share a part, as clones of a template do.
-    let disks: Vec<_> = (0..10).map(|n| write_disk(&site, &format!("{n}.raw"), &[(1, SHARED), (100 + n, 2 << 20)])).collect();
+    let disks: Vec<_> =
+        (0..10).map(|n| write_disk(&site, &format!("{n}.raw"), &[(1, SHARED), (100 + n, 2 << 20)])).collect();
     for round in 1..=2 {
-        let start = |(n, disk): (usize, &PathBuf)| site.start(["backup", "--json", &format!("vm-{n}"), disk.to_str().unwrap()]);
+        let start =
+            |(n, disk): (usize, &PathBuf)| site.start(["backup", "--json", &format!("vm-{n}"), disk.to_str().unwrap()]);
         let running: Vec<_> = disks.iter().enumerate().map(start).collect();
         for running in running {
             let point = running.wait().ok().json();
@@ -75,7 +77,11 @@ fn of_many_that_init_one_vault_one_wins() {
     for _ in 0..5 {
         let site = Site::bare();
         let running: Vec<_> = (0..6).map(|_| site.start(["init", "--no-recovery"])).collect();
-        let won = running.into_iter().filter(|_| true).map(|one| one.wait().expect(&[0, 1])).filter(|run| run.status == Some(0));
+        let won = running
+            .into_iter()
+            .filter(|_| true)
+            .map(|one| one.wait().expect(&[0, 1]))
+            .filter(|run| run.status == Some(0));
         assert_eq!(won.count(), 1);
         let disk = write_disk(&site, "d.raw", &[(1, 100_000)]);
         site.backup("vm", &disk);

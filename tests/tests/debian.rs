@@ -63,7 +63,7 @@ fn file_systems_in_the_mount_are_whole_and_their_files_are_read() {
         assert!(!checked.contains("WARNING") && !checked.contains("errors"), "{checked}");
         assert_eq!(system("debugfs", &["-R", "cat /etc/hostname", &device]), "reseal-test\n");
         let original_device = format!("{}{PARTITION}", original.display());
-        for command in ["ls -l /etc", "stat /boot/extlinux/extlinux.conf", "cat /etc/os-release"] {
+        for command in ["ls -l /etc", "stat /boot/extlinux/extlinux.conf", "cat /usr/lib/os-release"] {
             let [found, wanted] = [&device, &original_device].map(|device| system("debugfs", &["-R", command, device]));
             assert!(found == wanted && !found.is_empty(), "{command}: {found}");
         }

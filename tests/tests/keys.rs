@@ -129,7 +129,8 @@ fn a_sealed_keyring_opens_with_its_passphrase_only() {
     assert!(!fs::read_to_string(&site.keyring).unwrap().contains("default-"), "names of keys are sealed too");
     site.reseal(["list"]).fails(1, &[site.keyring.to_str().unwrap(), "passphrase"]);
     let wrong = passphrase(&site, "wrong", "correct horse ");
-    site.reseal(["list", option, wrong.to_str().unwrap()]).fails(1, &["wrong passphrase", site.keyring.to_str().unwrap()]);
+    site.reseal(["list", option, wrong.to_str().unwrap()])
+        .fails(1, &["wrong passphrase", site.keyring.to_str().unwrap()]);
     site.reseal(["list", option, "/nonexistent"]).fails(1, &["/nonexistent"]);
     site.reseal(["list", option, right]).ok();
     let mut command = site.command("reseal", ["list"]);
@@ -206,7 +207,8 @@ fn a_kit_is_not_written_over_a_file_or_into_the_vault() {
     let inside = site.vault.join("kit.age");
     site.reseal(["init", "--recovery", inside.to_str().unwrap(), option, secret]).fails(2, &["inside the vault"]);
     site.reseal(["init", "--recovery", "/nonexistent/kit.age", option, secret]).fails(2, &["/nonexistent"]);
-    site.reseal(["init", "--recovery", site.path("new.age").to_str().unwrap(), option, "/nonexistent"]).fails(2, &["/nonexistent"]);
+    site.reseal(["init", "--recovery", site.path("new.age").to_str().unwrap(), option, "/nonexistent"])
+        .fails(2, &["/nonexistent"]);
     assert!(!site.vault.exists() && !site.keyring.exists(), "nothing was made");
     assert_eq!(fs::read(kit).unwrap(), b"precious");
 }

@@ -24,11 +24,9 @@ fn within_bounds(site: &Site, disk: &std::path::Path, reads: &[(u64, usize)]) {
     let file = DiskFile::open(disk);
     for _ in 0..2 {
         let run = site.reseal(["backup", "vm", disk.to_str().unwrap()]).ok();
-        eprintln!("backup: {} MiB", run.peak_kib >> 10);
         assert!(run.peak_kib < BACKUP, "the backup took {} MiB", run.peak_kib >> 10);
     }
     let run = site.reseal(["verify"]).ok();
-    eprintln!("verify: {} MiB", run.peak_kib >> 10);
     assert!(run.peak_kib < BACKUP, "the verification took {} MiB", run.peak_kib >> 10);
     let cache = 64;
     let mounted = Mounted::new(site, "mnt", &["--cache-size", &format!("{cache}M")]);
@@ -41,7 +39,6 @@ fn within_bounds(site: &Site, disk: &std::path::Path, reads: &[(u64, usize)]) {
         assert!(found == wanted, "at byte {at}");
     }
     let peak = peak_kib(mounted.process());
-    eprintln!("mount: {} MiB", peak >> 10);
     assert!(peak < MOUNT + cache * 1024, "the mount took {} MiB", peak >> 10);
     drop(shown);
     mounted.umount(site).ok();
@@ -73,7 +70,7 @@ fn a_sparse_disk_of_sixteen_tebibytes_takes_little() {
 fn a_full_disk_of_a_gibibyte_takes_no_more() {
     let site = Site::new();
     let disk = site.disk("full.raw");
-    let length = (1u64 << 30) * u64::from(soak());
+    let length = (1u64 << 30) * u64::from(soak().min(8));
     let file = DiskFile::create(&disk, length);
     let mut random = Random::new(2);
     let mut chunk = vec![0; 1 << 20];

@@ -21,19 +21,45 @@ const LEAF: u64 = 1024 * CLUSTER;
 /// Something that happens between two backups, or one. Numbers are taken modulo what there is.
 #[derive(Debug, Clone)]
 enum Step {
-    Write { disk: usize, at: u64, length: usize, seed: u64 },
+    Write {
+        disk: usize,
+        at: u64,
+        length: usize,
+        seed: u64,
+    },
     /// The same content as elsewhere on the disk.
-    Copy { disk: usize, from: u64, to: u64 },
+    Copy {
+        disk: usize,
+        from: u64,
+        to: u64,
+    },
     /// Zeros are written, which is no hole of the file.
-    WriteZeros { disk: usize, at: u64, length: usize },
-    Punch { disk: usize, at: u64, length: u64 },
-    Resize { disk: usize, length: u64 },
-    AddDisk { length: u64 },
-    RemoveDisk { disk: usize },
+    WriteZeros {
+        disk: usize,
+        at: u64,
+        length: usize,
+    },
+    Punch {
+        disk: usize,
+        at: u64,
+        length: u64,
+    },
+    Resize {
+        disk: usize,
+        length: u64,
+    },
+    AddDisk {
+        length: u64,
+    },
+    RemoveDisk {
+        disk: usize,
+    },
     Backup,
     /// The local lookup is lost, or its file is filled with garbage.
     LoseLookup,
-    DamageLookup { seed: u64 },
+    DamageLookup {
+        seed: u64,
+    },
 }
 
 /// Lengths that are awkward in one way or another, and sparse beyond the first leaf, and one beyond the first node.
@@ -162,7 +188,8 @@ impl Life {
         let disks: Vec<_> = self.disks.iter().map(|(name, (path, _))| (name.clone(), path.clone())).collect();
         let point = self.site.backup_disks("vm", &disks);
         assert_eq!(point["number"], self.points.len() + 1);
-        let models: BTreeMap<_, _> = self.disks.iter().map(|(name, (_, model))| (name.clone(), model.clone())).collect();
+        let models: BTreeMap<_, _> =
+            self.disks.iter().map(|(name, (_, model))| (name.clone(), model.clone())).collect();
         for shown in point["disks"].as_array().unwrap() {
             let model = &models[shown["name"].as_str().unwrap()];
             assert_eq!(shown["length"], model.length);

@@ -32,7 +32,8 @@ impl Marker {
     fn found_below(&self, folder: &Path) -> Vec<String> {
         let pieces: std::collections::HashSet<&[u8]> = self.0.windows(PIECE).collect();
         let holds = |bytes: &[u8]| bytes.windows(PIECE).any(|window| pieces.contains(window));
-        let is_found = |path: &std::path::PathBuf| holds(&fs::read(path).unwrap()) || holds(path.as_os_str().as_encoded_bytes());
+        let is_found =
+            |path: &std::path::PathBuf| holds(&fs::read(path).unwrap()) || holds(path.as_os_str().as_encoded_bytes());
         files_below(folder).into_iter().filter(is_found).map(|path| path.display().to_string()).collect()
     }
 }

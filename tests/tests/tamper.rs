@@ -63,7 +63,9 @@ fn flipped_bytes_of_sealed_objects_are_reported() {
     let mut random = Random::new(1);
     for key in victim.sealed() {
         let length = victim.read(&key).len();
-        for (region, from, to) in SEALED.into_iter().chain([("content", 128, length - 16), ("tag", length - 16, length)]) {
+        for (region, from, to) in
+            SEALED.into_iter().chain([("content", 128, length - 16), ("tag", length - 16, length)])
+        {
             flip_region(&victim, &key, region, from, to, &mut random);
         }
     }

@@ -98,8 +98,8 @@ impl<'a> Assembler<'a> {
 
 /// Takes results in any order and adds them in the order of the disk.
 pub(crate) struct InOrder<'a, 'b> {
-    pub assembler: &'a mut Assembler<'b>,
-    pub index: IndexWriter<'a>,
+    assembler: &'a mut Assembler<'b>,
+    index: IndexWriter<'a>,
     next: u64,
     early: BTreeMap<u64, Done>,
 }
@@ -107,6 +107,11 @@ pub(crate) struct InOrder<'a, 'b> {
 impl<'a, 'b> InOrder<'a, 'b> {
     pub(crate) fn new(assembler: &'a mut Assembler<'b>, index: IndexWriter<'a>) -> InOrder<'a, 'b> {
         InOrder { assembler, index, next: 0, early: BTreeMap::new() }
+    }
+
+    /// What it was made of, when every result was taken.
+    pub(crate) fn finish(self) -> Result<(&'a mut Assembler<'b>, IndexWriter<'a>), BackupError> {
+        if self.early.is_empty() { Ok((self.assembler, self.index)) } else { Err(BackupError::Thread) }
     }
 
     /// Takes a result; how many units could be added because of it.

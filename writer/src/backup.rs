@@ -1,5 +1,6 @@
 //! A backup from its sources to its manifest.
 
+use std::collections::{BTreeSet, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -10,21 +11,23 @@ use reseal_format::layout::MAX_NUMBER;
 use reseal_format::manifest::{Definition, Disk, MAX_TEXT, Manifest, Parent, Stats};
 use reseal_format::names::{DiskName, VmName};
 use reseal_format::time::Timestamp;
-use reseal_vault::heads::{Heads, tenant_folder};
-use reseal_vault::{Packs, Tenant, Tree, VaultError, random};
+use reseal_vault::heads::Heads;
+use reseal_vault::{PackFile, Packs, Tenant, Tree, VaultError, random};
 
 use crate::BackupError;
 use crate::assemble::Assembler;
 use crate::finisher::Finisher;
 use crate::known::Known;
-use crate::lookup::Lookup;
+use crate::lookup::{Lookup, lookup_folder};
 use crate::pipeline::Job;
 use crate::source::Source;
 pub use crate::worker::Encoding;
 
 /// Bytes of pack tables and of index nodes that a backup keeps.
-const TABLES: usize = 48 << 20;
+const TABLES: usize = 128 << 20;
 const NODES: usize = 16 << 20;
+/// How far the newest point may be ahead of the clock before it is worth a warning.
+const MAX_AHEAD_MS: i64 = 60_000;
 
 /// What to back up, and how.
 pub struct Backup<'a> {
@@ -41,6 +44,16 @@ pub struct Backup<'a> {
     pub progress: &'a (dyn Fn(u64) + Sync),
 }
 
+/// A restore point that was made.
+#[derive(Debug)]
+pub struct Backed {
+    pub manifest: Manifest,
+    /// Digest of the manifest's plaintext.
+    pub digest: Digest,
+    /// Why this machine could not remember it, if so.
+    pub not_remembered: Option<VaultError>,
+}
+
 /// What the chain says about the next point.
 struct Position {
     number: u32,
@@ -53,11 +66,15 @@ struct Position {
 
 impl Backup<'_> {
     /// Makes one restore point.
-    pub fn run(self) -> Result<(Manifest, Digest), BackupError> {
+    pub fn run(self) -> Result<Backed, BackupError> {
         let began = Instant::now();
         self.tenant.store().sweep().map_err(VaultError::from)?;
-        let position = self.position()?;
-        let known = Arc::new(self.known()?);
+        let position = self.position().map_err(|e| match e {
+            BackupError::Vault(source) if source.damaged_object().is_some() => BackupError::Newest { source },
+            other => other,
+        })?;
+        let (known, no_lookup) = self.known()?;
+        let known = Arc::new(known);
         let finisher = Finisher::new(known.clone());
         let mut assembler = Assembler::new(self.tenant.clone(), &finisher);
         let mut disks = Vec::with_capacity(self.disks.len());
@@ -71,7 +88,13 @@ impl Backup<'_> {
         }
         assembler.close()?;
         let counted = assembler.counted;
-        let warnings = self.warnings()?;
+        let mut warnings = self.warnings()?;
+        warnings.extend(no_lookup);
+        let clock = now()?;
+        let created = clock.max(Timestamp(position.not_before.0 + 1));
+        if created.0 - clock.0 > MAX_AHEAD_MS {
+            warnings.push(format!("this machine's clock says {clock}, but the restore point before this one is later"));
+        }
         let stored = finisher.wait()?;
         let stats = Stats {
             read: counted.read,
@@ -85,7 +108,7 @@ impl Backup<'_> {
             vm_id: position.vm_id,
             number: position.number,
             point_id: PointId::from_bytes(random()?),
-            created: now()?.max(Timestamp(position.not_before.0 + 1)),
+            created,
             parent: position.parent,
             disks,
             definition: self.definition,
@@ -93,13 +116,13 @@ impl Backup<'_> {
             warnings,
         };
         let digest = self.tenant.commit(&manifest)?;
-        self.heads.remember(self.tenant.keys().record_generation(), &[(self.vm, manifest.number)])?;
-        Ok((manifest, digest))
+        // The point exists, whatever becomes of the memory of it.
+        let remembered = self.heads.remember(self.tenant.keys().record_generation(), &[(self.vm, manifest.number)]);
+        Ok(Backed { manifest, digest, not_remembered: remembered.err() })
     }
 
     fn position(&self) -> Result<Position, BackupError> {
-        let chain = self.tenant.chain(&self.vm)?;
-        self.heads.check(&[(self.vm.clone(), chain.last())])?;
+        let chain = self.heads.whole_chain(&self.tenant, &self.vm)?;
         let newest = match self.tenant.newest(&self.vm, &chain)? {
             Some(number) => Some(self.tenant.point(&self.vm, number)?),
             None => None,
@@ -122,28 +145,35 @@ impl Backup<'_> {
         Ok(Position { number, vm_id, parent: Some(parent), disks, not_before })
     }
 
-    /// Opens what is known, and lets the lookup learn the packs that it does not know: those of other machines, and
-    /// those that an aborted backup left.
-    fn known(&self) -> Result<Known, BackupError> {
+    /// Opens what is known. A backup without a lookup is right, only larger, which is said.
+    fn known(&self) -> Result<(Known, Option<String>), BackupError> {
         let packs = Arc::new(Packs::new(self.tenant.clone(), TABLES));
         let tree = Tree::new(packs.clone(), NODES);
-        let folder = tenant_folder(&self.state, &self.tenant.keys().scope()).join("lookup");
-        // A backup without a lookup is right, only larger.
-        let lookup = Lookup::open(&folder).ok();
-        if let Some(lookup) = &lookup {
-            for pack in lookup.reconcile(&packs.list()?).unwrap_or_default() {
-                // A damaged pack is nothing to deduplicate against; `verify` reports it.
-                let Ok(handle) = packs.open_generation(pack.id, pack.generation) else { continue };
-                let ids = match handle.trailer().kind {
-                    Kind::DataPack => packs.read_ids(&handle),
-                    _ => Ok(Vec::new()),
-                };
-                if let Ok(ids) = ids {
-                    let _ = lookup.learn(pack.id, pack.generation, &ids);
-                }
+        let folder = lookup_folder(&self.state, &self.tenant.keys().scope());
+        let opened = Lookup::open(&folder).and_then(|lookup| Ok((lookup, lookup.damaged()?, lookup.packs()?)));
+        let (lookup, damaged, held) = match opened {
+            Ok(opened) => opened,
+            Err(e) => {
+                let folder = folder.display();
+                let warning = format!(
+                    "the lookup in {folder} can't be used ({e}): clusters that only other VMs have were stored again"
+                );
+                return Ok((Known { packs, tree, lookup: None, damaged: HashSet::new() }, Some(warning)));
             }
+        };
+        // What it held before the listing and is not in it is gone; what others learnt meanwhile is not.
+        let present = packs.list()?;
+        let names: BTreeSet<_> = present.iter().map(|pack| (pack.id, pack.generation)).collect();
+        let gone: Vec<_> = held.difference(&names).map(|(id, _)| *id).collect();
+        let unknown: Vec<_> = present.into_iter().filter(|pack| !held.contains(&(pack.id, pack.generation))).collect();
+        if !gone.is_empty() {
+            let _ = lookup.forget(gone.into_iter());
         }
-        Ok(Known { packs, tree, lookup })
+        packs.settle(&unknown)?;
+        for pack in unknown {
+            learn(&packs, &lookup, pack);
+        }
+        Ok((Known { packs, tree, lookup: Some(lookup), damaged }, None))
     }
 
     fn warnings(&self) -> Result<Vec<String>, BackupError> {
@@ -157,6 +187,20 @@ impl Backup<'_> {
             }
         }
         Ok(warnings)
+    }
+}
+
+/// Lets the lookup learn a pack that it does not know: one of another machine, or one that an aborted backup left.
+fn learn(packs: &Packs, lookup: &Lookup, pack: PackFile) {
+    // A damaged pack is nothing to deduplicate against; `verify` reports it.
+    let Ok(handle) = packs.open_generation(pack.id, pack.generation) else { return };
+    let ids = match handle.trailer().kind {
+        Kind::DataPack => packs.read_ids(&handle),
+        _ => Ok(Vec::new()),
+    };
+    if let Ok(ids) = ids {
+        // What it does not learn now, the next backup will.
+        let _ = lookup.learn(pack.id, pack.generation, &ids);
     }
 }
 

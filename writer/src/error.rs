@@ -21,6 +21,11 @@ pub enum BackupError {
     TooLarge { path: String, length: u64, max: u64 },
     #[error("{path} ended at byte {end}, though it had {length} bytes when the backup began; nothing was committed")]
     Shrank { path: String, end: u64, length: u64 },
+    #[error(
+        "{source}. The chain can't go on from there: put the object back from a copy of the vault, or back up under \
+         another VM name until then"
+    )]
+    Newest { source: VaultError },
     #[error("{0}")]
     Usage(String),
     #[error("a thread of the pipeline ended unexpectedly")]
@@ -33,6 +38,7 @@ impl From<BackupError> for Failure {
     fn from(error: BackupError) -> Failure {
         match error {
             BackupError::Vault(error) => error.into(),
+            BackupError::Newest { ref source } => Failure::new(source.class().into(), error.to_string()),
             BackupError::Source { ref source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 Failure::of(Status::Failed, &error)
             }

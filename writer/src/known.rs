@@ -1,9 +1,10 @@
 //! Have we got it? The parent's cluster at the same place first, then the tenant's other packs.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use reseal_format::geometry::ClusterIndex;
-use reseal_format::ids::BlobId;
+use reseal_format::ids::{BlobId, PackId};
 use reseal_format::index::{BlobRef, IndexNode};
 use reseal_format::manifest::Disk;
 use reseal_vault::{Packs, Tree, VaultError, Wait};
@@ -16,13 +17,16 @@ pub(crate) struct Known {
     pub tree: Tree,
     /// `None` where there is no lookup to be had: then only unchanged clusters are recognised.
     pub lookup: Option<Lookup>,
+    /// Blobs that a verification found damaged: their id table is right, but they are not.
+    pub damaged: HashSet<(PackId, u32)>,
 }
 
 impl Known {
-    /// Whether the blob there has that id. What can't be read is not known: it will be stored again, which also mends
-    /// what is damaged.
+    /// Whether the blob there has that id. What can't be read, or was found damaged, is not known: it will be stored
+    /// again, so that points from then on are whole.
     fn confirms(&self, place: BlobRef, id: &BlobId) -> bool {
-        matches!(self.packs.blob_id(place), Ok(Some(found)) if found == *id)
+        !self.damaged.contains(&(place.pack, place.ordinal))
+            && matches!(self.packs.blob_id(place), Ok(Some(found)) if found == *id)
     }
 
     /// A blob of that id in any pack of the tenant.

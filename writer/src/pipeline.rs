@@ -3,6 +3,8 @@
 //! At most `IN_FLIGHT` units are anywhere between plan and index, so memory does not depend on the disk. A stage that
 //! fails sends its error to the assembler; when that returns, the channels close and every thread ends.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use crossbeam_channel::{Receiver, Sender, bounded};
 use reseal_format::manifest::{Disk, Root};
 
@@ -16,6 +18,8 @@ use crate::worker::{Done, Encoding, Worker};
 
 /// Units of 1 MiB between plan and index for each worker: enough that none waits for a slow neighbour.
 const IN_FLIGHT: usize = 12;
+/// Units at once however many cores there are: memory is bounded.
+const MAX_IN_FLIGHT: usize = 128;
 
 /// How a disk is backed up.
 pub(crate) struct Job<'a> {
@@ -51,7 +55,8 @@ impl Job<'_> {
             Err(e) => return drop(results.send(Err(e))),
         };
         for unit in units {
-            let result = worker.work(unit);
+            // A panic must not leave the others waiting for this unit.
+            let result = catch_unwind(AssertUnwindSafe(|| worker.work(unit))).unwrap_or(Err(BackupError::Thread));
             let failed = result.is_err();
             if results.send(result).is_err() || failed {
                 return;
@@ -62,7 +67,7 @@ impl Job<'_> {
     /// Reads the disk and stores what is new of it; the root of its index, and how many clusters that maps.
     pub(crate) fn run(&self, assembler: &mut Assembler<'_>) -> Result<(Option<Root>, u64), BackupError> {
         std::thread::scope(|scope| {
-            let in_flight = IN_FLIGHT * self.workers;
+            let in_flight = (IN_FLIGHT * self.workers).min(MAX_IN_FLIGHT);
             let (ticket, tickets) = bounded(in_flight);
             let (unit, units) = bounded(in_flight);
             let (result, results) = bounded(in_flight);
@@ -82,7 +87,7 @@ impl Job<'_> {
                     let _ = tickets.recv();
                 }
             }
-            let InOrder { assembler, index, .. } = in_order;
+            let (assembler, index) = in_order.finish()?;
             let (finisher, nodes) = assembler.nodes();
             index.finish(nodes, finisher)
         })

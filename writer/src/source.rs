@@ -160,13 +160,25 @@ impl Source {
         };
         let start = match seek(&self.file, SeekFrom::Data(offset)) {
             Ok(start) => start,
-            Err(rustix::io::Errno::NXIO) => return Ok(None),
+            Err(rustix::io::Errno::NXIO) => return self.whole().map(|()| None),
             // Block devices, and file systems that do not tell: all is data.
             Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => return Ok(Some((offset, self.length))),
             Err(e) => return Err(failed(e)),
         };
         let end = seek(&self.file, SeekFrom::Hole(start)).map_err(failed)?;
         Ok((start < self.length).then(|| (start, end.min(self.length))))
+    }
+
+    /// An error if the file is shorter than when it was opened: what is gone must not count as a hole.
+    fn whole(&self) -> Result<(), BackupError> {
+        let end = match self.file.metadata() {
+            Ok(data) if data.is_file() => data.len(),
+            _ => return Ok(()),
+        };
+        match end < self.length {
+            true => Err(BackupError::Shrank { path: self.path.clone(), end, length: self.length }),
+            false => Ok(()),
+        }
     }
 
     /// Whether somebody has written to it since it was opened.
@@ -221,5 +233,6 @@ mod tests {
         assert!(source.changed().unwrap());
         file.set_len(5).unwrap();
         assert!(matches!(source.read_at(0, &mut [0; 10]), Err(BackupError::Shrank { end: 5, .. })));
+        assert!(matches!(source.next_data(1 << 20), Err(BackupError::Shrank { end: 5, .. })));
     }
 }

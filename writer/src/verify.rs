@@ -1,13 +1,14 @@
 //! Reads restore points, or everything of a tenant, back, and names what is damaged and which points that hurts.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 use reseal_format::ids::{Digest, PackId, VmId};
 use reseal_format::layout;
-use reseal_format::manifest::Note;
+use reseal_format::manifest::{Manifest, Note};
 use reseal_format::names::VmName;
 use reseal_format::seal::MAX_OBJECT;
 use reseal_vault::heads::Heads;
@@ -15,8 +16,9 @@ use reseal_vault::{PackFile, Packs, Point, State, Tenant, Tree, VaultError};
 use serde::Serialize;
 
 use crate::BackupError;
+use crate::lookup::{Lookup, lookup_folder};
 use crate::verify_pack::{Findings, PackVerifier};
-use crate::walk::{Collector, Ordinals, Tracer};
+use crate::walk::{Collector, Need, Tracer};
 
 /// Bytes of tables and nodes that a verification keeps.
 const TABLES: usize = 16 << 20;
@@ -60,6 +62,8 @@ pub struct Damage {
 pub struct Verify<'a> {
     tenant: Arc<Tenant>,
     heads: &'a Heads,
+    /// Folder for what this machine keeps.
+    state: PathBuf,
     packs: Arc<Packs>,
     tree: Tree,
     report: Report,
@@ -68,10 +72,11 @@ pub struct Verify<'a> {
 
 impl<'a> Verify<'a> {
     /// Prepares to verify.
-    pub fn new(tenant: Arc<Tenant>, heads: &'a Heads) -> Verify<'a> {
+    pub fn new(tenant: Arc<Tenant>, heads: &'a Heads, state: &Path) -> Verify<'a> {
         let packs = Arc::new(Packs::new(tenant.clone(), TABLES));
         let tree = Tree::new(packs.clone(), NODES);
-        Verify { tenant, heads, packs, tree, report: Report::default(), points: Vec::new() }
+        let (report, points) = (Report::default(), Vec::new());
+        Verify { tenant, heads, state: state.to_owned(), packs, tree, report, points }
     }
 
     /// Verifies on so many threads. `progress` is told how many bytes there are, and then of each that was read.
@@ -89,8 +94,14 @@ impl<'a> Verify<'a> {
         }
         let files = self.files(what, &collector)?;
         start(files.iter().map(|(file, _)| file.length).sum());
-        let findings = self.verify_packs(&files, threads, progress)?;
+        let everything = *what == What::Everything;
+        let findings = self.verify_packs(&files, everything, threads, progress)?;
+        self.remember(&files, &findings, everything);
         self.judge(&files, findings, &collector);
+        if !self.report.damaged.is_empty() {
+            // A store that went away while it was read is not damaged.
+            self.tenant.store().read_tail(layout::VAULT_FILE, 1).map_err(VaultError::from)?;
+        }
         Ok(self.report)
     }
 
@@ -109,12 +120,9 @@ impl<'a> Verify<'a> {
             What::Vm(vm) | What::Point(vm, _) => vec![vm.clone()],
         };
         for vm in vms {
-            let chain = self.tenant.chain(&vm)?;
-            match self.heads.check(&[(vm.clone(), chain.last())]) {
-                Err(e @ VaultError::Rollback { .. }) => {
-                    self.damage(layout::vm(self.tenant.name(), &vm), e.to_string(), Vec::new());
-                }
-                other => other?,
+            let (chain, rollback) = self.heads.chain(&self.tenant, &vm)?;
+            if let Some(e) = rollback {
+                self.damage(layout::vm(self.tenant.name(), &vm), e.to_string(), Vec::new());
             }
             if chain.last() == 0 && *what != What::Everything {
                 return Err(VaultError::NoVm { vm }.into());
@@ -161,7 +169,11 @@ impl<'a> Verify<'a> {
             State::Forgotten => match self.tenant.tombstone(vm, number) {
                 Ok(tombstone) => (tombstone.digest, tombstone.vm_id, tombstone.parent),
                 Err(e) => {
-                    self.damage(layout::tombstone(self.tenant.name(), vm, number), e.to_string(), Vec::new());
+                    // Where it is made up, the manifest that it hides is still there.
+                    let hidden = self.tenant.point(vm, number).ok();
+                    let hurts = hidden.iter().map(|_| name.clone()).collect();
+                    self.damage(layout::tombstone(self.tenant.name(), vm, number), e.to_string(), hurts);
+                    self.points.extend(hidden);
                     return Ok(None);
                 }
             },
@@ -169,7 +181,8 @@ impl<'a> Verify<'a> {
                 Ok(point) => {
                     let facts = (point.digest, point.manifest.vm_id, point.manifest.parent);
                     self.report.points += 1;
-                    self.points.push(point);
+                    // Definitions may be megabytes, and all points are kept.
+                    self.points.push(Point { manifest: Manifest { definition: None, ..point.manifest }, ..point });
                     facts
                 }
                 Err(e) => {
@@ -204,26 +217,27 @@ impl<'a> Verify<'a> {
         Ok(())
     }
 
-    /// The packs to verify: all there are, or those that the points need, then with which blobs.
+    /// The packs to verify, all there are or those that the points need, each with what is needed of it.
     fn files<'c>(
         &self,
         what: &What,
         collector: &'c Collector,
-    ) -> Result<Vec<(PackFile, Option<&'c Ordinals>)>, BackupError> {
+    ) -> Result<Vec<(PackFile, Option<&'c Need>)>, BackupError> {
         let mut present = self.packs.list()?;
         present.sort();
-        if *what == What::Everything {
-            return Ok(present.into_iter().map(|file| (file, None)).collect());
-        }
-        // Of each pack the newest generation, which is what a reader would end at.
-        let newest: BTreeMap<PackId, PackFile> = present.into_iter().map(|file| (file.id, file)).collect();
-        let needed = collector.needed.iter();
-        Ok(needed.filter_map(|(id, (_, only))| Some((*newest.get(id)?, Some(only)))).collect())
+        // Of each pack the newest generation is what a reader would end at.
+        let newest: BTreeMap<PackId, u32> = present.iter().map(|file| (file.id, file.generation)).collect();
+        let with_need = present.into_iter().map(|file| {
+            let need = collector.needed.get(&file.id).filter(|_| newest.get(&file.id) == Some(&file.generation));
+            (file, need)
+        });
+        Ok(with_need.filter(|(_, need)| need.is_some() || *what == What::Everything).collect())
     }
 
     fn verify_packs(
         &mut self,
-        files: &[(PackFile, Option<&Ordinals>)],
+        files: &[(PackFile, Option<&Need>)],
+        everything: bool,
         threads: usize,
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<BTreeMap<usize, Findings>, BackupError> {
@@ -232,12 +246,12 @@ impl<'a> Verify<'a> {
         let bytes = AtomicU64::new(0);
         let bad = Mutex::new(BTreeMap::new());
         let packs = &*self.packs;
-        let thread = || -> std::io::Result<()> {
-            let mut verifier = PackVerifier::new(packs)?;
+        let thread = || -> Result<(), BackupError> {
+            let mut verifier = PackVerifier::new(packs).map_err(|_| BackupError::Thread)?;
             loop {
                 let nth = next.fetch_add(1, Ordering::Relaxed);
-                let Some((file, only)) = files.get(nth) else { return Ok(()) };
-                let findings = verifier.verify(*file, *only);
+                let Some((file, need)) = files.get(nth) else { return Ok(()) };
+                let findings = verifier.verify(*file, *need, everything)?;
                 progress(file.length);
                 blobs.fetch_add(findings.good, Ordering::Relaxed);
                 bytes.fetch_add(findings.bytes, Ordering::Relaxed);
@@ -248,10 +262,8 @@ impl<'a> Verify<'a> {
         };
         std::thread::scope(|scope| {
             let threads: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(thread)).collect();
-            threads.into_iter().try_for_each(|thread| match thread.join() {
-                Ok(Ok(())) => Ok(()),
-                _ => Err(BackupError::Thread),
-            })
+            let results: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
+            results.into_iter().try_for_each(|result| result.unwrap_or(Err(BackupError::Thread)))
         })?;
         self.report.packs = files.len() as u64;
         self.report.blobs = blobs.into_inner();
@@ -259,10 +271,21 @@ impl<'a> Verify<'a> {
         Ok(bad.into_inner())
     }
 
+    /// Remembers which blobs are damaged, so that the next backups store them again instead of relying on them.
+    fn remember(&self, files: &[(PackFile, Option<&Need>)], findings: &BTreeMap<usize, Findings>, everything: bool) {
+        let damaged: Vec<_> = findings
+            .iter()
+            .flat_map(|(nth, found)| found.blobs.iter().map(|(ordinal, _)| (files[*nth].0.id, *ordinal)))
+            .collect();
+        let folder = lookup_folder(&self.state, &self.tenant.keys().scope());
+        // Where there is no lookup, nothing is deduplicated against what it would name.
+        let _ = Lookup::open(&folder).and_then(|lookup| lookup.set_damaged(&damaged, everything));
+    }
+
     /// Turns findings into damages, and finds out which points each of them hurts.
     fn judge(
         &mut self,
-        files: &[(PackFile, Option<&Ordinals>)],
+        files: &[(PackFile, Option<&Need>)],
         findings: BTreeMap<usize, Findings>,
         collector: &Collector,
     ) {
@@ -279,10 +302,10 @@ impl<'a> Verify<'a> {
             damages.push(Damage { object, what: spell(&finding), hurts: Vec::new() });
         }
         let present: BTreeSet<PackId> = files.iter().map(|(file, _)| file.id).collect();
-        for (id, (generation, _)) in &collector.needed {
+        for (id, need) in &collector.needed {
             if !present.contains(id) {
                 whole.insert(*id, damages.len());
-                let object = layout::pack(self.tenant.name(), *id, *generation);
+                let object = layout::pack(self.tenant.name(), *id, need.generation);
                 damages.push(Damage { object, what: "is missing".into(), hurts: Vec::new() });
             }
         }
@@ -290,7 +313,8 @@ impl<'a> Verify<'a> {
             // Mostly the pack itself is known to be damaged there; what is left is a node that contradicts its place.
             if !whole.contains_key(&place.0) && !single.contains_key(place) {
                 single.insert(*place, damages.len());
-                let object = layout::pack(self.tenant.name(), place.0, 0);
+                let generation = collector.needed.get(&place.0).map_or(0, |need| need.generation);
+                let object = layout::pack(self.tenant.name(), place.0, generation);
                 damages.push(Damage { object, what: format!("blob {}: {error}", place.1), hurts: Vec::new() });
             }
         }

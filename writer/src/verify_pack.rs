@@ -6,12 +6,14 @@ use reseal_format::geometry::{CLUSTER, MAX_LEVEL};
 use reseal_format::ids::{BlobId, Digest};
 use reseal_format::index::IndexNode;
 use reseal_format::keys::Kind;
-use reseal_format::pack::TRAILER;
+use reseal_store::StoreError;
 use reseal_vault::{PackFile, PackHandle, Packs, VaultError};
 use zeroize::Zeroizing;
 
-use crate::walk::Ordinals;
+use crate::walk::Need;
 
+/// The error number of a medium that can't be read.
+const EIO: i32 = libc::EIO;
 /// Bytes that are read at once.
 const WINDOW: usize = 4 << 20;
 
@@ -42,35 +44,61 @@ impl<'a> PackVerifier<'a> {
         Ok(PackVerifier { packs, decoder: FrameDecoder::new()?, cluster: Zeroizing::new(vec![0; CLUSTER]) })
     }
 
-    /// Verifies a pack: everything in it, or only these blobs.
-    pub(crate) fn verify(&mut self, file: PackFile, only: Option<&Ordinals>) -> Findings {
+    /// Verifies a pack: everything in it, or only what is needed. What is needed must also be there.
+    pub(crate) fn verify(
+        &mut self,
+        file: PackFile,
+        need: Option<&Need>,
+        everything: bool,
+    ) -> Result<Findings, VaultError> {
         let mut findings = Findings::default();
-        let opened = self.packs.open_generation(file.id, file.generation);
-        let opened = opened.and_then(|handle| Ok((self.packs.read_ids(&handle)?, handle)));
-        match opened {
-            Err(e) => (findings.whole, findings.unreadable) = (Some(reason(&e)), true),
-            Ok((ids, handle)) => {
-                let read = match only {
-                    None => self.everything(&handle, &ids, &mut findings),
-                    Some(only) => self.some(&handle, &ids, only, &mut findings),
-                };
-                if let Err(e) = read {
-                    (findings.whole, findings.unreadable) = (Some(reason(&e)), true);
-                }
+        let handle = match self.packs.open_generation(file.id, file.generation) {
+            Ok(handle) => handle,
+            Err(e) => {
+                (findings.whole, findings.unreadable) = (Some(reason(damage(e)?)), true);
+                return Ok(findings);
+            }
+        };
+        let ids = match self.packs.read_ids(&handle) {
+            Ok(ids) => Some(ids),
+            Err(e) => {
+                // No reader of disks needs it, but the next backups can't be deduplicated against this pack.
+                findings.whole = Some(format!("its id table {}", reason(damage(e)?)));
+                None
+            }
+        };
+        if let Some(need) = need.filter(|need| need.kind != handle.trailer().kind) {
+            (findings.whole, findings.unreadable) = (Some(format!("it is needed as a {}", name(need.kind))), true);
+            return Ok(findings);
+        }
+        let missing = |ordinal: &u32| handle.lengths().place(*ordinal).is_none();
+        for ordinal in need.into_iter().flat_map(|need| need.ordinals.iter()).filter(missing) {
+            findings.blobs.push((ordinal, "the pack has no such blob, or it was emptied".into()));
+        }
+        if everything {
+            self.everything(&handle, ids.as_deref(), &mut findings)?;
+        } else if let Some(need) = need {
+            for ordinal in need.ordinals.iter() {
+                self.one(&handle, ids.as_deref(), ordinal, &mut findings)?;
             }
         }
-        findings
+        Ok(findings)
     }
 
     /// Reads the object from its start to its end, in windows that begin and end with a blob.
-    fn everything(&mut self, handle: &PackHandle, ids: &[BlobId], findings: &mut Findings) -> Result<(), VaultError> {
+    fn everything(
+        &mut self,
+        handle: &PackHandle,
+        ids: Option<&[BlobId]>,
+        findings: &mut Findings,
+    ) -> Result<(), VaultError> {
         let mut hasher = blake3::Hasher::new();
         let mut window = Vec::new();
         let mut ordinal = 0;
+        let mut whole = true;
         while ordinal < handle.lengths().count() {
             let first = ordinal;
-            let mut size = 0;
-            let mut start = None;
+            let (mut start, mut size) = (None, 0);
             while ordinal < handle.lengths().count() && size < WINDOW {
                 if let Some((offset, length)) = handle.lengths().place(ordinal) {
                     start.get_or_insert(offset);
@@ -80,7 +108,15 @@ impl<'a> PackVerifier<'a> {
             }
             window.resize(size, 0);
             let start = start.unwrap_or(0);
-            self.packs.tenant().store().read_at(handle.key(), start, &mut window)?;
+            if let Err(e) = self.packs.tenant().store().read_at(handle.key(), start, &mut window) {
+                // Some of it may be readable: each blob by itself.
+                damage(e.into())?;
+                whole = false;
+                for nth in first..ordinal {
+                    self.one(handle, ids, nth, findings)?;
+                }
+                continue;
+            }
             hasher.update(&window);
             findings.bytes += size as u64;
             for nth in first..ordinal {
@@ -91,42 +127,49 @@ impl<'a> PackVerifier<'a> {
         }
         let trailer = handle.trailer();
         window.resize(trailer.tail_bytes(), 0);
-        self.packs.tenant().store().read_at(handle.key(), trailer.blob_bytes, &mut window)?;
+        if let Err(e) = self.packs.tenant().store().read_at(handle.key(), trailer.blob_bytes, &mut window) {
+            findings.whole.get_or_insert(reason(damage(e.into())?));
+            return Ok(());
+        }
         findings.bytes += window.len() as u64;
         // The digest covers all before it: it stands 40 bytes before the end.
         hasher.update(&window[..trailer.tail_bytes() - 40]);
-        if Digest::from_bytes(*hasher.finalize().as_bytes()) != trailer.digest
-            || window[window.len() - TRAILER..][..8] != *b"RSLPACK1"
-        {
-            findings.whole = Some("its digest does not match its bytes".into());
+        if whole && Digest::from_bytes(*hasher.finalize().as_bytes()) != trailer.digest {
+            findings.whole.get_or_insert("its digest does not match its bytes".into());
         }
         Ok(())
     }
 
-    fn some(
+    /// Reads one blob by itself; one that is not there is not this function's to report.
+    fn one(
         &mut self,
         handle: &PackHandle,
-        ids: &[BlobId],
-        only: &Ordinals,
+        ids: Option<&[BlobId]>,
+        ordinal: u32,
         findings: &mut Findings,
     ) -> Result<(), VaultError> {
-        let mut sealed = Vec::new();
-        for ordinal in (0..handle.lengths().count()).filter(|ordinal| only.contains(*ordinal)) {
-            let Some((offset, length)) = handle.lengths().place(ordinal) else { continue };
-            sealed.resize(length, 0);
-            self.packs.tenant().store().read_at(handle.key(), offset, &mut sealed)?;
-            findings.bytes += length as u64;
-            self.blob(handle, ids, ordinal, &mut sealed, findings);
+        let Some((offset, length)) = handle.lengths().place(ordinal) else { return Ok(()) };
+        let mut sealed = vec![0; length];
+        match self.packs.tenant().store().read_at(handle.key(), offset, &mut sealed) {
+            Ok(()) => self.blob(handle, ids, ordinal, &mut sealed, findings),
+            Err(e) => findings.blobs.push((ordinal, reason(damage(e.into())?))),
         }
+        findings.bytes += length as u64;
         Ok(())
     }
 
-    fn blob(&mut self, handle: &PackHandle, ids: &[BlobId], ordinal: u32, sealed: &mut [u8], findings: &mut Findings) {
+    fn blob(
+        &mut self,
+        handle: &PackHandle,
+        ids: Option<&[BlobId]>,
+        ordinal: u32,
+        sealed: &mut [u8],
+        findings: &mut Findings,
+    ) {
+        let id = ids.and_then(|ids| ids.get(ordinal as usize)).copied();
         let checked = match handle.open(ordinal, sealed) {
-            Err(e) => Err(reason(&e)),
-            Ok(content) => {
-                self.content(handle.trailer().kind, content, ids[ordinal as usize]).map_err(|e| e.to_string())
-            }
+            Err(e) => Err(reason(e)),
+            Ok(content) => self.content(handle.trailer().kind, content, id).map_err(|e| e.to_string()),
         };
         match checked {
             Ok(()) => findings.good += 1,
@@ -136,7 +179,7 @@ impl<'a> PackVerifier<'a> {
 
     /// Opened bytes are what was sealed; that they also decode, and to the plaintext of their id, shows that what was
     /// sealed was right.
-    fn content(&mut self, kind: Kind, content: &[u8], id: BlobId) -> Result<(), FormatError> {
+    fn content(&mut self, kind: Kind, content: &[u8], id: Option<BlobId>) -> Result<(), FormatError> {
         let dedup = self.packs.tenant().keys().dedup();
         let found = if kind == Kind::DataPack {
             self.decoder.decode(content, &mut self.cluster)?;
@@ -147,17 +190,35 @@ impl<'a> PackVerifier<'a> {
             IndexNode::decode(&plain, level.ok_or(FormatError::Malformed("an index node of an impossible level"))?)?;
             dedup.id_of(&plain)
         };
-        match found == id {
+        match id.is_none_or(|id| id == found) {
             true => Ok(()),
             false => Err(FormatError::Mismatch("its content is not that of its id")),
         }
     }
 }
 
+/// Passes on errors that say nothing about the object: those of a store that can't be reached. One that can't read a
+/// stretch of a medium (EIO) says that this is lost.
+fn damage(error: VaultError) -> Result<VaultError, VaultError> {
+    match &error {
+        VaultError::Store(StoreError::Io { source, .. }) if source.raw_os_error() == Some(EIO) => Ok(error),
+        _ if error.damaged_object().is_some() => Ok(error),
+        _ => Err(error),
+    }
+}
+
 /// What is wrong, without the object's name, which stands before it.
-fn reason(error: &VaultError) -> String {
+fn reason(error: VaultError) -> String {
     match error {
         VaultError::Damaged { source, .. } => source.to_string(),
+        VaultError::Store(StoreError::Io { source, .. }) => format!("can't be read: {source}"),
         other => other.to_string(),
+    }
+}
+
+fn name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::IndexPack => "pack of index nodes",
+        _ => "pack of clusters",
     }
 }

@@ -3,35 +3,47 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 
+use reseal_format::FormatError;
 use reseal_format::geometry::{FANOUT, root_level};
 use reseal_format::ids::PackId;
 use reseal_format::index::BlobRef;
+use reseal_format::keys::Kind;
 use reseal_format::manifest::Disk;
-use reseal_format::pack::MAX_BLOBS;
 use reseal_vault::{Tree, VaultError, Wait};
 
-/// A set of ordinals of one pack, one bit each.
-#[derive(Clone)]
+/// A set of ordinals of one pack, one bit each, as long as the highest needs.
+#[derive(Clone, Default)]
 pub(crate) struct Ordinals(Vec<u64>);
-
-impl Default for Ordinals {
-    fn default() -> Ordinals {
-        Ordinals(vec![0; MAX_BLOBS as usize / 64])
-    }
-}
 
 impl Ordinals {
     pub(crate) fn insert(&mut self, ordinal: u32) {
-        self.0[ordinal as usize / 64] |= 1 << (ordinal % 64);
+        let word = ordinal as usize / 64;
+        if word >= self.0.len() {
+            self.0.resize(word + 1, 0);
+        }
+        self.0[word] |= 1 << (ordinal % 64);
     }
 
-    pub(crate) fn contains(&self, ordinal: u32) -> bool {
-        self.0[ordinal as usize / 64] >> (ordinal % 64) & 1 == 1
+    /// Its members, ascending.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = u32> + '_ {
+        let bits =
+            |(word, bits): (u32, u64)| (0..64).filter(move |bit| bits >> bit & 1 == 1).map(move |bit| word * 64 + bit);
+        (0..).zip(self.0.iter().copied()).flat_map(bits)
     }
 }
 
-/// Packs that are needed, with the generation that an index remembers and the ordinals of their blobs.
-pub(crate) type Needed = BTreeMap<PackId, (u32, Ordinals)>;
+/// What restore points need of a pack.
+#[derive(Clone)]
+pub(crate) struct Need {
+    /// What an index node that leads there takes it for.
+    pub kind: Kind,
+    /// As an index node remembers it.
+    pub generation: u32,
+    pub ordinals: Ordinals,
+}
+
+/// Packs that are needed.
+pub(crate) type Needed = BTreeMap<PackId, Need>;
 
 /// A blob's place, whatever the generation.
 pub(crate) type Place = (PackId, u32);
@@ -54,15 +66,21 @@ impl Collector {
         }
     }
 
-    fn need(&mut self, blob: BlobRef) {
-        let (generation, ordinals) =
-            self.needed.entry(blob.pack).or_insert_with(|| (blob.generation, Ordinals::default()));
-        *generation = blob.generation.max(*generation);
-        ordinals.insert(blob.ordinal);
+    fn need(&mut self, blob: BlobRef, kind: Kind) {
+        let new = || Need { kind, generation: blob.generation, ordinals: Ordinals::default() };
+        let need = self.needed.entry(blob.pack).or_insert_with(new);
+        if need.kind != kind {
+            // A pack can't be both: whoever reads it as the other kind gets this error.
+            let mixed = FormatError::Mismatch("it is needed as an index node and as a cluster");
+            let object = format!("pack {}", blob.pack);
+            self.broken.insert((blob.pack, blob.ordinal), VaultError::Damaged { object, source: mixed });
+        }
+        need.generation = blob.generation.max(need.generation);
+        need.ordinals.insert(blob.ordinal);
     }
 
     fn node(&mut self, tree: &Tree, blob: BlobRef, level: u8) {
-        self.need(blob);
+        self.need(blob, Kind::IndexPack);
         let place = (blob.pack, blob.ordinal);
         if !self.seen.insert(place) {
             return;
@@ -73,7 +91,7 @@ impl Collector {
         };
         for child in (0..FANOUT).filter_map(|slot| node.get(slot)) {
             match level {
-                0 => self.need(child),
+                0 => self.need(child, Kind::DataPack),
                 _ => self.node(tree, child, level - 1),
             }
         }

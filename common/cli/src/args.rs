@@ -7,8 +7,8 @@ use clap::Args;
 use reseal_format::names::{TenantName, VmName};
 use reseal_kms::Keyring;
 use reseal_store::Store;
-use reseal_vault::Tenant;
 use reseal_vault::heads::Heads;
+use reseal_vault::{Chain, Tenant};
 
 use crate::{Failure, Output, Paths, Status, open_store, read_passphrase};
 
@@ -99,9 +99,8 @@ impl CommonArgs {
 }
 
 impl Opened {
-    /// Checks the newest number of a VM against what was seen before.
-    pub fn check_head(&self, vm: &VmName) -> Result<(), Failure> {
-        let last = self.tenant.chain(vm)?.last();
-        Ok(self.heads.check(&[(vm.clone(), last)])?)
+    /// The numbers of a VM; an error if they are fewer than were seen before.
+    pub fn chain(&self, vm: &VmName) -> Result<Chain, Failure> {
+        Ok(self.heads.whole_chain(&self.tenant, vm)?)
     }
 }

@@ -47,15 +47,20 @@ impl Failure {
     }
 }
 
-impl From<VaultError> for Failure {
-    fn from(error: VaultError) -> Failure {
-        let status = match error.class() {
+impl From<Class> for Status {
+    fn from(class: Class) -> Status {
+        match class {
             Class::Failed => Status::Failed,
             Class::Usage => Status::Usage,
             Class::Damaged => Status::Damaged,
             Class::Unreachable => Status::Unreachable,
-        };
-        Failure::of(status, &error)
+        }
+    }
+}
+
+impl From<VaultError> for Failure {
+    fn from(error: VaultError) -> Failure {
+        Failure::of(error.class().into(), &error)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use rustix::mm::{MlockAllFlags, mlockall};
+use rustix::mm::{MapFlags, MlockAllFlags, ProtFlags, mlockall, mmap_anonymous, munlockall, munmap};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 
 use crate::{Failure, Status};
@@ -16,10 +16,24 @@ pub fn harden(allow_swap: bool) -> Result<(), Failure> {
     setrlimit(Resource::Core, none).map_err(|e| failed("forbid core dumps", e))?;
     // On fault: memory is locked as it is used, not for whole mappings at once.
     let flags = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
-    if mlockall(flags).is_ok() || allow_swap {
+    if mlockall(flags).is_ok() && unlimited() {
         return Ok(());
     }
-    match open_swap(&fs::read_to_string("/proc/swaps").unwrap_or_default(), &device_mapper_uuid) {
+    // With a limit, what is mapped later would fail instead of being locked.
+    let _ = munlockall();
+    if allow_swap {
+        return Ok(());
+    }
+    let swaps = match fs::read_to_string("/proc/swaps") {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Failure::new(
+                Status::Failed,
+                format!("memory can't be locked, and /proc/swaps can't be read ({e}); accept swap with --allow-swap"),
+            ));
+        }
+        other => other.unwrap_or_default(),
+    };
+    match open_swap(&swaps, &is_encrypted) {
         None => Ok(()),
         Some(swap) => Err(Failure::new(
             Status::Failed,
@@ -31,18 +45,56 @@ pub fn harden(allow_swap: bool) -> Result<(), Failure> {
     }
 }
 
-/// The uuid that the device mapper gives to `/dev/dm-N`.
-fn device_mapper_uuid(device: &str) -> Option<String> {
-    let name = device.strip_prefix("/dev/")?;
-    fs::read_to_string(format!("/sys/class/block/{name}/dm/uuid")).ok()
+/// Whether any amount of memory may be locked.
+fn unlimited() -> bool {
+    const MUCH: usize = 64 << 30;
+    // SAFETY: a new mapping at an address that the kernel chooses touches nothing that exists.
+    let mapped =
+        unsafe { mmap_anonymous(std::ptr::null_mut(), MUCH, ProtFlags::READ, MapFlags::PRIVATE | MapFlags::NORESERVE) };
+    let Ok(address) = mapped else { return false };
+    // SAFETY: the mapping was made above, with this length, and nothing points into it.
+    unsafe { munmap(address, MUCH) }.is_ok()
+}
+
+/// Runs `f`, which maps something that holds neither keys nor plaintext, so that it is not locked in memory.
+pub fn unlocked<T>(f: impl FnOnce() -> T) -> T {
+    // Locking what is there already keeps it locked, and ends the locking of what comes; the second call begins it anew.
+    let was_locked = fs::read_to_string("/proc/self/status").is_ok_and(|status| locked_now(&status));
+    if was_locked {
+        let _ = mlockall(MlockAllFlags::CURRENT | MlockAllFlags::ONFAULT);
+    }
+    let result = f();
+    if was_locked {
+        let _ = mlockall(MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT);
+    }
+    result
+}
+
+/// Whether `/proc/PID/status` shows locked memory.
+fn locked_now(status: &str) -> bool {
+    status.lines().any(|line| line.strip_prefix("VmLck:").is_some_and(|size| size.trim() != "0 kB"))
+}
+
+/// Whether a block device is encrypted, itself or through all that it stands on (a volume in an encrypted container).
+fn is_encrypted(device: &str) -> bool {
+    fn below(name: &str, depth: u8) -> bool {
+        let uuid = fs::read_to_string(format!("/sys/class/block/{name}/dm/uuid")).unwrap_or_default();
+        if uuid.starts_with("CRYPT-") {
+            return true;
+        }
+        let slaves = fs::read_dir(format!("/sys/class/block/{name}/slaves"));
+        let names: Vec<_> = slaves.into_iter().flatten().flatten().map(|entry| entry.file_name()).collect();
+        depth > 0 && !names.is_empty() && names.iter().all(|name| below(&name.to_string_lossy(), depth - 1))
+    }
+    // Deeper stacks of devices are not built.
+    device.strip_prefix("/dev/").is_some_and(|name| below(name, 8))
 }
 
 /// The first swap of `/proc/swaps` that is neither encrypted nor in memory.
-fn open_swap(swaps: &str, uuid: &dyn Fn(&str) -> Option<String>) -> Option<String> {
+fn open_swap(swaps: &str, encrypted: &dyn Fn(&str) -> bool) -> Option<String> {
     swaps.lines().skip(1).filter_map(|line| line.split_whitespace().next()).find_map(|device| {
         let in_memory = device.starts_with("/dev/zram");
-        let encrypted = uuid(device).is_some_and(|uuid| uuid.starts_with("CRYPT-"));
-        (!in_memory && !encrypted).then(|| device.to_owned())
+        (!in_memory && !encrypted(device)).then(|| device.to_owned())
     })
 }
 
@@ -53,11 +105,11 @@ mod tests {
     #[test]
     fn only_swap_in_the_clear_counts() {
         let table = |device: &str| format!("Filename Type Size Used Priority\n{device} partition 1 0 -2\n");
-        let uuid = |device: &str| (device == "/dev/dm-1").then(|| "CRYPT-PLAIN-swap".to_owned());
-        assert_eq!(open_swap("Filename Type\n", &uuid), None);
-        assert_eq!(open_swap(&table("/dev/zram0"), &uuid), None);
-        assert_eq!(open_swap(&table("/dev/dm-1"), &uuid), None);
-        assert_eq!(open_swap(&table("/dev/dm-2"), &uuid).as_deref(), Some("/dev/dm-2"));
-        assert_eq!(open_swap(&table("/swapfile"), &uuid).as_deref(), Some("/swapfile"));
+        let encrypted = |device: &str| device == "/dev/dm-1";
+        assert_eq!(open_swap("Filename Type\n", &encrypted), None);
+        assert_eq!(open_swap(&table("/dev/zram0"), &encrypted), None);
+        assert_eq!(open_swap(&table("/dev/dm-1"), &encrypted), None);
+        assert_eq!(open_swap(&table("/dev/dm-2"), &encrypted).as_deref(), Some("/dev/dm-2"));
+        assert_eq!(open_swap(&table("/swapfile"), &encrypted).as_deref(), Some("/swapfile"));
     }
 }

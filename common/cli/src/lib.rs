@@ -17,7 +17,7 @@ mod progress;
 
 pub use args::{CommonArgs, Opened};
 pub use failure::{Failure, Status, finish};
-pub use harden::harden;
+pub use harden::{harden, unlocked};
 pub use output::{Output, human_bytes, human_duration};
 pub use passphrase::{read_new_passphrase, read_passphrase};
 pub use paths::{Paths, open_store};

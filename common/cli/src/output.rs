@@ -1,5 +1,7 @@
 //! Printing for people and for programs.
 
+use std::io::{ErrorKind, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -16,20 +18,39 @@ impl Output {
     /// A line for people: to standard output, unless the output is JSON or quiet.
     pub fn say(&self, line: impl AsRef<str>) {
         if !self.json && !self.quiet {
-            println!("{}", visible(line.as_ref()));
+            print(&visible(line.as_ref()));
         }
     }
 
     /// Something that should be looked at: to standard error.
     pub fn warn(&self, line: impl AsRef<str>) {
-        eprintln!("warning: {}", visible(line.as_ref()));
+        let _ = writeln!(std::io::stderr().lock(), "warning: {}", visible(line.as_ref()));
+    }
+
+    /// A line about what is wrong: to standard output with all else, or to standard error where only errors are printed.
+    pub fn complain(&self, line: impl AsRef<str>) {
+        match self.quiet && !self.json {
+            true => drop(writeln!(std::io::stderr().lock(), "{}", visible(line.as_ref()))),
+            false => self.say(line),
+        }
     }
 
     /// The one document of a command's JSON output, or one event of many.
     pub fn json(&self, value: &impl Serialize) {
         if self.json {
-            println!("{}", serde_json::to_string(value).unwrap_or_default());
+            print(&serde_json::to_string(value).unwrap_or_default());
         }
+    }
+}
+
+/// Whoever reads may have gone, or its disk be full: what was done is done all the same.
+fn print(line: &str) {
+    static SAID: AtomicBool = AtomicBool::new(false);
+    match writeln!(std::io::stdout().lock(), "{line}") {
+        Err(e) if e.kind() != ErrorKind::BrokenPipe && !SAID.swap(true, Ordering::Relaxed) => {
+            let _ = writeln!(std::io::stderr().lock(), "warning: can't write to standard output: {e}");
+        }
+        _ => {}
     }
 }
 

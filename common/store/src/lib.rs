@@ -51,6 +51,9 @@ pub trait Store: Send + Sync {
     /// What is directly below a folder; a folder that does not exist is empty. In no order.
     fn list(&self, folder: &str) -> Result<Vec<Entry>, StoreError>;
 
+    /// Makes durable what a listing of a folder has shown: its writer may have died before it had.
+    fn settle(&self, folder: &str) -> Result<(), StoreError>;
+
     /// Removes an object.
     fn delete(&self, key: &str) -> Result<(), StoreError>;
 

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use lru::LruCache;
 use parking_lot::Mutex;
-use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, flock, openat, unlinkat};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use crate::{Entry, Store, StoreError, Upload};
@@ -80,14 +80,20 @@ impl Shared {
         if self.durable.lock().contains(folder) {
             return Ok(());
         }
-        match std::fs::DirBuilder::new().mode(0o700).create(folder) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                self.ensure_folder(folder.parent().ok_or(e)?)?;
-                return self.ensure_folder(folder);
-            }
-            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+        let make = || match std::fs::DirBuilder::new().mode(0o700).create(folder) {
             // Another process may have made it a moment ago, and not yet synced: whoever relies on it syncs.
-            _ => {}
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            other => other,
+        };
+        match make() {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                let parent = folder.parent().filter(|parent| !parent.as_os_str().is_empty()).ok_or(e)?;
+                // It may have been there before, and have gone with its file system.
+                self.durable.lock().remove(parent);
+                self.ensure_folder(parent)?;
+                make()?;
+            }
+            other => other?,
         }
         if let Some(parent) = folder.parent() {
             let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
@@ -104,7 +110,7 @@ impl Shared {
         loop {
             let mut name = [0u8; 16];
             getrandom::fill(&mut name).map_err(io::Error::other)?;
-            let path = folder.join(name.map(|byte| format!("{byte:02x}")).concat());
+            let path = folder.join(temporary_name(name));
             let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
             flock(&file, FlockOperation::LockExclusive)?;
             // A sweep that came between the two has taken it for abandoned.
@@ -113,6 +119,15 @@ impl Shared {
             }
         }
     }
+}
+
+/// The name of a file under `tmp/`: 32 hexadecimal digits. Nothing else there is touched.
+fn temporary_name(random: [u8; 16]) -> String {
+    random.map(|byte| format!("{byte:02x}")).concat()
+}
+
+fn is_temporary(name: &str) -> bool {
+    name.len() == 32 && name.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 
 /// Opens to read without waiting for a writer, should it be a pipe. Regular files don't know the difference.
@@ -214,6 +229,12 @@ impl Store for Local {
         Ok(found)
     }
 
+    fn settle(&self, folder: &str) -> Result<(), StoreError> {
+        let path = self.shared.path(folder)?;
+        let settled = self.shared.ensure_folder(&path).and_then(|()| File::open(&path)?.sync_all());
+        settled.map_err(|e| io_error(folder, "sync", e))
+    }
+
     fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.open.lock().pop(key);
         let path = self.shared.path(key)?;
@@ -221,12 +242,19 @@ impl Store for Local {
     }
 
     fn sweep(&self) -> Result<(), StoreError> {
-        for entry in self.list(TMP)? {
-            let path = self.shared.root.join(TMP).join(&entry.name);
-            // Whoever still writes holds the lock; what can't be opened or removed now is left for the next sweep.
-            let Ok(file) = open_at_once(&path) else { continue };
-            if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
-                let _ = std::fs::remove_file(&path);
+        // Neither the folder nor a file in it may be a link: whoever else can write to the vault's folder could have it
+        // point at files of others.
+        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let Ok(folder) = openat(CWD, self.shared.root.join(TMP), flags, Mode::empty()) else { return Ok(()) };
+        for entry in self.list(TMP)?.iter().filter(|entry| is_temporary(&entry.name) && !entry.is_folder) {
+            // Whoever still writes holds the lock; what can't be opened or removed now is left for the next sweep. Opened
+            // for writing, because network file systems take no exclusive lock otherwise.
+            let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+            let Ok(file) = openat(&folder, &*entry.name, flags, Mode::empty()) else { continue };
+            let file = File::from(file);
+            let regular = file.metadata().is_ok_and(|data| data.is_file());
+            if regular && flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+                let _ = unlinkat(&folder, &*entry.name, AtFlags::empty());
             }
         }
         Ok(())
@@ -247,8 +275,22 @@ impl LocalUpload {
         self.file.sync_all()?;
         let folder = self.target.parent().ok_or(io::ErrorKind::InvalidInput)?;
         self.shared.ensure_folder(folder)?;
-        std::fs::hard_link(&self.path, &self.target)?;
-        File::open(folder)?.sync_all()
+        match std::fs::hard_link(&self.path, &self.target) {
+            // Over a network the answer to a link that was made may be lost, and the link then tried again.
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists && self.is_linked()? => {}
+            other => other?,
+        }
+        let synced = File::open(folder).and_then(|folder| folder.sync_all());
+        if synced.is_err() {
+            // Not known to be durable, so nobody may build on it.
+            let _ = std::fs::remove_file(&self.target);
+        }
+        synced
+    }
+
+    fn is_linked(&self) -> io::Result<bool> {
+        let (ours, theirs) = (self.file.metadata()?, std::fs::metadata(&self.target)?);
+        Ok((ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()))
     }
 }
 
@@ -260,6 +302,11 @@ impl Upload for LocalUpload {
     fn finish(self: Box<Self>) -> Result<(), StoreError> {
         self.commit().map_err(|e| match io_error(&self.key, "write", e) {
             StoreError::NotFound(key) => StoreError::Io { key, action: "link", source: io::ErrorKind::NotFound.into() },
+            StoreError::Io { key, source, .. } if source.kind() == io::ErrorKind::PermissionDenied => StoreError::Io {
+                key,
+                action: "link (a vault needs a file system with hard links, and the right to write)",
+                source,
+            },
             other => other,
         })
     }
@@ -334,10 +381,13 @@ mod tests {
         let (folder, store) = store();
         let mut upload = store.upload("k").unwrap();
         upload.append(b"x").unwrap();
-        let abandoned = folder.path().join("vault/tmp/dead");
+        let abandoned = folder.path().join("vault/tmp").join("d".repeat(32));
         std::fs::write(&abandoned, b"x").unwrap();
+        let foreign = folder.path().join("vault/tmp/thesis.txt");
+        std::fs::write(&foreign, b"x").unwrap();
         Local::new(folder.path().join("vault")).sweep().unwrap();
         assert!(!abandoned.exists());
+        assert!(foreign.exists(), "a name that is not ours");
         upload.finish().unwrap();
         assert_eq!(store.get("k", 1).unwrap(), b"x");
     }
@@ -348,7 +398,8 @@ mod tests {
         store.create("a/b", b"x").unwrap();
         let root = folder.path().join("vault");
         rustix::fs::mknodat(rustix::fs::CWD, root.join("pipe"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
-        rustix::fs::mknodat(rustix::fs::CWD, root.join("tmp/pipe"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, root.join("tmp/pipe"), rustix::fs::FileType::Fifo, 0o600.into(), 0)
+            .unwrap();
         std::os::unix::fs::symlink(root.join("loop"), root.join("loop")).unwrap();
         std::os::unix::fs::symlink("/dev/zero", root.join("zero")).unwrap();
         for key in ["a", "pipe", "loop", "zero"] {
@@ -357,6 +408,27 @@ mod tests {
             assert!(matches!(store.read_tail(key, 9), Err(StoreError::NotAFile(_))), "{key}");
         }
         store.sweep().unwrap();
+    }
+
+    #[test]
+    fn a_sweep_follows_no_link() {
+        let (folder, store) = store();
+        store.create("k", b"x").unwrap();
+        let elsewhere = folder.path().join("elsewhere");
+        std::fs::create_dir(&elsewhere).unwrap();
+        let file = elsewhere.join("e".repeat(32));
+        std::fs::write(&file, b"x").unwrap();
+        std::fs::remove_dir(folder.path().join("vault/tmp")).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, folder.path().join("vault/tmp")).unwrap();
+        store.sweep().unwrap();
+        assert!(file.exists());
+    }
+
+    #[test]
+    fn a_root_that_leads_nowhere_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink(folder.path().join("not-mounted/x"), folder.path().join("vault")).unwrap();
+        assert!(Local::new(folder.path().join("vault")).create("a/b", b"x").is_err());
     }
 
     #[test]

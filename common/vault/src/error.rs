@@ -1,5 +1,7 @@
 //! What can go wrong with a vault; each error names its object, and what to do where that is known.
 
+use std::io::ErrorKind;
+
 use reseal_format::FormatError;
 use reseal_format::names::{TenantName, VmName};
 use reseal_kms::KmsError;
@@ -24,13 +26,15 @@ pub enum VaultError {
     /// Only for callers that asked not to wait.
     #[error("reading would have to wait")]
     WouldBlock,
-    #[error("{repo} is no vault: it has no reseal.json; make one with `reseal init`, or correct --repo")]
+    #[error(
+        "{repo} is no vault: it has no reseal.json. Is its file system mounted, and --repo right? `reseal init` makes a new vault"
+    )]
     NotAVault { repo: String },
     #[error("{repo} holds a vault already")]
     VaultExists { repo: String },
     #[error("the vault has no tenant {tenant}; `reseal init --tenant` makes one, or correct --tenant")]
     NoTenant { tenant: TenantName },
-    #[error("the vault has a tenant {tenant} already")]
+    #[error("the vault has a tenant {tenant} already; `reseal key export` writes a recovery kit of it")]
     TenantExists { tenant: TenantName },
     #[error("there is no VM {vm}; `reseal list` shows what there is")]
     NoVm { vm: VmName },
@@ -59,6 +63,8 @@ pub enum VaultError {
     Store(#[from] StoreError),
     #[error("can't keep what was seen in {path}: {source}; set RESEAL_STATE to a folder that is yours")]
     State { path: String, source: std::io::Error },
+    #[error("{0} holds other files; a new vault needs a folder that is empty, or does not exist yet")]
+    NotEmpty(String),
     #[error("the system gives no random bytes")]
     Random,
 }
@@ -76,6 +82,7 @@ impl VaultError {
             | VaultError::LostRace { .. }
             | VaultError::OtherKms { .. }
             | VaultError::State { .. }
+            | VaultError::NotEmpty(_)
             | VaultError::Random => Class::Failed,
             VaultError::BadPoint { .. } => Class::Usage,
             VaultError::Damaged { .. } | VaultError::Missing { .. } | VaultError::Rollback { .. } => Class::Damaged,
@@ -90,7 +97,13 @@ impl VaultError {
                 StoreError::NotFound(_) | StoreError::NotAFile(_) => Class::Damaged,
                 StoreError::TooLong { .. } | StoreError::Short { .. } => Class::Damaged,
                 StoreError::Exists(_) | StoreError::Full(_) => Class::Failed,
-                StoreError::Io { .. } => Class::Unreachable,
+                StoreError::Io { source, .. } => match source.kind() {
+                    // Trying again changes nothing.
+                    ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem | ErrorKind::InvalidInput => {
+                        Class::Failed
+                    }
+                    _ => Class::Unreachable,
+                },
             },
         }
     }

@@ -15,7 +15,7 @@ use reseal_format::names::VmName;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::VaultError;
+use crate::{Chain, Tenant, VaultError};
 
 /// Longest file that is read; a VM takes about a hundred bytes.
 const MAX_FILE: u64 = 64 << 20;
@@ -52,24 +52,35 @@ impl Heads {
         Heads { folder: tenant_folder(state, scope), accept_rollback }
     }
 
-    /// Checks the highest number of each of these VMs against what was seen. Nothing is remembered of them: a number in a
+    /// The numbers of a VM, and whether they are fewer than were seen before. What was seen is read first: what is
+    /// committed while the folder is listed must not look like a rollback. Nothing is remembered here: a number in a
     /// listing proves nothing before its object was opened.
-    pub fn check(&self, vms: &[(VmName, u32)]) -> Result<(), VaultError> {
-        let before = self.read().map_err(|e| self.error(e))?;
-        let lower = vms.iter().find(|(vm, number)| *number < before.number(vm));
-        match lower {
-            None => Ok(()),
-            Some(_) if self.accept_rollback => self.update(|seen| {
-                for (vm, number) in vms.iter().filter(|(vm, number)| *number < before.number(vm)) {
-                    seen.vms.insert(vm.clone(), *number);
-                }
-                seen.vms.retain(|_, number| *number > 0);
+    pub fn chain(&self, tenant: &Tenant, vm: &VmName) -> Result<(Chain, Option<VaultError>), VaultError> {
+        let seen = self.read().map_err(|e| self.error(e))?.number(vm);
+        let chain = tenant.chain(vm)?;
+        let now = chain.last();
+        if now >= seen {
+            return Ok((chain, None));
+        }
+        if self.accept_rollback {
+            self.update(|seen| {
+                match now {
+                    0 => seen.vms.remove(vm),
+                    _ => seen.vms.insert(vm.clone(), now),
+                };
                 Ok(())
-            }),
-            Some((vm, number)) => {
-                let (seen, now) = (before.number(vm).into(), (*number).into());
-                Err(VaultError::Rollback { what: format!("the newest restore point of {vm}"), seen, now })
-            }
+            })?;
+            return Ok((chain, None));
+        }
+        let what = format!("the newest restore point of {vm}");
+        Ok((chain, Some(VaultError::Rollback { what, seen: seen.into(), now: now.into() })))
+    }
+
+    /// The numbers of a VM; an error if they are fewer than were seen before.
+    pub fn whole_chain(&self, tenant: &Tenant, vm: &VmName) -> Result<Chain, VaultError> {
+        match self.chain(tenant, vm)? {
+            (chain, None) => Ok(chain),
+            (_, Some(rollback)) => Err(rollback),
         }
     }
 
@@ -138,7 +149,8 @@ impl Heads {
             let mut file = File::options().create(true).truncate(true).write(true).mode(0o600).open(&new)?;
             file.write_all(&serde_json::to_vec_pretty(&after)?)?;
             file.sync_all()?;
-            std::fs::rename(&new, self.path())
+            std::fs::rename(&new, self.path())?;
+            File::open(&self.folder)?.sync_all()
         };
         replace().map_err(|e| self.error(e))
     }
@@ -151,22 +163,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lower_numbers_are_a_rollback_unless_accepted() {
+    fn the_highest_numbers_are_remembered_and_lower_generations_refused() {
         let folder = tempfile::tempdir().unwrap();
         let scope = Scope { vault: VaultId::from_bytes([1; 16]), tenant: TenantId::from_bytes([2; 16]) };
         let heads = Heads::new(folder.path(), &scope, false);
         let vm = VmName::new("web01").unwrap();
         heads.remember(3, &[(vm.clone(), 8)]).unwrap();
         heads.remember(3, &[(vm.clone(), 7)]).unwrap();
-        heads.check(&[(vm.clone(), 8)]).unwrap();
-        heads.check(&[(vm.clone(), 99)]).unwrap();
-        assert!(matches!(heads.check(&[(vm.clone(), 7)]), Err(VaultError::Rollback { seen: 8, now: 7, .. })));
+        assert_eq!(heads.read().unwrap().number(&vm), 8);
         assert!(matches!(heads.remember(2, &[]), Err(VaultError::Rollback { seen: 3, now: 2, .. })));
         assert_eq!(heads.known_vms().unwrap(), std::slice::from_ref(&vm));
-        let accepting = Heads::new(folder.path(), &scope, true);
-        accepting.remember(2, &[]).unwrap();
-        accepting.check(&[(vm.clone(), 7)]).unwrap();
+        Heads::new(folder.path(), &scope, true).remember(2, &[]).unwrap();
         heads.remember(2, &[]).unwrap();
-        heads.check(&[(vm, 7)]).unwrap();
     }
 }

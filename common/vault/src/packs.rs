@@ -4,6 +4,7 @@
 //! remembers is gone or does not authenticate, the pack may have been rewritten since: what is cached of it is dropped,
 //! its generations are listed once, and the highest is tried before anything is called damage.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use reseal_format::ids::{BlobId, PackId};
@@ -101,13 +102,22 @@ impl Packs {
     pub fn list(&self) -> Result<Vec<PackFile>, VaultError> {
         let folder = layout::packs(&self.tenant.name);
         let mut found = Vec::new();
-        for shelf in self.tenant.store.list(&folder)? {
+        let is_shelf = |name: &str| name.len() == 2 && name.bytes().all(|b| b.is_ascii_hexdigit());
+        let shelves = self.tenant.store.list(&folder)?;
+        for shelf in shelves.iter().filter(|entry| entry.is_folder && is_shelf(&entry.name)) {
             for entry in self.tenant.store.list(&format!("{folder}{}/", shelf.name))? {
                 let Some((id, generation)) = layout::parse_pack_file(&entry.name) else { continue };
                 found.push(PackFile { id, generation, length: entry.length });
             }
         }
         Ok(found)
+    }
+
+    /// Makes durable that these packs are in the vault: they were found by a listing, and their writers may have died
+    /// before they had.
+    pub fn settle(&self, found: &[PackFile]) -> Result<(), VaultError> {
+        let shelves: BTreeSet<_> = found.iter().map(|pack| layout::pack_shelf(&self.tenant.name, pack.id)).collect();
+        Ok(shelves.iter().try_for_each(|shelf| self.tenant.store.settle(shelf))?)
     }
 
     /// The highest generation of a pack that the store has.

@@ -118,7 +118,8 @@ impl Tenant {
     /// The VMs that have a folder, sorted by name.
     pub fn vms(&self) -> Result<Vec<VmName>, VaultError> {
         let entries = self.store.list(&layout::vms(&self.name))?;
-        let mut names: Vec<_> = entries.iter().filter_map(|entry| VmName::from_key(&entry.name)).collect();
+        let folders = entries.iter().filter(|entry| entry.is_folder);
+        let mut names: Vec<_> = folders.filter_map(|entry| VmName::from_key(&entry.name)).collect();
         names.sort();
         Ok(names)
     }
@@ -189,7 +190,14 @@ impl Tenant {
         let (mut low, mut high) = (0, numbers.len());
         while low < high {
             let middle = low + (high - low) / 2;
-            let point = self.point(vm, numbers[middle])?;
+            let point = match self.point(vm, numbers[middle]) {
+                // One that is damaged says nothing about the others: then each is looked at.
+                Err(e) if e.damaged_object().is_some() => {
+                    let mut points = numbers.iter().filter_map(|&number| self.point(vm, number).ok());
+                    return Ok(points.find(|point| point.manifest.created == time));
+                }
+                other => other?,
+            };
             match point.manifest.created.cmp(&time) {
                 std::cmp::Ordering::Equal => return Ok(Some(point)),
                 std::cmp::Ordering::Less => low = middle + 1,

@@ -52,6 +52,15 @@ pub fn create_vault(store: &dyn Store, repo: &str) -> Result<VaultId, VaultError
     if let Err(StoreError::NotFound(_)) = store.get(layout::VAULT_FILE, MAX_VAULT_FILE) {
         expect_no_vault(store)?;
     }
+    // A vault in a folder with other things in it would be taken for theirs, and they for its own.
+    let mut found = store.list("")?;
+    found.retain(|entry| entry.name != "lost+found");
+    if found.iter().any(|entry| entry.name == layout::VAULT_FILE) {
+        return Err(VaultError::VaultExists { repo: repo.into() });
+    }
+    if !found.is_empty() {
+        return Err(VaultError::NotEmpty(repo.into()));
+    }
     let id = VaultId::from_bytes(random()?);
     match store.create(layout::VAULT_FILE, &VaultFile::new(id).encode()) {
         Ok(()) => Ok(id),

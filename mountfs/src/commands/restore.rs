@@ -49,7 +49,7 @@ pub(crate) fn restore(common: &CommonArgs, arguments: &RestoreArgs) -> Result<()
     let stop = Arc::new(AtomicBool::new(false));
     let signals = StopSignals::new().map_err(failed)?;
     let opened = common.open()?;
-    opened.check_head(&spec.vm)?;
+    opened.chain(&spec.vm)?;
     let tenant = opened.tenant;
     let point = tenant.resolve(&spec)?;
     let plan = Plan::new(&point.manifest, disk.as_ref(), &arguments.out, arguments.force).map_err(restore_failure)?;

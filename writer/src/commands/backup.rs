@@ -79,7 +79,11 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     };
     let result = backup.run();
     progress.finish();
-    summarize(output, &result?.0);
+    let backed = result?;
+    summarize(output, &backed.manifest);
+    if let Some(e) = backed.not_remembered {
+        output.warn(format!("the restore point is made, but this machine could not remember it: {e}"));
+    }
     Ok(())
 }
 
@@ -117,6 +121,10 @@ fn read_definition(path: &Path) -> Result<Definition, Failure> {
     file.take(MAX_DEFINITION as u64 + 1).read_to_string(&mut text).map_err(|e| failed(e.to_string()))?;
     if text.len() > MAX_DEFINITION {
         return Err(failed(format!("longer than {}", human_bytes(MAX_DEFINITION as u64))));
+    }
+    // What JSON makes of it must fit a manifest too, which is known only after the disks were read.
+    if serde_json::to_string(&text).map_or(usize::MAX, |json| json.len()) > MAX_DEFINITION * 3 / 2 {
+        return Err(failed("it is no text: most of it are control characters".into()));
     }
     let file_name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     Ok(Definition { file_name, text })

@@ -84,7 +84,7 @@ fn kit_passphrase(repo: &str, path: &Path, file: Option<&Path>) -> Result<Passph
 }
 
 /// Keys in the vault would protect nothing from whoever holds the vault.
-fn refuse_inside(repo: &str, path: &Path, what: &str, option: &str) -> Result<(), Failure> {
+pub(crate) fn refuse_inside(repo: &str, path: &Path, what: &str, option: &str) -> Result<(), Failure> {
     let whole = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     let resolved = |path: &Path| {
         let path = whole(path);

@@ -8,7 +8,7 @@ use reseal_kms::Keyring;
 use reseal_kms::kit::{read_kit, write_kit};
 use serde_json::json;
 
-use super::init::kit_contents;
+use super::init::{kit_contents, refuse_inside};
 
 /// Arguments of `key`.
 #[derive(clap::Args)]
@@ -48,6 +48,7 @@ fn export(common: &CommonArgs, file: &File) -> Result<(), Failure> {
     let scope = tenant.keys().scope();
     let kit = kit_contents(&opened.repo, tenant.name().as_str(), &scope, &keyring, &tenant.kms().key)?;
     let given = file.recovery_passphrase_file.as_deref();
+    refuse_inside(&opened.repo, &file.file, "the recovery kit", "FILE")?;
     let passphrase = read_new_passphrase(given, "the recovery kit", "or --recovery-passphrase-file")?;
     write_kit(&file.file, &kit, &passphrase)?;
     let output = common.output();
@@ -62,6 +63,9 @@ fn import(common: &CommonArgs, file: &File) -> Result<(), Failure> {
         .map_err(|e| Failure::new(Status::Usage, format!("{e} (or --recovery-passphrase-file)")))?;
     let kit = read_kit(&file.file, &passphrase)?;
     let path = common.paths()?.keyring;
+    if let Some(repo) = &common.repo {
+        refuse_inside(repo, &path, "the keyring", "RESEAL_KEYRING")?;
+    }
     let keyring = match path.exists() {
         true => common.open_keyring()?,
         false => {

@@ -27,14 +27,22 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
             vms
         }
     };
-    let mut damaged = None;
+    let mut damaged: Option<Failure> = None;
+    // Each is named; the last one ends the command.
+    let mut damage = |failure: Failure| {
+        if let Some(before) = damaged.replace(failure) {
+            output.warn(before.message);
+        }
+    };
     let mut shown = 0;
     let header = format!("{:<24} {:<24} {:>10} {:>10} {:>10}", "POINT", "TIME", "SIZE", "USED", "ADDED");
     for vm in vms {
-        let chain = tenant.chain(&vm)?;
-        if chain.last() == 0 && args.vm.is_some() {
-            opened.heads.check(&[(vm.clone(), 0)])?;
+        let (chain, rollback) = opened.heads.chain(tenant, &vm)?;
+        if chain.last() == 0 && args.vm.is_some() && rollback.is_none() {
             return Err(VaultError::NoVm { vm }.into());
+        }
+        if let Some(e) = rollback {
+            damage(e.into());
         }
         let mut authenticated = 0;
         for (number, state) in chain.numbers() {
@@ -42,13 +50,13 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
                 State::Forgotten => {
                     match tenant.tombstone(&vm, number) {
                         Ok(_) => authenticated = number,
-                        Err(e) => damaged = Some(e.into()),
+                        Err(e) => damage(e.into()),
                     }
                     continue;
                 }
                 State::Missing => {
                     let message = format!("{vm}@{number} is missing: it was removed without `reseal forget`");
-                    damaged = Some(Failure::new(Status::Damaged, message));
+                    damage(Failure::new(Status::Damaged, message));
                     continue;
                 }
                 State::Live => {}
@@ -57,7 +65,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
             let point = match tenant.point(&vm, number) {
                 Ok(point) => point,
                 Err(e) => {
-                    damaged = Some(e.into());
+                    damage(e.into());
                     continue;
                 }
             };
@@ -77,10 +85,6 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
                 human_bytes(manifest.stats.stored),
                 if manifest.warnings.is_empty() { "" } else { "  see `reseal show`" },
             ));
-        }
-        match opened.heads.check(&[(vm.clone(), chain.last())]) {
-            Err(e @ VaultError::Rollback { .. }) => damaged = Some(e.into()),
-            other => other?,
         }
         opened.heads.remember(tenant.keys().record_generation(), &[(vm, authenticated)])?;
     }

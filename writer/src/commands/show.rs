@@ -18,7 +18,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     let output = common.output();
     let spec = PointSpec::parse(&args.point)?;
     let opened = common.open()?;
-    opened.check_head(&spec.vm)?;
+    opened.chain(&spec.vm)?;
     let point = opened.tenant.resolve(&spec)?;
     let manifest = &point.manifest;
     output.json(&PointJson::new(manifest));

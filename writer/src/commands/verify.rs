@@ -38,7 +38,8 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
             Progress::add(progress, bytes);
         }
     };
-    let result = Verify::new(opened.tenant.clone(), &opened.heads).run(&what, cores(), start, &read);
+    let result =
+        Verify::new(opened.tenant.clone(), &opened.heads, &opened.paths.state).run(&what, cores(), start, &read);
     if let Some(progress) = progress.into_inner() {
         progress.finish();
     }
@@ -46,7 +47,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     output.json(&report);
     for damage in &report.damaged {
         let hurts = if damage.hurts.is_empty() { "no restore point".to_owned() } else { damage.hurts.join(", ") };
-        output.say(format!("DAMAGED  {}\n         {}\n         hurts {hurts}", damage.object, damage.what));
+        output.complain(format!("DAMAGED  {}\n         {}\n         hurts {hurts}", damage.object, damage.what));
     }
     let counted = format!(
         "{} points, {} packs, {} blobs, {} read",
