@@ -9,8 +9,10 @@
 //! calls a hole. An error leaves the output undefined and is never answered with it.
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::sync::Arc;
 
+use reseal_format::FormatError;
 use reseal_format::frames::{FrameDecoder, Frames};
 use reseal_format::geometry::{CLUSTER, CLUSTER_U64, ClusterIndex, cluster_count};
 use reseal_format::index::{BlobRef, IndexNode};
@@ -52,6 +54,15 @@ pub(crate) fn with_scratch<T>(length: usize, run: impl FnOnce(&mut Tools, &mut [
     SCRATCH.with_borrow_mut(|(tools, out)| run(tools, out.take(length)))
 }
 
+/// How much of a pack is fetched around a blob that was not at hand. Neighbours on a disk are neighbours in a pack and are
+/// wanted together; reading this much takes little longer than seeking to it.
+const AROUND: u64 = 512 * 1024;
+
+/// Names what is wrong inside a blob that was authenticated.
+fn damaged(blob: BlobRef) -> impl Fn(FormatError) -> VaultError {
+    move |source| VaultError::Damaged { object: format!("pack {} blob {}", blob.pack, blob.ordinal), source }
+}
+
 /// Reads the disks of one tenant. All that it keeps stays within the bytes that it was given.
 pub struct DiskReader {
     tree: Tree,
@@ -86,20 +97,32 @@ impl DiskReader {
         wait: Wait,
         tools: &mut Tools,
     ) -> Result<(), VaultError> {
+        self.read_on(disk, offset, out, &mut 0, wait, tools)
+    }
+
+    /// The same from byte `done` of `out` on, which grows with what is filled: what was tried without waiting is finished
+    /// by somebody who may wait.
+    pub(crate) fn read_on(
+        &self,
+        disk: &Disk,
+        offset: u64,
+        out: &mut [u8],
+        done: &mut usize,
+        wait: Wait,
+        tools: &mut Tools,
+    ) -> Result<(), VaultError> {
         assert!(offset + out.len() as u64 <= disk.length, "the caller clips a range to the disk");
         let mut leaves = Leaves::new(self, disk);
-        let mut at = offset;
-        let mut rest = out;
-        while !rest.is_empty() {
+        while *done < out.len() {
+            let at = offset + *done as u64;
             let within = usize::try_from(at % CLUSTER_U64).unwrap_or(0);
-            let length = rest.len().min(CLUSTER - within);
-            let (part, after) = rest.split_at_mut(length);
+            let length = (out.len() - *done).min(CLUSTER - within);
+            let part = &mut out[*done..*done + length];
             match leaves.blob(ClusterIndex::of_byte(at), wait)? {
                 None => part.fill(0),
                 Some(blob) => self.read_cluster(blob, within, part, wait, tools)?,
             }
-            at += length as u64;
-            rest = after;
+            *done += length;
         }
         Ok(())
     }
@@ -134,11 +157,7 @@ impl DiskReader {
     ) -> Result<(), VaultError> {
         let Tools { decoder, sealed } = tools;
         self.tree.packs().read_blob(Kind::DataPack, blob, wait, sealed.vector())?;
-        let damaged = |source| VaultError::Damaged {
-            object: format!("cluster in pack {} blob {}", blob.pack, blob.ordinal),
-            source,
-        };
-        let frames = Frames::parse(sealed.vector()).map_err(damaged)?;
+        let frames = Frames::parse(sealed.vector()).map_err(damaged(blob))?;
         let size = frames.shift().bytes();
         let mut done = 0;
         while done < out.len() {
@@ -146,11 +165,11 @@ impl DiskReader {
             if within == 0 && out.len() - done >= size {
                 // Wanted whole: it is decoded to where it is wanted, and not kept. A stream does not come back for it,
                 // and what the kernel has read it keeps itself.
-                decoder.decode_frame(&frames, nth, &mut out[done..done + size]).map_err(damaged)?;
+                decoder.decode_frame(&frames, nth, &mut out[done..done + size]).map_err(damaged(blob))?;
                 done += size;
             } else {
                 let mut frame = Frame::new(nth * size, size);
-                decoder.decode_frame(&frames, nth, frame.bytes_mut()).map_err(damaged)?;
+                decoder.decode_frame(&frames, nth, frame.bytes_mut()).map_err(damaged(blob))?;
                 done += self.frames.put(blob, frame).copy_to(at + done, &mut out[done..]);
             }
         }
@@ -159,23 +178,38 @@ impl DiskReader {
 
     /// Opens a cluster and keeps all its frames, for a stream that is about to want them. One that is there in part counts
     /// as there.
-    pub(crate) fn prefetch(&self, disk: &Disk, cluster: ClusterIndex, tools: &mut Tools) -> Result<(), VaultError> {
+    fn prefetch(&self, disk: &Disk, cluster: ClusterIndex, tools: &mut Tools) -> Result<(), VaultError> {
         let Some(blob) = self.tree.blob(disk, cluster, Wait::May)? else { return Ok(()) };
         if self.frames.covering(blob, CLUSTER - 1).is_some() {
             return Ok(());
         }
         let Tools { decoder, sealed } = tools;
         self.tree.packs().read_blob(Kind::DataPack, blob, Wait::May, sealed.vector())?;
-        let damaged = |source| VaultError::Damaged {
-            object: format!("cluster in pack {} blob {}", blob.pack, blob.ordinal),
-            source,
-        };
-        let frames = Frames::parse(sealed.vector()).map_err(damaged)?;
+        let frames = Frames::parse(sealed.vector()).map_err(damaged(blob))?;
         let size = frames.shift().bytes();
         for nth in 0..frames.shift().count() {
             let mut frame = Frame::new(nth * size, size);
-            decoder.decode_frame(&frames, nth, frame.bytes_mut()).map_err(damaged)?;
+            decoder.decode_frame(&frames, nth, frame.bytes_mut()).map_err(damaged(blob))?;
             self.frames.put(blob, frame);
+        }
+        Ok(())
+    }
+
+    /// Prepares for clusters that will be wanted soon: has the store fetch what they are in, or, where a store can't do that
+    /// on the side, opens them. May wait.
+    pub(crate) fn prepare(&self, disk: &Disk, clusters: Range<u64>, tools: &mut Tools) -> Result<(), VaultError> {
+        let mut expected = None;
+        for cluster in clusters.map(ClusterIndex) {
+            let Some(blob) = self.tree.blob(disk, cluster, Wait::May)? else { continue };
+            let Some((handle, offset)) = self.tree.packs().place(blob, Wait::May)? else { continue };
+            let window = Some((blob.pack, offset / AROUND));
+            if window == expected {
+                continue;
+            }
+            match self.tree.packs().tenant().store().expect(handle.key(), offset - offset % AROUND, AROUND) {
+                true => expected = window,
+                false => self.prefetch(disk, cluster, tools)?,
+            }
         }
         Ok(())
     }

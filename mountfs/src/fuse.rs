@@ -11,6 +11,7 @@ use fuser::{
     ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
     ReplyXattr, Request,
 };
+use reseal_format::geometry::ClusterIndex;
 use reseal_vault::{VaultError, Wait};
 
 use crate::answer::{Noted, Shared, answer, answer_later, file_type};
@@ -21,6 +22,7 @@ use crate::handles::{Handle, OpenDisk};
 use crate::inodes::Node;
 use crate::pool::{Pool, Refuse};
 use crate::view::{OpenContent, View};
+use crate::wipe::Secret;
 
 /// Background requests in the kernel: enough that readahead of several readers keeps every thread busy.
 const BACKGROUND: u16 = 64;
@@ -58,38 +60,41 @@ impl ResealFs {
     }
 
     /// Reads what can be read at once, and hands on what can't.
-    fn read_disk(&self, node: Node, handle: Arc<Handle>, open: &OpenDisk, offset: u64, size: u32, reply: ReplyData) {
+    fn read_disk(&self, node: Node, handle: &Arc<Handle>, open: &OpenDisk, offset: u64, size: u32, reply: ReplyData) {
         let Some(disk) = open.disk() else { return reply.refuse(&Fault::NoEntry) };
         let length = DiskReader::clip(disk, offset, size as usize);
         let ahead = open.stream.advance(offset, length as u64, disk.length);
-        let reader = &self.shared.reader;
-        let waiting = with_scratch(length, |tools, out| match reader.read(disk, offset, out, Wait::MustNot, tools) {
-            Ok(()) => {
-                reply.data(out);
-                None
-            }
-            Err(VaultError::WouldBlock) => Some(reply),
-            Err(error) => {
-                Noted { reply, node, shared: self.shared.clone() }.refuse(&error.into());
-                None
+        self.shared.readahead.order(&open.point, open.nth, ahead);
+        with_scratch(length, |tools, out| {
+            let mut done = 0;
+            match self.shared.reader.read_on(disk, offset, out, &mut done, Wait::MustNot, tools) {
+                Ok(()) => reply.data(out),
+                Err(VaultError::WouldBlock) => {
+                    open.stream.waited();
+                    self.read_later(node, handle.clone(), offset, length, Secret(out[..done].to_vec()), reply);
+                }
+                Err(error) => Noted { reply, node, shared: self.shared.clone() }.refuse(&error.into()),
             }
         });
-        if let Some(reply) = waiting {
-            open.stream.waited();
-            self.read_later(node, handle, offset, length, reply);
-        }
-        self.shared.readahead.order(&open.point, open.nth, ahead);
     }
 
-    fn read_later(&self, node: Node, handle: Arc<Handle>, offset: u64, length: usize, reply: ReplyData) {
+    /// Reads on from the bytes that are there already, with leave to wait.
+    fn read_later(&self, node: Node, handle: Arc<Handle>, offset: u64, length: usize, begun: Secret, reply: ReplyData) {
         let shared = self.shared.clone();
         self.pool.submit(Noted { reply, node, shared: shared.clone() }, move |ticket| {
             let Handle::Disk(open) = &*handle else { return };
             let Some(disk) = open.disk() else { return };
+            let mut done = begun.0.len();
+            let missing = ClusterIndex::of_byte(offset + done as u64).0;
             // The answer is given while the buffer is borrowed: it is not copied.
-            with_scratch(length, |tools, out| match shared.reader.read(disk, offset, out, Wait::May, tools) {
-                Ok(()) => ticket.answer(|noted| noted.reply.data(out)),
-                Err(error) => ticket.answer(|noted| noted.refuse(&error.into())),
+            with_scratch(length, |tools, out| {
+                out[..done].copy_from_slice(&begun.0);
+                // What fails here fails again below, unless there is a way around it.
+                let _ = shared.reader.prepare(disk, missing..missing + 1, tools);
+                match shared.reader.read_on(disk, offset, out, &mut done, Wait::May, tools) {
+                    Ok(()) => ticket.answer(|noted| noted.reply.data(out)),
+                    Err(error) => ticket.answer(|noted| noted.refuse(&error.into())),
+                }
             });
         });
     }
@@ -179,7 +184,7 @@ impl Filesystem for ResealFs {
         let Some((handle, reply)) = self.handle(handle, reply) else { return };
         match &*handle {
             Handle::Text(point, content) => reply.data(part(text(point, *content), offset, size)),
-            Handle::Disk(open) => self.read_disk(node, handle.clone(), open, offset, size, reply),
+            Handle::Disk(open) => self.read_disk(node, &handle, open, offset, size, reply),
             Handle::Folder(_) => reply.refuse(&Fault::IsAFolder),
         }
     }

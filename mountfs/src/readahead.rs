@@ -1,4 +1,4 @@
-//! Sequential readers of a slow store are recognised, and what they will want next is opened before they ask.
+//! Sequential readers of a slow store are recognised, and what they will want next is prepared before they ask.
 //!
 //! A store that answers at once needs none of this: the kernel reads ahead itself, with requests that several FUSE threads
 //! decompress at a time, straight into the reply. Where the store makes a reader wait, the kernel's readahead is too short
@@ -10,7 +10,7 @@ use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
-use reseal_format::geometry::{CLUSTER_U64, ClusterIndex};
+use reseal_format::geometry::CLUSTER_U64;
 
 use crate::disk::{DiskReader, with_scratch};
 use crate::files::OpenPoint;
@@ -20,13 +20,13 @@ use crate::files::OpenPoint;
 const PROOF: u64 = 512 * 1024;
 /// Requests of one reader overtake one another by no more than this, with several threads serving it.
 const SLACK: u64 = 4 << 20;
-/// How far ahead of the kernel's own readahead clusters are opened: it hides 50 ms of delay at 80 MB/s, and is a small part
+/// How far ahead of the kernel's own readahead clusters are prepared: it hides 50 ms of delay at 80 MB/s, and is a small part
 /// of the cache.
 const WINDOW: u64 = 4 << 20;
 /// For how much reading a store counts as slow after it made a reader wait.
 const PATIENCE: u64 = 32 << 20;
-/// Clusters that wait to be opened, at most; what comes on top is left to the reader.
-const QUEUE: usize = 256;
+/// Orders that wait, at most.
+const QUEUE: usize = 64;
 const STACK: usize = 512 * 1024;
 
 #[derive(Default)]
@@ -75,14 +75,14 @@ impl Stream {
 struct Order {
     point: Arc<OpenPoint>,
     disk: usize,
-    cluster: ClusterIndex,
+    clusters: Range<u64>,
 }
 
-/// Opens clusters ahead of readers.
+/// Prepares clusters ahead of readers.
 pub(crate) struct Readahead(Sender<Order>);
 
 impl Readahead {
-    /// As many workers as there are cores: opening is computing, mostly.
+    /// With so many workers.
     pub(crate) fn new(reader: &Arc<DiskReader>, workers: usize) -> std::io::Result<Readahead> {
         let (orders, queue) = bounded::<Order>(QUEUE);
         for nth in 0..workers {
@@ -95,13 +95,10 @@ impl Readahead {
         Ok(Readahead(orders))
     }
 
-    /// Orders clusters of a disk; those that find no room are left to the reader.
+    /// Orders clusters of a disk; what finds no room is left to the reader.
     pub(crate) fn order(&self, point: &Arc<OpenPoint>, disk: usize, clusters: Range<u64>) {
-        for cluster in clusters {
-            let order = Order { point: point.clone(), disk, cluster: ClusterIndex(cluster) };
-            if self.0.try_send(order).is_err() {
-                return;
-            }
+        if !clusters.is_empty() {
+            let _ = self.0.try_send(Order { point: point.clone(), disk, clusters });
         }
     }
 }
@@ -110,7 +107,7 @@ fn work(reader: &DiskReader, queue: &Receiver<Order>) {
     while let Ok(order) = queue.recv() {
         let Some(disk) = order.point.manifest().disks.get(order.disk) else { continue };
         // What fails here fails again when the reader gets there, and is said then.
-        let _ = with_scratch(0, |tools, _| reader.prefetch(disk, order.cluster, tools));
+        let _ = with_scratch(0, |tools, _| reader.prepare(disk, order.clusters, tools));
     }
 }
 

@@ -7,6 +7,15 @@ pub(crate) fn wipe(bytes: &mut [u8]) {
     unsafe { libc::explicit_bzero(bytes.as_mut_ptr().cast(), bytes.len()) }
 }
 
+/// Bytes that are wiped when they are dropped.
+pub(crate) struct Secret(pub(crate) Vec<u8>);
+
+impl Drop for Secret {
+    fn drop(&mut self) {
+        wipe(&mut self.0);
+    }
+}
+
 /// A buffer that is reused and wiped at its end.
 #[derive(Default)]
 pub(crate) struct Buffer(Vec<u8>);

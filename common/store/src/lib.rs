@@ -34,6 +34,12 @@ pub trait Store: Send + Sync {
     /// Like [`Store::read_at`], but gives up and answers `false` where it might have to wait.
     fn try_read_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<bool, StoreError>;
 
+    /// Says that these bytes will be wanted soon. A store that can have them at hand by then, without anybody waiting for
+    /// them, begins to and answers `true`.
+    fn expect(&self, _key: &str, _offset: u64, _length: u64) -> bool {
+        false
+    }
+
     /// The last bytes of the object, `want` of them or all it has, and its length.
     fn read_tail(&self, key: &str, want: usize) -> Result<(Vec<u8>, u64), StoreError>;
 
@@ -48,7 +54,7 @@ pub trait Store: Send + Sync {
     /// Starts an object that is written piece by piece. It does not exist before [`Upload::finish`].
     fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError>;
 
-    /// What is directly below a folder; a folder that does not exist is empty. In no order.
+    /// What is directly below a folder ("" is the root); a folder that does not exist is empty. In no order.
     fn list(&self, folder: &str) -> Result<Vec<Entry>, StoreError>;
 
     /// Makes durable what a listing of a folder has shown: its writer may have died before it had.

@@ -6,14 +6,14 @@
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSliceMut, Write};
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lru::LruCache;
 use parking_lot::Mutex;
-use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, flock, openat, unlinkat};
+use rustix::fs::{Advice, AtFlags, CWD, FlockOperation, Mode, OFlags, fadvise, flock, openat, unlinkat};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 use crate::{Entry, Store, StoreError, Upload};
@@ -184,6 +184,11 @@ impl Store for Local {
         }
     }
 
+    fn expect(&self, key: &str, offset: u64, length: u64) -> bool {
+        // The kernel reads ahead by itself only where reads are in order and of one file.
+        self.file(key).is_ok_and(|file| fadvise(&*file, offset, NonZeroU64::new(length), Advice::WillNeed).is_ok())
+    }
+
     fn read_tail(&self, key: &str, want: usize) -> Result<(Vec<u8>, u64), StoreError> {
         let file = self.file(key)?;
         let length = file.metadata().map_err(|e| io_error(key, "read", e))?.len();
@@ -208,7 +213,8 @@ impl Store for Local {
     }
 
     fn list(&self, folder: &str) -> Result<Vec<Entry>, StoreError> {
-        let entries = match std::fs::read_dir(self.shared.path(folder)?) {
+        let path = if folder.is_empty() { self.shared.root.clone() } else { self.shared.path(folder)? };
+        let entries = match std::fs::read_dir(path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             other => other.map_err(|e| io_error(folder, "list", e))?,
         };
@@ -346,6 +352,7 @@ mod tests {
         assert!(store.try_read_at("a/b/c", 1, &mut two).unwrap());
         assert_eq!(store.list("a/").unwrap(), [Entry { name: "b".into(), length: 0, is_folder: true }]);
         assert_eq!(store.list("none/").unwrap(), []);
+        assert_eq!(store.list("").unwrap().len(), 2, "a and tmp");
         assert_eq!(store.list("tmp/").unwrap(), [], "nothing temporary stays");
         store.delete("a/b/c").unwrap();
         assert!(matches!(store.get("a/b/c", 5), Err(StoreError::NotFound(_))));

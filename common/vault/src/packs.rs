@@ -189,6 +189,12 @@ impl Packs {
         }
     }
 
+    /// Which object a blob is in, and at which offset, as far as is known: the pack may have been rewritten since.
+    pub fn place(&self, blob: BlobRef, wait: Wait) -> Result<Option<(Arc<PackHandle>, u64)>, VaultError> {
+        let handle = self.handle(blob, wait)?;
+        Ok(handle.lengths.place(blob.ordinal).map(|(offset, _)| (handle, offset)))
+    }
+
     /// Reads a blob of a pack of that kind and opens it: its content replaces what is in `buf`.
     pub fn read_blob(&self, kind: Kind, blob: BlobRef, wait: Wait, buf: &mut Vec<u8>) -> Result<(), VaultError> {
         self.with_fallback(blob, wait, |handle| {

@@ -85,6 +85,10 @@ impl Store for Faulty {
         self.pass(folder)?.list(folder)
     }
 
+    fn settle(&self, folder: &str) -> Result<(), StoreError> {
+        self.pass(folder)?.settle(folder)
+    }
+
     fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.pass(key)?.delete(key)
     }
