@@ -36,10 +36,10 @@ frames: setup
 	cargo build --release --workspace
 	tests/scripts/frames.sh
 
-# The long forms of the model and crash tests, in the release profile.
+# The long forms of the model, tamper and crash tests: ten times RESEAL_SOAK as long as in `make test`.
 soak: setup
 	cargo build --workspace
-	RESEAL_SOAK=1 cargo test -p reseal-tests --no-fail-fast -- --nocapture
+	RESEAL_SOAK=$${RESEAL_SOAK:-1} cargo test -p reseal-tests --no-fail-fast -- --nocapture
 
 clean:
 	cargo clean

@@ -152,14 +152,16 @@ fn a_sweep_spares_a_backup_that_is_running() {
     let (disk, _) = write_disk(&site, "d.raw", 5, DISK);
     let (small, _) = write_disk(&site, "s.raw", 6, 100_000);
     fs::create_dir_all(site.vault.join("tmp")).unwrap();
-    let dead = site.vault.join("tmp/0123456789abcdef");
+    let dead = site.vault.join("tmp/0123456789abcdef0123456789abcdef");
+    let foreign = site.vault.join("tmp/of somebody else");
     fs::write(&dead, "left behind").unwrap();
+    fs::write(&foreign, "precious").unwrap();
     let running = site.start(["backup", "--json", "big", disk.to_str().unwrap()]);
     for nth in 0..10 {
         site.backup(&format!("small-{nth}"), &small);
     }
     running.wait().ok();
-    assert!(!dead.exists());
+    assert!(!dead.exists() && foreign.exists());
     assert_eq!(site.verify()["points"], 11);
 }
 

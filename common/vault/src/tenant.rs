@@ -31,7 +31,9 @@ fn random_key() -> Result<Zeroizing<[u8; 32]>, VaultError> {
 /// Refuses to go on without a record that must have been there, for what it is the head of still is.
 fn expect_none(store: &dyn Store, folders: &[String], object: &str) -> Result<(), VaultError> {
     for folder in folders {
-        if !store.list(folder)?.is_empty() {
+        // Looked for once more, for it is made before what belongs to it: perhaps just now.
+        let made = |store: &dyn Store| !matches!(store.read_tail(object, 0), Err(StoreError::NotFound(_)));
+        if !store.list(folder)?.is_empty() && !made(store) {
             let why = "what belongs to it is there, so it was removed; restore it from a copy of the vault";
             return Err(VaultError::Missing { object: object.to_owned(), why });
         }
@@ -54,7 +56,8 @@ pub fn create_vault(store: &dyn Store, repo: &str) -> Result<VaultId, VaultError
     }
     // A vault in a folder with other things in it would be taken for theirs, and they for its own.
     let mut found = store.list("")?;
-    found.retain(|entry| entry.name != "lost+found");
+    // What a fresh file system has, and what an `init` that was killed leaves.
+    found.retain(|entry| entry.name != "lost+found" && entry.name != "tmp");
     if found.iter().any(|entry| entry.name == layout::VAULT_FILE) {
         return Err(VaultError::VaultExists { repo: repo.into() });
     }
