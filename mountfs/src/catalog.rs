@@ -176,6 +176,11 @@ impl Catalog {
         if wait == Wait::MustNot {
             return Err(VaultError::WouldBlock);
         }
+        Ok(self.list(vm)?.1.live.clone())
+    }
+
+    /// Lists a VM's chain, which is then what counts as recent.
+    fn list(&self, vm: VmIndex) -> Result<(Chain, Arc<Listed>), VaultError> {
         let known = self.known(vm)?;
         // Taken before the listing: what appears while it is made may not be in it.
         let at = Instant::now();
@@ -186,7 +191,7 @@ impl Catalog {
         });
         let listed = Arc::new(Listed { at, live: live.collect() });
         self.chains.put(vm, listed.clone());
-        Ok(listed.live.clone())
+        Ok((chain, listed))
     }
 
     /// The numbers of a VM, held against what this machine has seen before.
@@ -224,7 +229,8 @@ impl Catalog {
     /// The time of the newest point; `None` if the VM has none.
     pub fn latest(&self, vm: VmIndex) -> Result<Option<Timestamp>, VaultError> {
         let known = self.known(vm)?;
-        let newest = self.tenant.newest(&known.name, &self.chain(&known)?)?;
+        // Through `list`, for what this names is then looked up.
+        let newest = self.tenant.newest(&known.name, &self.list(vm)?.0)?;
         // If it is damaged that is an error: an older one under this name would be taken for it.
         newest.map(|number| self.time(vm, number, Wait::May)).transpose()
     }

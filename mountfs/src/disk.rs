@@ -156,8 +156,7 @@ impl DiskReader {
         tools: &mut Tools,
     ) -> Result<(), VaultError> {
         let Tools { decoder, sealed } = tools;
-        self.tree.packs().read_blob(Kind::DataPack, blob, wait, sealed.vector())?;
-        let frames = Frames::parse(sealed.vector()).map_err(damaged(blob))?;
+        let frames = self.frames_of(blob, wait, sealed)?;
         let size = frames.shift().bytes();
         let mut done = 0;
         while done < out.len() {
@@ -176,6 +175,12 @@ impl DiskReader {
         Ok(())
     }
 
+    /// Reads and opens a blob of data.
+    fn frames_of<'a>(&self, blob: BlobRef, wait: Wait, sealed: &'a mut Buffer) -> Result<Frames<'a>, VaultError> {
+        self.tree.packs().read_blob(Kind::DataPack, blob, wait, sealed.vector())?;
+        Frames::parse(sealed.vector()).map_err(damaged(blob))
+    }
+
     /// Opens a cluster and keeps all its frames, for a stream that is about to want them. One that is there in part counts
     /// as there.
     fn prefetch(&self, disk: &Disk, cluster: ClusterIndex, tools: &mut Tools) -> Result<(), VaultError> {
@@ -184,8 +189,7 @@ impl DiskReader {
             return Ok(());
         }
         let Tools { decoder, sealed } = tools;
-        self.tree.packs().read_blob(Kind::DataPack, blob, Wait::May, sealed.vector())?;
-        let frames = Frames::parse(sealed.vector()).map_err(damaged(blob))?;
+        let frames = self.frames_of(blob, Wait::May, sealed)?;
         let size = frames.shift().bytes();
         for nth in 0..frames.shift().count() {
             let mut frame = Frame::new(nth * size, size);

@@ -103,7 +103,11 @@ impl Mounted {
         };
         let pool = Arc::new(Pool::new(WORKERS, options.io_timeout)?);
         let fs = ResealFs { shared: Arc::new(shared), pool: pool.clone() };
-        let failed = |source| MountError::Mount { path: path.clone(), source };
+        let failed = |source: io::Error| {
+            // `fusermount3` says it in a line of its own.
+            let source = io::Error::new(source.kind(), source.to_string().trim_end().to_owned());
+            MountError::Mount { path: path.clone(), source }
+        };
         let session = Session::new(fs, &path, &config(options)).map_err(failed)?.spawn().map_err(failed)?;
         let (sender, events) = unbounded();
         let ended = sender.clone();

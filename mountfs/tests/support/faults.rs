@@ -93,10 +93,6 @@ impl Store for Faulty {
         self.pass(key)?.delete(key)
     }
 
-    fn settle(&self, folder: &str) -> Result<(), StoreError> {
-        self.pass(folder)?.settle(folder)
-    }
-
     fn sweep(&self) -> Result<(), StoreError> {
         self.pass("tmp")?.sweep()
     }
