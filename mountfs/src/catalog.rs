@@ -161,7 +161,7 @@ impl Catalog {
             Some(index) => Ok(Some(index)),
             None if wait == Wait::MustNot => Err(VaultError::WouldBlock),
             // Only a VM that is there gets an index: names that somebody makes up must not fill the memory.
-            None if self.tenant.chain(&name)?.last() == 0 => Ok(None),
+            None if self.chain(&name)?.last() == 0 => Ok(None),
             None => Ok(self.index(&name)),
         }
     }
@@ -184,7 +184,7 @@ impl Catalog {
         let known = self.known(vm)?;
         // Taken before the listing: what appears while it is made may not be in it.
         let at = Instant::now();
-        let chain = self.chain(&known)?;
+        let chain = self.chain(&known.name)?;
         let live = chain.live().filter(|&number| match &self.shown {
             Shown::Point(_, only) => number == *only,
             Shown::All | Shown::Vm(_) => true,
@@ -195,10 +195,10 @@ impl Catalog {
     }
 
     /// The numbers of a VM, held against what this machine has seen before.
-    fn chain(&self, known: &KnownVm) -> Result<Chain, VaultError> {
+    fn chain(&self, vm: &VmName) -> Result<Chain, VaultError> {
         match &self.heads {
-            Some(heads) => heads.whole_chain(&self.tenant, &known.name),
-            None => self.tenant.chain(&known.name),
+            Some(heads) => heads.whole_chain(&self.tenant, vm),
+            None => self.tenant.chain(vm),
         }
     }
 

@@ -3,7 +3,7 @@
 use std::fs;
 
 use rustix::mm::{MapFlags, MlockAllFlags, ProtFlags, mlockall, mmap_anonymous, munlockall, munmap};
-use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 
 use crate::{Failure, Status};
 
@@ -14,6 +14,9 @@ pub fn harden(allow_swap: bool) -> Result<(), Failure> {
     set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(|e| failed("forbid core dumps", e))?;
     let none = Rlimit { current: Some(0), maximum: Some(0) };
     setrlimit(Resource::Core, none).map_err(|e| failed("forbid core dumps", e))?;
+    // Packs are kept open while they are read; the usual limit is for programs that use select().
+    let files = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: files.maximum, maximum: files.maximum });
     // On fault: memory is locked as it is used, not for whole mappings at once.
     let flags = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
     if mlockall(flags).is_ok() && unlimited() {

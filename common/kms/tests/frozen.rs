@@ -64,18 +64,18 @@ fn a_kit_of_version_1_opens() {
     assert_eq!(read_kit(&frozen("kit-v1.age"), &phrase()).unwrap(), kit());
 }
 
+/// Made in a folder of the test, or, for a new version of a format, in the one that `RESEAL_FREEZE` names.
 #[test]
-#[ignore = "makes the files anew, which only a new version of a format needs"]
-fn make() {
-    fs::create_dir_all(frozen("")).unwrap();
-    let plain = Keyring::create(&frozen("keyring-v1.json"), None).unwrap();
+fn they_can_be_made_anew() {
+    let own = tempfile::tempdir().unwrap();
+    let folder = std::env::var_os("RESEAL_FREEZE").map_or(own.path().to_owned(), PathBuf::from);
+    let plain = Keyring::create(&folder.join("keyring-v1.json"), None).unwrap();
     plain.import(&[key()]).unwrap();
-    let sealed = Keyring::create(&frozen("keyring-v1-sealed.json"), Some(&phrase())).unwrap();
+    let sealed = Keyring::create(&folder.join("keyring-v1-sealed.json"), Some(&phrase())).unwrap();
     sealed.import(&[key()]).unwrap();
     let wrapped = plain.wrap(NAME, CONTEXT, PAYLOAD).unwrap();
-    fs::write(frozen("wrapped-v1.hex"), hex::encode(wrapped) + "\n").unwrap();
-    write_kit(&frozen("kit-v1.age"), &kit(), &phrase()).unwrap();
-    for lock in ["keyring-v1.json.lock", "keyring-v1-sealed.json.lock"] {
-        fs::remove_file(frozen(lock)).unwrap();
-    }
+    assert_eq!(sealed.unwrap(NAME, CONTEXT, &wrapped).unwrap().as_slice(), PAYLOAD);
+    fs::write(folder.join("wrapped-v1.hex"), hex::encode(wrapped) + "\n").unwrap();
+    write_kit(&folder.join("kit-v1.age"), &kit(), &phrase()).unwrap();
+    assert_eq!(read_kit(&folder.join("kit-v1.age"), &phrase()).unwrap(), kit());
 }

@@ -15,13 +15,14 @@ use lru::LruCache;
 use parking_lot::Mutex;
 use rustix::fs::{Advice, AtFlags, CWD, FlockOperation, Mode, OFlags, fadvise, flock, openat, unlinkat};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
+use rustix::process::{Resource, getrlimit};
 
 use crate::{Entry, Store, StoreError, Upload};
 
 /// Folder of unfinished objects.
 const TMP: &str = "tmp";
-/// Files kept open: enough for the packs that a few readers jump between, far below the usual limit of 1,024.
-const OPEN_FILES: NonZeroUsize = NonZeroUsize::new(256).expect("not zero");
+/// Most files kept open: packs of 256 GiB.
+const MAX_OPEN_FILES: usize = 4096;
 
 /// A folder.
 pub struct Local {
@@ -40,7 +41,7 @@ impl Local {
     /// A store in that folder, which need not exist before the first object.
     pub fn new(root: impl Into<PathBuf>) -> Local {
         let shared = Shared { root: root.into(), durable: Mutex::default() };
-        Local { shared: Arc::new(shared), open: Mutex::new(LruCache::new(OPEN_FILES)) }
+        Local { shared: Arc::new(shared), open: Mutex::new(LruCache::new(open_files())) }
     }
 
     fn file(&self, key: &str) -> Result<Arc<File>, StoreError> {
@@ -119,6 +120,13 @@ impl Shared {
             }
         }
     }
+}
+
+/// How many files are kept open: a quarter of what the process may have.
+fn open_files() -> NonZeroUsize {
+    let limit = getrlimit(Resource::Nofile).current.and_then(|limit| usize::try_from(limit).ok());
+    let files = limit.map_or(MAX_OPEN_FILES, |limit| (limit / 4).min(MAX_OPEN_FILES));
+    NonZeroUsize::new(files).unwrap_or(NonZeroUsize::MIN)
 }
 
 /// The name of a file under `tmp/`: 32 hexadecimal digits. Nothing else there is touched.
