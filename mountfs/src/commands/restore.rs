@@ -13,7 +13,7 @@ use reseal_format::names::DiskName;
 use reseal_mountfs::disk::DiskReader;
 use reseal_mountfs::restore::{Plan, RestoreError, Watch};
 use reseal_mountfs::signals::StopSignals;
-use reseal_vault::{Class, PointSpec};
+use reseal_vault::PointSpec;
 use serde::Serialize;
 
 #[derive(Args)]
@@ -115,12 +115,7 @@ fn report(output: Output, manifest: &Manifest, restored: &[(&Disk, PathBuf)], to
 
 fn restore_failure(error: RestoreError) -> Failure {
     let status = match &error {
-        RestoreError::Vault { source, .. } => match source.class() {
-            Class::Damaged => Status::Damaged,
-            Class::Unreachable => Status::Unreachable,
-            Class::Usage => Status::Usage,
-            Class::Failed => Status::Failed,
-        },
+        RestoreError::Vault { source, .. } => source.class().into(),
         RestoreError::NotAFolder { .. } => Status::Usage,
         RestoreError::NoDisk { .. }
         | RestoreError::Exists { .. }
