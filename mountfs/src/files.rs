@@ -1,6 +1,5 @@
 //! What the folder of a restore point shows.
 
-use reseal_format::geometry::CLUSTER_U64;
 use reseal_format::manifest::{Disk, Manifest};
 use reseal_vault::Point;
 use reseal_vault::cache::Weigh;
@@ -95,7 +94,7 @@ impl OpenPoint {
     /// Size of a file, and how many of its bytes are not holes.
     pub fn size(&self, content: Content) -> (u64, u64) {
         match content {
-            Content::Disk(nth) => self.point.manifest.disks.get(nth).map_or((0, 0), |disk| (disk.length, used(disk))),
+            Content::Disk(nth) => self.point.manifest.disks.get(nth).map_or((0, 0), |disk| (disk.length, disk.used())),
             Content::Facts | Content::Definition => {
                 let length = self.text(content).len() as u64;
                 (length, length)
@@ -107,11 +106,6 @@ impl OpenPoint {
 /// The name of a disk's file.
 pub fn disk_file(disk: &Disk) -> String {
     format!("{}.raw", disk.name)
-}
-
-/// Bytes of a disk that are not holes. Its last cluster may be partly past its end.
-fn used(disk: &Disk) -> u64 {
-    (disk.used_clusters * CLUSTER_U64).min(disk.length)
 }
 
 /// Whether a name that came from elsewhere can be that of a file.
@@ -157,7 +151,7 @@ fn facts(point: &Point, definition: Option<&(String, Content)>) -> String {
         name: disk_name(disk),
         file: disk_file(disk),
         length: disk.length,
-        used: used(disk),
+        used: disk.used(),
         source: &disk.source,
     };
     let facts = Facts {

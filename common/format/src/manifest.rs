@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::FormatError;
-use crate::geometry::MAX_DISK;
+use crate::geometry::{CLUSTER_U64, MAX_DISK};
 use crate::ids::{Digest, NoteId, PackId, PointId, VmId};
 use crate::index::BlobRef;
 use crate::keys::{KEY, Kind};
@@ -148,6 +148,13 @@ fn from_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, FormatError> {
     let required: Required = serde_json::from_slice(bytes).map_err(malformed)?;
     refuse_unknown(&required.required_features)?;
     serde_json::from_slice(bytes).map_err(malformed)
+}
+
+impl Disk {
+    /// Bytes that are not holes. Its last cluster may be partly past its end.
+    pub fn used(&self) -> u64 {
+        (self.used_clusters * CLUSTER_U64).min(self.length)
+    }
 }
 
 impl Manifest {

@@ -1,10 +1,11 @@
 //! `reseal list`
 
 use reseal_cli::{CommonArgs, Failure, Status, human_bytes};
+use reseal_format::manifest::Disk;
 use reseal_format::names::VmName;
 use reseal_vault::{State, VaultError};
 
-use super::{PointJson, point_name, used};
+use super::{PointJson, point_name};
 
 /// Arguments of `list`.
 #[derive(clap::Args)]
@@ -81,7 +82,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
                 point_name(&point),
                 manifest.created.to_string(),
                 human_bytes(manifest.disks.iter().map(|disk| disk.length).sum()),
-                human_bytes(manifest.disks.iter().map(used).sum()),
+                human_bytes(manifest.disks.iter().map(Disk::used).sum()),
                 human_bytes(manifest.stats.stored),
                 if manifest.warnings.is_empty() { "" } else { "  see `reseal show`" },
             ));

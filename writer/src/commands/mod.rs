@@ -44,8 +44,12 @@ struct DiskJson<'a> {
 
 impl<'a> PointJson<'a> {
     pub(crate) fn new(manifest: &'a Manifest) -> PointJson<'a> {
-        let disk =
-            |disk: &'a Disk| DiskJson { name: &disk.name, length: disk.length, used: used(disk), source: &disk.source };
+        let disk = |disk: &'a Disk| DiskJson {
+            name: &disk.name,
+            length: disk.length,
+            used: disk.used(),
+            source: &disk.source,
+        };
         PointJson {
             vm: &manifest.vm,
             number: manifest.number,
@@ -58,11 +62,6 @@ impl<'a> PointJson<'a> {
             warnings: &manifest.warnings,
         }
     }
-}
-
-/// Bytes of a disk that are not holes.
-pub(crate) fn used(disk: &Disk) -> u64 {
-    (disk.used_clusters * reseal_format::geometry::CLUSTER_U64).min(disk.length)
 }
 
 /// A point's name as `list` prints it and every command takes it.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use reseal_cli::{CommonArgs, Failure, human_bytes, human_duration};
 use reseal_vault::PointSpec;
 
-use super::{PointJson, point_name, used};
+use super::{PointJson, point_name};
 
 /// Arguments of `show`.
 #[derive(clap::Args)]
@@ -28,7 +28,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     let parent = manifest.parent.map_or("none".to_owned(), |parent| format!("{}@{}", manifest.vm, parent.number));
     output.say(format!("parent      {parent}"));
     for disk in &manifest.disks {
-        let (length, used) = (human_bytes(disk.length), human_bytes(used(disk)));
+        let (length, used) = (human_bytes(disk.length), human_bytes(disk.used()));
         output.say(format!("disk        {}: {length}, {used} used, from {}", disk.name, disk.source));
     }
     if let Some(definition) = &manifest.definition {
