@@ -70,10 +70,9 @@ impl FrameEncoder {
         zstd.set_parameter(CParameter::ContentSizeFlag(false))?;
         zstd.set_parameter(CParameter::ChecksumFlag(false))?;
         if level == DEFAULT_LEVEL {
-            // For inputs of this size level 1 would take a table of 2^13 and matches of 6 bytes: these cost no time
-            // and save 1.5 % on a Debian disk.
+            // For inputs of this size level 1 would take a table of 2^13: this one costs no time and saves 0.2 % on a
+            // Debian disk. Matches from 5 bytes on would save 1.3 % more and take 6 % more time.
             zstd.set_parameter(CParameter::HashLog(14))?;
-            zstd.set_parameter(CParameter::MinMatch(5))?;
         }
         Ok(FrameEncoder { shift, zstd, scratch: Vec::with_capacity(CLUSTER) })
     }

@@ -72,7 +72,9 @@ fn a_passphrase_opens_what_it_sealed_and_no_other_does() {
 fn a_sealed_file_shows_neither_keys_nor_their_names() {
     let dir = tempfile::tempdir().unwrap();
     let sealed = fs::read_to_string(keyring(&dir, Some("open sesame")).path()).unwrap();
-    for secret in ["a5a5", "acme", "sesame"] {
+    // The hex of the key whole: four digits of it stand in a random ciphertext by chance now and then.
+    let key = "a5".repeat(16);
+    for secret in [key.as_str(), "acme", "sesame"] {
         assert!(!sealed.contains(secret), "{sealed}");
     }
 }
