@@ -191,6 +191,8 @@ mod tests {
             root: None,
             used_clusters: 2,
             source: "/dev/vg/root".into(),
+            tracking: None,
+            claim: None,
         };
         let manifest = Manifest {
             vm: VmName::new("web 01").unwrap(),

@@ -84,7 +84,15 @@ impl Backup<'_> {
             let job = Job { source, known, parent, encoding, workers: self.workers, progress };
             let (root, used_clusters) = job.run(&mut assembler)?;
             let source_text = source.path().chars().take(MAX_TEXT / 4).collect();
-            disks.push(Disk { name: name.clone(), length: source.length(), root, used_clusters, source: source_text });
+            disks.push(Disk {
+                name: name.clone(),
+                length: source.length(),
+                root,
+                used_clusters,
+                source: source_text,
+                tracking: None,
+                claim: None,
+            });
         }
         assembler.close()?;
         let counted = assembler.counted;

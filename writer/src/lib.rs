@@ -19,6 +19,7 @@ mod known;
 mod lookup;
 mod pipeline;
 mod plan;
+pub mod live;
 pub mod source;
 pub mod verify;
 mod verify_pack;

@@ -63,6 +63,51 @@ pub struct Disk {
     /// Where it was read from.
     #[serde(default)]
     pub source: String,
+    /// What records, from this moment on, what the next restore point has to read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tracking: Option<Tracking>,
+    /// What this point was told about changes, if it was made without reading everything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claim: Option<Claim>,
+}
+
+/// A record of changed areas that somebody else keeps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tracking {
+    /// One of [`method`].
+    pub method: String,
+    /// Its name: of the bitmap or checkpoint, or the change id.
+    pub id: String,
+    /// Whose it is, such as the UUID of a domain; a record of another one's is never used.
+    #[serde(default)]
+    pub scope: String,
+}
+
+/// Who keeps such a record. Text, so that a later version may know more of them.
+pub mod method {
+    /// A dirty bitmap of QEMU, made by reseal.
+    pub const QEMU_BITMAP: &str = "qemu-bitmap";
+    /// A checkpoint of libvirt, made by reseal.
+    pub const LIBVIRT_CHECKPOINT: &str = "libvirt-checkpoint";
+    /// VMware's changed block tracking.
+    pub const VMWARE_CHANGE_ID: &str = "vmware-change-id";
+    /// A bitmap that the user named.
+    pub const USER_BITMAP: &str = "user-bitmap";
+}
+
+/// What was taken as changed, so that the rest needed no reading.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// One of [`method`].
+    pub method: String,
+    /// Its name.
+    pub id: String,
+    /// Number of the restore point since which it tells the changes.
+    pub since: u32,
+    /// Bytes that it called changed.
+    pub changed: u64,
+    /// Bytes that it called unchanged and that were read all the same, and found so.
+    pub checked: u64,
 }
 
 /// Where the root of an index is.
@@ -216,6 +261,14 @@ impl Manifest {
             if disk.root.is_some_and(|root| root.ordinal >= MAX_BLOBS) {
                 return malformed("a disk's root is out of range");
             }
+            let tracked = disk.tracking.iter().flat_map(|tracking| [&tracking.method, &tracking.id, &tracking.scope]);
+            let claimed = disk.claim.iter().flat_map(|claim| [&claim.method, &claim.id]);
+            if tracked.chain(claimed).any(|text| text.len() > MAX_TEXT) {
+                return malformed("the name of a record of changes is too long");
+            }
+            if disk.claim.as_ref().is_some_and(|claim| claim.since >= self.number) {
+                return malformed("it claims changes since a point that is not before it");
+            }
             if self.disks[..nth].iter().any(|other| other.name == disk.name) {
                 return malformed("two disks have one name");
             }
@@ -307,6 +360,8 @@ mod tests {
                 root: Some(Root { pack: PackId::from_bytes([4; 16]), generation: 0, ordinal: 5 }),
                 used_clusters: 2,
                 source: "web01.raw".into(),
+                tracking: None,
+                claim: None,
             }],
             definition: Some(Definition { file_name: "web01.xml".into(), text: "<domain/>".into() }),
             stats: Stats { read: 1, changed: 2, new: 3, stored: 4, duration_ms: 5 },

@@ -121,6 +121,8 @@ fn manifest() -> Manifest {
                 root: Some(Root { pack: index_pack_id(), generation: 0, ordinal: 0 }),
                 used_clusters: 3,
                 source: "/dev/vg/root".into(),
+                tracking: None,
+                claim: None,
             },
             Disk {
                 name: DiskName::new("empty").unwrap(),
@@ -128,6 +130,8 @@ fn manifest() -> Manifest {
                 root: None,
                 used_clusters: 0,
                 source: String::new(),
+                tracking: None,
+                claim: None,
             },
         ],
         definition: Some(Definition { file_name: "web01.xml".into(), text: "<domain type=\"kvm\"/>\n".into() }),

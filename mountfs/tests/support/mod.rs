@@ -96,6 +96,8 @@ impl Vault {
             root: root.map(Into::into),
             used_clusters,
             source: format!("{name}.img"),
+            tracking: None,
+            claim: None,
         }
     }
 

@@ -1,0 +1,1 @@
+//! The NBD protocol: <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>.
