@@ -74,6 +74,30 @@ pub enum KmsError {
     #[error("the keyring {} has another key named {key}: nothing was imported; import into another keyring (RESEAL_KEYRING)", path.display())]
     KeyConflict { path: PathBuf, key: String },
 
+    // A KMS over the network. `kms` is its kind and address, as the operator's configuration has it.
+    #[error(
+        "{kms} can't be reached for the key {key} ({what}): see that it runs and that the network is up, then try again"
+    )]
+    NotReached { kms: String, key: String, what: String },
+    #[error("{kms} is sealed, so the key {key} can't be used: unseal it, then try again")]
+    Sealed { kms: String, key: String },
+    #[error("{kms} refuses to {action} with the key {key} ({what}): see that the credentials are valid and allow it")]
+    Denied { kms: String, key: String, action: &'static str, what: String },
+    #[error("{kms} has no key {key}: bring the key back, or correct the KMS in the configuration")]
+    NoSuchKey { kms: String, key: String },
+    #[error("{kms} has a key {key} already: choose another name")]
+    KeyTaken { kms: String, key: String },
+    #[error("{kms} has a key {key} that can't be trusted with this ({what})")]
+    UnfitKey { kms: String, key: String, what: &'static str },
+    #[error("{kms} answered what makes no sense for the key {key} ({what}): is it really such a KMS?")]
+    BadAnswer { kms: String, key: String, what: String },
+    #[error(
+        "{kms} does not open this tenant's record with the key {key}: the record is altered or belongs to another vault or tenant, or it is another key of that name"
+    )]
+    NotOpened { kms: String, key: String },
+    #[error("the KMS configuration {}: {what}", path.display())]
+    Config { path: PathBuf, what: String },
+
     // Wrapped payloads.
     #[error("what was wrapped under the key {key} is cut short to {len} bytes: restore the tenant record from a copy")]
     WrappedTruncated { key: String, len: usize },
@@ -112,20 +136,38 @@ pub enum KmsError {
 }
 
 impl KmsError {
+    /// Whether the key is not there: whoever repeats an interrupted erasure takes that as done.
+    pub fn is_key_missing(&self) -> bool {
+        matches!(self, Self::KeyMissing { .. } | Self::NoSuchKey { .. })
+    }
+
+    /// Whether a key of that name is there already.
+    pub fn is_key_taken(&self) -> bool {
+        matches!(self, Self::KeyExists { .. } | Self::KeyTaken { .. })
+    }
+
+    /// Whether the wrapped bytes were not opened, as far as the KMS was asked.
+    pub fn is_not_opened(&self) -> bool {
+        matches!(self, Self::Unwrap { .. } | Self::NotOpened { .. })
+    }
+
     /// What to do about it. Exhaustive on purpose: a new variant forces the decision.
     pub fn class(&self) -> Class {
         match self {
             Self::Io { .. } | Self::Busy { .. } => Class::Unreachable,
             Self::KeyringMissing { .. } | Self::KeyMissing { .. } => Class::Unreachable,
             Self::KitMissing { .. } => Class::Unreachable,
+            Self::NotReached { .. } | Self::Sealed { .. } | Self::Denied { .. } => Class::Unreachable,
+            Self::NoSuchKey { .. } | Self::BadAnswer { .. } => Class::Unreachable,
 
             Self::KeyringTruncated { .. } | Self::KeyringCorrupt { .. } => Class::Damaged,
             Self::WrappedTruncated { .. } | Self::WrappedTooLong { .. } => Class::Damaged,
             Self::WrappedVersion { .. } | Self::Unwrap { .. } => Class::Damaged,
-            Self::KitCorrupt { .. } => Class::Damaged,
+            Self::KitCorrupt { .. } | Self::NotOpened { .. } => Class::Damaged,
 
             Self::InvalidName { .. } | Self::EmptyPassphrase | Self::TooLong { .. } => Class::Usage,
             Self::KitExists { .. } | Self::KitInvalid { .. } | Self::NotAKit { .. } => Class::Usage,
+            Self::Config { .. } => Class::Usage,
 
             Self::NotAFile { .. } | Self::TooLarge { .. } => Class::Failed,
             Self::Exposed { .. } | Self::ForeignOwner { .. } => Class::Failed,
@@ -133,6 +175,7 @@ impl KmsError {
             Self::PassphraseUnavailable { .. } | Self::PassphraseChanged { .. } => Class::Failed,
             Self::WrongPassphrase { .. } | Self::KitWrongPassphrase { .. } => Class::Failed,
             Self::KeyExists { .. } | Self::KeyConflict { .. } => Class::Failed,
+            Self::KeyTaken { .. } | Self::UnfitKey { .. } => Class::Failed,
             Self::KitVersion { .. } | Self::KitTooCostly { .. } => Class::Failed,
             Self::Random(_) | Self::Kdf { .. } => Class::Failed,
         }
