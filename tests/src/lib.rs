@@ -10,5 +10,6 @@ pub mod loops;
 pub mod model;
 pub mod mounting;
 pub mod process;
+pub mod qmp;
 pub mod random;
 pub mod site;

@@ -11,7 +11,7 @@ use reseal_store::{Local, Store};
 use reseal_vault::heads::Heads;
 use reseal_vault::{Tenant, VaultError, Wait};
 use reseal_writer::BackupError;
-use reseal_writer::backup::{Backup, Encoding};
+use reseal_writer::backup::{Backup, Disks, Encoding, Input};
 use reseal_writer::source::Source;
 
 use crate::model::ReadDisk;
@@ -56,9 +56,17 @@ pub fn backup(tenant: &Arc<Tenant>, heads: &Heads, name: &str, disk: &Path) -> R
         heads,
         state: PathBuf::from("/dev/null/no-lookup"),
         vm: vm(name),
-        disks: vec![(DiskName::new("disk-0").unwrap(), Source::open(disk, false)?)],
+        disks: Disks::Given(vec![Input {
+            name: DiskName::new("disk-0").unwrap(),
+            source: Source::open(disk, false)?,
+            said: None,
+            tracking: None,
+        }]),
         definition: None,
         encoding: Encoding::DEFAULT,
+        throttle: None,
+        expect: &|_| (),
+        say: &|_| (),
         workers: 2,
         progress: &|_| {},
     };

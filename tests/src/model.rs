@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -18,17 +19,20 @@ const STEP: u64 = 1 << 20;
 pub struct ModelDisk {
     pub length: u64,
     pages: BTreeMap<u64, Arc<Vec<u8>>>,
+    /// Where it was changed, ever, in that order.
+    pub touched: Vec<Range<u64>>,
 }
 
 impl ModelDisk {
     /// An empty disk.
     pub fn new(length: u64) -> ModelDisk {
-        ModelDisk { length, pages: BTreeMap::new() }
+        ModelDisk { length, ..ModelDisk::default() }
     }
 
     /// Writes; what would be past the end is left out.
     pub fn write(&mut self, offset: u64, bytes: &[u8]) {
         let end = (offset + bytes.len() as u64).min(self.length);
+        self.touched.push(offset..end.max(offset));
         let mut at = offset;
         while at < end {
             let page = at / PAGE;
@@ -50,6 +54,7 @@ impl ModelDisk {
         if offset >= end {
             return;
         }
+        self.touched.push(offset..end);
         let (first_whole, last_whole) = (offset.div_ceil(PAGE), end / PAGE);
         if first_whole < last_whole {
             let gone: Vec<u64> = self.pages.range(first_whole..last_whole).map(|(&page, _)| page).collect();

@@ -13,6 +13,7 @@ use reseal_tests::model::{DiskFile, ModelDisk};
 use reseal_tests::mounting::Mounted;
 use reseal_tests::random::{Random, soak};
 use reseal_tests::site::{Site, files_below};
+use serde_json::Value;
 
 const CLUSTER: u64 = 65_536;
 /// What one leaf of the index maps.
@@ -55,6 +56,11 @@ enum Step {
         disk: usize,
     },
     Backup,
+    /// A backup that reads only what a list calls changed since one of the points, and that much of the rest.
+    TellChanges {
+        since: usize,
+        check: u8,
+    },
     /// The local lookup is lost, or its file is filled with garbage.
     LoseLookup,
     DamageLookup {
@@ -85,6 +91,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => length().prop_map(|length| Step::AddDisk { length }),
         1 => disk.prop_map(|disk| Step::RemoveDisk { disk }),
         5 => Just(Step::Backup),
+        5 => (0usize..3, 0u8..=100).prop_map(|(since, check)| Step::TellChanges { since, check }),
         1 => Just(Step::LoseLookup),
         1 => any::<u64>().prop_map(|seed| Step::DamageLookup { seed }),
     ]
@@ -166,6 +173,7 @@ impl Life {
             }
             Step::AddDisk { .. } | Step::RemoveDisk { .. } => {}
             Step::Backup => self.backup(),
+            Step::TellChanges { since, check } => self.backup_told(since, check),
             Step::LoseLookup => {
                 for lookup in self.lookups() {
                     fs::remove_file(lookup).unwrap();
@@ -187,6 +195,37 @@ impl Life {
     fn backup(&mut self) {
         let disks: Vec<_> = self.disks.iter().map(|(name, (path, _))| (name.clone(), path.clone())).collect();
         let point = self.site.backup_disks("vm", &disks);
+        self.made(&point);
+    }
+
+    /// `since` counts back from the newest point.
+    fn backup_told(&mut self, since: usize, check: u8) {
+        let Some(nth) = self.points.len().checked_sub(1 + since) else { return self.backup() };
+        let mut arguments: Vec<String> = ["backup", "--json", "vm"].map(String::from).into();
+        arguments.extend(["--since".into(), format!("vm@{}", nth + 1), "--check-unchanged".into(), check.to_string()]);
+        for (name, (path, model)) in &self.disks {
+            let before = self.points[nth].get(name);
+            let list = self.site.path(format!("{name}.json"));
+            let touched = &model.touched[before.map_or(0, |before| before.touched.len())..];
+            let clipped = touched.iter().map(|area| area.start.min(model.length)..area.end.min(model.length));
+            let areas: Vec<_> =
+                clipped.map(|area| serde_json::json!({"start": area.start, "length": area.end - area.start})).collect();
+            let told = serde_json::json!({"startOffset": 0, "length": model.length, "changedArea": areas});
+            fs::write(&list, serde_json::to_vec(&told).unwrap()).unwrap();
+            arguments.push(format!("{name}={}", path.display()));
+            arguments.extend(["--changes".into(), format!("{name}={}", list.display())]);
+        }
+        let point = self.site.reseal(&arguments).ok().json();
+        for shown in point["disks"].as_array().unwrap() {
+            let name = shown["name"].as_str().unwrap();
+            let same = |before: &ModelDisk| before.length == self.disks[name].1.length;
+            let usable = self.points[nth].get(name).is_some_and(same);
+            assert_eq!(shown["claim"].is_object(), usable, "{name} since {}: {point}", nth + 1);
+        }
+        self.made(&point);
+    }
+
+    fn made(&mut self, point: &Value) {
         assert_eq!(point["number"], self.points.len() + 1);
         let models: BTreeMap<_, _> =
             self.disks.iter().map(|(name, (_, model))| (name.clone(), model.clone())).collect();
@@ -262,6 +301,9 @@ fn disks_grow_and_shrink_over_the_levels_of_the_index() {
             }
         }
         life.backup();
+        // The same disk again, told what little has changed: subtrees of every level are kept whole.
+        life.take(&Step::Write { disk: 0, at: length / 2, length: 5000, seed: length });
+        life.backup_told(0, 0);
     }
     life.check();
 }

@@ -11,7 +11,8 @@ use reseal_vault::{PackWriter, Tenant};
 
 use crate::BackupError;
 use crate::finisher::Finisher;
-use crate::index_writer::{IndexWriter, NodeStore};
+use crate::index_writer::{IndexWriter, NodeStore, Sink};
+use crate::plan::Task;
 use crate::worker::{Cluster, Done};
 
 /// What was counted, in bytes.
@@ -20,6 +21,10 @@ pub(crate) struct Counted {
     pub read: u64,
     pub changed: u64,
     pub new: u64,
+    /// Of clusters that were said to have changed, or that nobody spoke of.
+    pub told: u64,
+    /// Of clusters that were said not to have changed, and were read all the same.
+    pub checked: u64,
 }
 
 /// Seals the blobs of one restore point.
@@ -49,10 +54,24 @@ impl<'a> Assembler<'a> {
                 self.session.remove(&id);
             }
         }
+        let unit = done.unit;
+        let clusters = unit.first..unit.first + unit.count;
         self.counted.read += done.read;
-        for (cluster, at) in done.clusters.into_iter().zip(done.unit.first..) {
+        match unit.task {
+            Task::Keep => return index.keep(clusters, &mut self.sink()),
+            Task::Clear => {
+                self.counted.told += unit.count * CLUSTER_U64;
+                return index.clear(clusters);
+            }
+            Task::Check => self.counted.checked += done.read,
+            Task::Read => self.counted.told += unit.count * CLUSTER_U64,
+        }
+        for (cluster, at) in done.clusters.into_iter().zip(clusters) {
             let place = match cluster {
-                Cluster::Hole => continue,
+                Cluster::Hole => {
+                    index.clear(at..at + 1)?;
+                    continue;
+                }
                 Cluster::Unchanged(place) => place,
                 Cluster::Known(place) => {
                     self.counted.changed += CLUSTER_U64;
@@ -63,7 +82,7 @@ impl<'a> Assembler<'a> {
                     self.store(id, frames)?
                 }
             };
-            index.set(ClusterIndex(at), place, &mut self.nodes, self.finisher)?;
+            index.set(ClusterIndex(at), place, &mut self.sink())?;
         }
         Ok(())
     }
@@ -83,8 +102,8 @@ impl<'a> Assembler<'a> {
     }
 
     /// Where index nodes go.
-    pub(crate) fn nodes(&mut self) -> (&'a Finisher, &mut NodeStore) {
-        (self.finisher, &mut self.nodes)
+    pub(crate) fn sink(&mut self) -> Sink<'_> {
+        Sink { nodes: &mut self.nodes, finisher: self.finisher }
     }
 
     /// Hands over the packs that are not full.

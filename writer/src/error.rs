@@ -5,6 +5,8 @@ use std::io;
 use reseal_cli::{Failure, Status};
 use reseal_vault::VaultError;
 
+use crate::nbd::NbdError;
+
 /// A backup that did not make a restore point.
 #[derive(Debug, thiserror::Error)]
 pub enum BackupError {
@@ -30,6 +32,15 @@ pub enum BackupError {
     Usage(String),
     #[error("a thread of the pipeline ended unexpectedly")]
     Thread,
+    #[error("the connection to the source ended")]
+    Disconnected,
+    /// What was said about changes can't be used: the disk has to be read whole.
+    #[error("what is said to be unchanged can't be taken as it was: {why}")]
+    Distrusted { why: String },
+    #[error("{0}")]
+    Hypervisor(String),
+    #[error(transparent)]
+    Nbd(#[from] NbdError),
     #[error(transparent)]
     Vault(#[from] VaultError),
 }
@@ -42,11 +53,17 @@ impl From<BackupError> for Failure {
             BackupError::Source { ref source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 Failure::of(Status::Failed, &error)
             }
-            BackupError::Source { .. } | BackupError::Shrank { .. } => Failure::of(Status::Unreachable, &error),
+            BackupError::Nbd(ref e) => Failure::of(e.status(), e),
+            BackupError::Source { .. }
+            | BackupError::Shrank { .. }
+            | BackupError::Disconnected
+            | BackupError::Hypervisor(_) => Failure::of(Status::Unreachable, &error),
             BackupError::Container { .. } | BackupError::NotADisk { .. } | BackupError::Usage(_) => {
                 Failure::of(Status::Usage, &error)
             }
-            BackupError::TooLarge { .. } | BackupError::Thread => Failure::of(Status::Failed, &error),
+            BackupError::TooLarge { .. } | BackupError::Thread | BackupError::Distrusted { .. } => {
+                Failure::of(Status::Failed, &error)
+            }
         }
     }
 }

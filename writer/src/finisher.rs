@@ -25,10 +25,11 @@ struct Job {
 
 /// The threads that finish packs.
 pub(crate) struct Finisher {
-    jobs: Sender<Job>,
+    /// `None` once the last pack was handed over.
+    jobs: Mutex<Option<Sender<Job>>>,
     learnt: Receiver<Vec<BlobId>>,
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 struct Shared {
@@ -66,7 +67,7 @@ impl Finisher {
             })
         };
         let threads = (0..THREADS).map(thread).collect();
-        Finisher { jobs, learnt, shared, threads }
+        Finisher { jobs: Mutex::new(Some(jobs)), learnt, shared, threads: Mutex::new(threads) }
     }
 
     /// Hands over a pack; waits where too many wait already.
@@ -74,7 +75,8 @@ impl Finisher {
         if let Some(failure) = self.shared.failure.lock().take() {
             return Err(failure.into());
         }
-        self.jobs.send(Job { pack, dedup }).map_err(|_| BackupError::Thread)
+        let jobs = self.jobs.lock().clone();
+        jobs.and_then(|jobs| jobs.send(Job { pack, dedup }).ok()).ok_or(BackupError::Thread)
     }
 
     /// The ids of blobs that the lookup has learnt since the last call.
@@ -82,10 +84,10 @@ impl Finisher {
         self.learnt.try_iter()
     }
 
-    /// Waits until all packs are durable; how many bytes they have.
-    pub(crate) fn wait(self) -> Result<u64, BackupError> {
-        drop(self.jobs);
-        for thread in self.threads {
+    /// Takes no more packs and waits until all are durable; how many bytes they have.
+    pub(crate) fn wait(&self) -> Result<u64, BackupError> {
+        drop(self.jobs.lock().take());
+        for thread in self.threads.lock().drain(..) {
             thread.join().map_err(|_| BackupError::Thread)?;
         }
         match self.shared.failure.lock().take() {

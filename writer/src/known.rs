@@ -1,14 +1,16 @@
 //! Have we got it? The parent's cluster at the same place first, then the tenant's other packs.
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::Arc;
 
-use reseal_format::geometry::ClusterIndex;
+use reseal_format::geometry::{CLUSTER_U64, ClusterIndex, FANOUT, FANOUT_U64, cluster_count};
 use reseal_format::ids::{BlobId, PackId};
 use reseal_format::index::{BlobRef, IndexNode};
 use reseal_format::manifest::Disk;
 use reseal_vault::{Packs, Tree, VaultError, Wait};
 
+use crate::changes::merged;
 use crate::lookup::Lookup;
 
 /// What a tenant has already. Shared by all threads of a backup.
@@ -27,6 +29,32 @@ impl Known {
     fn confirms(&self, place: BlobRef, id: &BlobId) -> bool {
         !self.damaged.contains(&(place.pack, place.ordinal))
             && matches!(self.packs.blob_id(place), Ok(Some(found)) if found == *id)
+    }
+
+    /// Bytes of a disk that may not be taken as a restore point maps them, for what they map to was found damaged, or can't
+    /// be looked up. Costs nothing where no damage is known.
+    pub(crate) fn not_to_be_kept(&self, disk: &Disk) -> Result<Vec<Range<u64>>, VaultError> {
+        let mut areas: Vec<Range<u64>> = Vec::new();
+        if self.damaged.is_empty() {
+            return Ok(areas);
+        }
+        let clusters = cluster_count(disk.length);
+        for leaf in 0..clusters.div_ceil(FANOUT_U64) {
+            let first = leaf * FANOUT_U64;
+            match self.tree.leaf(disk, leaf, Wait::May) {
+                Ok(None) => {}
+                Ok(Some(node)) => {
+                    let hurt = |blob: BlobRef| self.damaged.contains(&(blob.pack, blob.ordinal));
+                    let hurt = (0..FANOUT).zip(first..).filter(|&(slot, _)| node.get(slot).is_some_and(hurt));
+                    areas.extend(hurt.map(|(_, cluster)| cluster * CLUSTER_U64..(cluster + 1) * CLUSTER_U64));
+                }
+                Err(e) if e.damaged_object().is_some() => {
+                    areas.push(first * CLUSTER_U64..(first + FANOUT_U64) * CLUSTER_U64);
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(merged(areas))
     }
 
     /// A blob of that id in any pack of the tenant.

@@ -12,15 +12,18 @@
 
 mod assemble;
 pub mod backup;
+pub mod changes;
 mod error;
 mod finisher;
 mod index_writer;
 mod known;
+pub mod live;
 mod lookup;
+pub mod nbd;
 mod pipeline;
 mod plan;
-pub mod live;
 pub mod source;
+pub mod throttle;
 pub mod verify;
 mod verify_pack;
 mod walk;

@@ -1,20 +1,28 @@
-//! The stages of a backup of one disk, joined by bounded channels: plan → workers → assembler.
+//! The stages of a backup of one disk, joined by bounded channels: plan → (connections →) workers → assembler.
 //!
 //! At most `IN_FLIGHT` units are anywhere between plan and index, so memory does not depend on the disk. A stage that
 //! fails sends its error to the assembler; when that returns, the channels close and every thread ends.
+//!
+//! A file's units are read by the workers. Those of an NBD export are read by its connections, into buffers that go
+//! around, so that the many requests which are under way need no worker to wait for them.
 
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
+use reseal_format::geometry::CLUSTER_U64;
 use reseal_format::manifest::{Disk, Root};
 
 use crate::BackupError;
 use crate::assemble::{Assembler, InOrder};
 use crate::index_writer::IndexWriter;
 use crate::known::{Known, ParentDisk};
-use crate::plan::{Plan, Unit};
-use crate::source::Source;
-use crate::worker::{Done, Encoding, Worker};
+use crate::nbd::{Read, Request};
+use crate::plan::{Plan, Sample, Task, Unit};
+use crate::source::{Extents, Marked, Source};
+use crate::throttle::Throttle;
+use crate::worker::{Buffer, Done, Encoding, Inbox, Worker};
 
 /// Units of 1 MiB between plan and index for each worker: enough that none waits for a slow neighbour.
 const IN_FLIGHT: usize = 12;
@@ -25,38 +33,118 @@ const MAX_IN_FLIGHT: usize = 128;
 pub(crate) struct Job<'a> {
     pub source: &'a Source,
     pub known: &'a Known,
+    /// The same disk in the restore point that the backup starts from.
     pub parent: Option<&'a Disk>,
+    /// What changed since that, if somebody says so.
+    pub told: Option<&'a Told>,
     pub encoding: Encoding,
     pub workers: usize,
+    pub throttle: Option<&'a Throttle>,
     /// Told of bytes read.
     pub progress: &'a (dyn Fn(u64) + Sync),
 }
 
+/// What changed, as somebody says.
+pub(crate) struct Told {
+    /// Areas, ascending and disjoint; `None` if the source tells with its extents.
+    pub areas: Option<Vec<Range<u64>>>,
+    /// Areas that are read whatever is said.
+    pub always: Vec<Range<u64>>,
+    /// What is read of the rest, to see whether it is true.
+    pub sample: Option<Sample>,
+}
+
+/// Where the plan's units go.
+enum Outbox {
+    Workers(Sender<Unit>),
+    Connections { requests: Sender<Request<Unit>>, pool: Receiver<Buffer> },
+}
+
+impl Outbox {
+    /// Whether somebody is left to take it.
+    fn send(&self, unit: Unit, length: u64) -> bool {
+        match self {
+            Outbox::Workers(units) => units.send(unit).is_ok(),
+            Outbox::Connections { requests, pool } => {
+                let Ok(mut buffer) = pool.recv() else { return false };
+                buffer.resize(unit.length(length), 0);
+                let offset = unit.first * CLUSTER_U64;
+                requests.send(Request::Read(Read { offset, buffer, tag: unit })).is_ok()
+            }
+        }
+    }
+}
+
+/// Tells a thread that sleeps that the job is over.
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 impl Job<'_> {
-    fn plan(&self, units: &Sender<Unit>, tickets: &Sender<()>, results: &Sender<Result<Done, BackupError>>) {
-        let mut plan = Plan::new(self.source);
-        loop {
-            match plan.next_unit() {
-                Ok(Some(unit)) => {
-                    if tickets.send(()).is_err() || units.send(unit).is_err() {
-                        return;
-                    }
-                }
-                Ok(None) => return,
-                Err(e) => return drop(results.send(Err(e))),
+    /// The disk's extents as they are to be read.
+    fn extents(&self, outbox: &Outbox) -> Box<dyn Extents + '_> {
+        let extents: Box<dyn Extents + '_> = match (self.source, outbox) {
+            (Source::Nbd(nbd), Outbox::Connections { requests, .. }) => Box::new(nbd.extents(requests.clone())),
+            (Source::Nbd(_), Outbox::Workers(_)) => unreachable!("an export is read by its connections"),
+            (Source::File(file), _) => Box::new(file.extents()),
+        };
+        match self.told {
+            None => extents,
+            Some(Told { areas: None, always, .. }) => Box::new(Marked::also(extents, always)),
+            Some(Told { areas: Some(areas), always, .. }) => {
+                Box::new(Marked::also(Marked::only(extents, areas), always))
             }
         }
     }
 
-    fn work(&self, units: &Receiver<Unit>, results: &Sender<Result<Done, BackupError>>) {
+    fn plan(
+        &self,
+        outbox: &Outbox,
+        tickets: &Sender<()>,
+        results: &Sender<Result<Done, BackupError>>,
+        stop: &AtomicBool,
+    ) {
+        let length = self.source.length();
+        let sample = self.told.and_then(|told| told.sample);
+        let mut plan = Plan::new(self.extents(outbox), length, self.told.is_some(), sample);
+        loop {
+            let unit = match plan.next_unit() {
+                Ok(Some(unit)) => unit,
+                Ok(None) => return,
+                Err(e) => return drop(results.send(Err(e))),
+            };
+            if tickets.send(()).is_err() {
+                return;
+            }
+            let sent = match unit.task {
+                Task::Read | Task::Check => {
+                    if let Some(throttle) = self.throttle {
+                        throttle.take(unit.length(length) as u64, stop);
+                    }
+                    outbox.send(unit, length)
+                }
+                Task::Keep | Task::Clear => results.send(Ok(Done { unit, read: 0, clusters: Vec::new() })).is_ok(),
+            };
+            if !sent {
+                return;
+            }
+        }
+    }
+
+    fn work(&self, inbox: Inbox<'_>, results: &Sender<Result<Done, BackupError>>) {
         let parent = ParentDisk::new(self.known, self.parent);
-        let mut worker = match Worker::new(self.source, self.known, parent, self.encoding) {
+        let mut worker = match Worker::new(inbox, self.known, parent, self.encoding) {
             Ok(worker) => worker,
             Err(e) => return drop(results.send(Err(e))),
         };
-        for unit in units {
+        loop {
             // A panic must not leave the others waiting for this unit.
-            let result = catch_unwind(AssertUnwindSafe(|| worker.work(unit))).unwrap_or(Err(BackupError::Thread));
+            let result = catch_unwind(AssertUnwindSafe(|| worker.work()));
+            let Some(result) = result.unwrap_or(Some(Err(BackupError::Thread))) else { return };
             let failed = result.is_err();
             if results.send(result).is_err() || failed {
                 return;
@@ -66,30 +154,77 @@ impl Job<'_> {
 
     /// Reads the disk and stores what is new of it; the root of its index, and how many clusters that maps.
     pub(crate) fn run(&self, assembler: &mut Assembler<'_>) -> Result<(Option<Root>, u64), BackupError> {
+        let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
+            let _stop = StopOnDrop(&stop);
+            let stop = &stop;
             let in_flight = (IN_FLIGHT * self.workers).min(MAX_IN_FLIGHT);
             let (ticket, tickets) = bounded(in_flight);
-            let (unit, units) = bounded(in_flight);
             let (result, results) = bounded(in_flight);
-            for _ in 0..self.workers {
-                let (units, result) = (units.clone(), result.clone());
-                scope.spawn(move || self.work(&units, &result));
-            }
-            // Only threads hold these from here on, so that the loop below ends when they have.
-            drop(units);
-            scope.spawn(move || self.plan(&unit, &ticket, &result));
-            let index = IndexWriter::new(self.known, self.parent, self.source.length());
+            let outbox = match self.source {
+                Source::File(file) => {
+                    let (unit, units) = bounded(in_flight);
+                    for _ in 0..self.workers {
+                        let (inbox, result) = (Inbox::File(units.clone(), file), result.clone());
+                        scope.spawn(move || self.work(inbox, &result));
+                    }
+                    Outbox::Workers(unit)
+                }
+                Source::Nbd(nbd) => {
+                    let (requests, requested) = bounded(in_flight);
+                    let (filled, to_do) = bounded(in_flight);
+                    let (empty, pool) = bounded(in_flight + self.workers);
+                    for _ in 0..in_flight {
+                        let _ = empty.send(Buffer::default());
+                    }
+                    for _ in 0..self.workers {
+                        let (inbox, result) = (Inbox::Nbd(to_do.clone(), empty.clone()), result.clone());
+                        scope.spawn(move || self.work(inbox, &result));
+                    }
+                    for _ in 0..nbd.export().connections() {
+                        let (requested, filled) = (requested.clone(), filled.clone());
+                        scope.spawn(move || nbd.export().pump(&requested, &filled));
+                    }
+                    Outbox::Connections { requests, pool }
+                }
+            };
+            // Only threads hold channels from here on, so that the loop below ends when they have.
+            scope.spawn(move || self.plan(&outbox, &ticket, &result, stop));
+            let length = self.source.length();
+            let index = IndexWriter::new(self.known, self.parent, length, self.told.is_some());
             let mut in_order = InOrder::new(assembler, index);
+            let mut disconnected = None;
+            let mut reached = 0;
             for result in results {
-                let done = result?;
-                (self.progress)(done.read);
+                let done = match result {
+                    Ok(done) => done,
+                    // Why the connection ended is on its way.
+                    Err(e @ BackupError::Disconnected) => {
+                        disconnected = Some(e);
+                        continue;
+                    }
+                    Err(e) => return Err(e),
+                };
+                let unit = done.unit;
+                (self.progress)(match self.source {
+                    Source::File(_) => done.read,
+                    // How much of an export will be read is not known before: what counts is how far on the disk it is.
+                    Source::Nbd(_) => {
+                        let end = ((unit.first + unit.count) * CLUSTER_U64).min(length);
+                        let more = end.saturating_sub(reached);
+                        reached += more;
+                        more
+                    }
+                });
                 for _ in 0..in_order.take(done)? {
                     let _ = tickets.recv();
                 }
             }
+            if let Some(e) = disconnected {
+                return Err(e);
+            }
             let (assembler, index) = in_order.finish()?;
-            let (finisher, nodes) = assembler.nodes();
-            index.finish(nodes, finisher)
+            index.finish(&mut assembler.sink())
         })
     }
 }

@@ -1,5 +1,6 @@
 //! One thread's work on a unit: read, hash, look up, compress.
 
+use crossbeam_channel::{Receiver, Sender};
 use reseal_format::frames::{DEFAULT_LEVEL, FrameEncoder, FrameShift};
 use reseal_format::geometry::{CLUSTER, CLUSTER_U64, ClusterIndex, is_zero};
 use reseal_format::ids::BlobId;
@@ -8,8 +9,12 @@ use zeroize::Zeroizing;
 
 use crate::BackupError;
 use crate::known::{Known, ParentDisk};
-use crate::plan::{UNIT, Unit};
-use crate::source::Source;
+use crate::nbd::{NbdError, Read};
+use crate::plan::{Task, Unit};
+use crate::source::FileSource;
+
+/// Bytes of a disk on their way.
+pub(crate) type Buffer = Zeroizing<Vec<u8>>;
 
 /// How clusters become frames.
 #[derive(Debug, Clone, Copy)]
@@ -43,10 +48,18 @@ pub(crate) struct Done {
     pub clusters: Vec<Cluster>,
 }
 
+/// Where a worker gets units from.
+pub(crate) enum Inbox<'a> {
+    /// Units to read from a file.
+    File(Receiver<Unit>, &'a FileSource),
+    /// Units that were read from an NBD export, and where their buffers go back to.
+    Nbd(Receiver<Result<Read<Unit>, NbdError>>, Sender<Buffer>),
+}
+
 /// What a thread keeps between units.
 pub(crate) struct Worker<'a> {
-    source: &'a Source,
-    buffer: Zeroizing<Vec<u8>>,
+    inbox: Inbox<'a>,
+    buffer: Buffer,
     decider: Decider<'a>,
 }
 
@@ -59,32 +72,54 @@ struct Decider<'a> {
 
 impl<'a> Worker<'a> {
     pub(crate) fn new(
-        source: &'a Source,
+        inbox: Inbox<'a>,
         known: &'a Known,
         parent: ParentDisk<'a>,
         encoding: Encoding,
     ) -> Result<Worker<'a>, BackupError> {
         let encoder = FrameEncoder::new(encoding.shift, encoding.level);
         let failed = |source| BackupError::Source { path: "zstd".into(), action: "get the working memory of", source };
-        let buffer = Zeroizing::new(vec![0; CLUSTER * usize::try_from(UNIT).unwrap_or(1)]);
         let decider = Decider { known, parent, encoder: encoder.map_err(failed)? };
-        Ok(Worker { source, buffer, decider })
+        Ok(Worker { inbox, buffer: Buffer::default(), decider })
     }
 
-    /// Reads a unit and decides about each of its clusters.
-    pub(crate) fn work(&mut self, unit: Unit) -> Result<Done, BackupError> {
-        let start = unit.first * CLUSTER_U64;
-        let read = (unit.count * CLUSTER_U64).min(self.source.length() - start);
-        let length = usize::try_from(read).unwrap_or(usize::MAX);
-        self.source.read_at(start, &mut self.buffer[..length])?;
+    /// Gets the next unit and decides about each of its clusters; `None` when there is none left.
+    pub(crate) fn work(&mut self) -> Option<Result<Done, BackupError>> {
+        let unit = match &self.inbox {
+            Inbox::File(units, file) => {
+                let unit = units.recv().ok()?;
+                self.buffer.resize(unit.length(file.length()), 0);
+                if let Err(e) = file.read_at(unit.first * CLUSTER_U64, &mut self.buffer) {
+                    return Some(Err(e));
+                }
+                unit
+            }
+            Inbox::Nbd(filled, pool) => match filled.recv().ok()? {
+                Ok(read) => {
+                    // The other end may have gone because nothing is left to read.
+                    let _ = pool.send(std::mem::replace(&mut self.buffer, read.buffer));
+                    read.tag
+                }
+                Err(e) => return Some(Err(e.into())),
+            },
+        };
+        Some(self.decide(unit))
+    }
+
+    fn decide(&mut self, unit: Unit) -> Result<Done, BackupError> {
+        let read = self.buffer.len() as u64;
         // The last cluster of a disk may be partly past its end, where it counts as zeros.
-        let whole = length.next_multiple_of(CLUSTER);
-        self.buffer[length..whole].fill(0);
-        let Worker { buffer, decider, .. } = self;
-        let clusters = buffer[..whole].chunks_exact(CLUSTER).zip(unit.first..);
-        let clusters: Result<Vec<_>, _> =
-            clusters.map(|(bytes, cluster)| decider.decide(ClusterIndex(cluster), bytes)).collect();
-        Ok(Done { unit, read, clusters: clusters? })
+        let whole = self.buffer.len().next_multiple_of(CLUSTER);
+        self.buffer.resize(whole, 0);
+        let mut clusters = Vec::with_capacity(usize::try_from(unit.count).unwrap_or(0));
+        for (bytes, at) in self.buffer.chunks_exact(CLUSTER).zip(unit.first..) {
+            let at = ClusterIndex(at);
+            clusters.push(match unit.task {
+                Task::Check => self.decider.check(at, bytes)?,
+                _ => self.decider.decide(at, bytes)?,
+            });
+        }
+        Ok(Done { unit, read, clusters })
     }
 }
 
@@ -106,5 +141,20 @@ impl Decider<'_> {
         let mut frames = Vec::with_capacity(CLUSTER / 2);
         self.encoder.encode(bytes, &mut frames);
         Ok(Cluster::New { id, frames })
+    }
+
+    /// Decides about a cluster that is said to be as the parent has it.
+    fn check(&mut self, cluster: ClusterIndex, bytes: &[u8]) -> Result<Cluster, BackupError> {
+        let before = self.parent.blob(cluster)?;
+        let found = match is_zero(bytes) {
+            true => before.is_none().then_some(Cluster::Hole),
+            false => {
+                let id = self.known.packs.tenant().keys().dedup().id_of(bytes);
+                before.filter(|&place| self.parent.confirms(place, &id)).map(Cluster::Unchanged)
+            }
+        };
+        found.ok_or_else(|| BackupError::Distrusted {
+            why: format!("the bytes from {} on, said to be unchanged, are others", cluster.first_byte()),
+        })
     }
 }

@@ -30,6 +30,11 @@ impl Progress {
         self.0.inc(bytes);
     }
 
+    /// There are so many bytes more than was known before.
+    pub fn expect(&self, bytes: u64) {
+        self.0.inc_length(bytes);
+    }
+
     /// Takes the line away.
     pub fn finish(self) {
         self.0.finish_and_clear();

@@ -6,11 +6,12 @@ pub(crate) mod init;
 pub(crate) mod key;
 pub(crate) mod list;
 pub(crate) mod show;
+pub(crate) mod sources;
 pub(crate) mod verify;
 
 use std::thread::available_parallelism;
 
-use reseal_format::manifest::{Disk, Manifest, Stats};
+use reseal_format::manifest::{Claim, Disk, Manifest, Stats, Tracking};
 use reseal_format::names::{DiskName, VmName};
 use reseal_vault::Point;
 use serde::Serialize;
@@ -40,6 +41,10 @@ struct DiskJson<'a> {
     length: u64,
     used: u64,
     source: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tracking: Option<&'a Tracking>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    claim: Option<&'a Claim>,
 }
 
 impl<'a> PointJson<'a> {
@@ -49,6 +54,8 @@ impl<'a> PointJson<'a> {
             length: disk.length,
             used: disk.used(),
             source: &disk.source,
+            tracking: disk.tracking.as_ref(),
+            claim: disk.claim.as_ref(),
         };
         PointJson {
             vm: &manifest.vm,

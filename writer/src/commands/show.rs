@@ -30,6 +30,14 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     for disk in &manifest.disks {
         let (length, used) = (human_bytes(disk.length), human_bytes(disk.used()));
         output.say(format!("disk        {}: {length}, {used} used, from {}", disk.name, disk.source));
+        if let Some(claim) = &disk.claim {
+            let (changed, checked) = (human_bytes(claim.changed), human_bytes(claim.checked));
+            let since = format!("{} {} since {}@{}", claim.method, claim.id, manifest.vm, claim.since);
+            output.say(format!("            only changes read: {changed} by {since}; of the rest {checked} checked"));
+        }
+        if let Some(tracking) = &disk.tracking {
+            output.say(format!("            changes from here on: {} {}", tracking.method, tracking.id));
+        }
     }
     if let Some(definition) = &manifest.definition {
         output.say(format!("definition  {}, {}", definition.file_name, human_bytes(definition.text.len() as u64)));

@@ -1,17 +1,19 @@
 //! The comparison: reseal beside the tools that users would pick instead, on one bootable Debian disk and its next days.
 //!
 //!     bench [--rounds N] [--only NAME,…] [--output FILE]     measures all, interleaved, and writes docs/BENCHMARKS.md
+//!     bench live [--output FILE]                             measures live sources again, beside the last samples
 //!     bench report [--output FILE]                           writes the document again from the last samples
 //!
 //! The modules, in the order of the data's path: `plan` says what to run, `host` finds the machine, disks and programs,
 //! `process` runs a program and weighs it, `contender` is what each tool can do (one module each: `reseal`, `restic`,
-//! `rustic`, `borg`, `luks`, `null`), `round` takes a round's figures with `reads` and `trace`, `memory` the cases of
-//! reseal alone, `samples` keeps them, `targets` judges them, `report` writes them down.
+//! `rustic`, `borg`, `luks`, `null`), `round` takes a round's figures with `reads` and `trace`, `memory` and
+//! `live` the cases of reseal alone, `samples` keeps them, `targets` judges them, `report` writes them down.
 
 mod borg;
 mod contender;
 mod fakefs;
 mod host;
+mod live;
 mod luks;
 mod memory;
 mod null;
@@ -42,6 +44,8 @@ fn main() -> ExitCode {
         // The bench starts itself for these: a file system must be a process of its own, as the others are.
         Some("null-fs") => fakefs::serve_constant(&arguments[1..]),
         Some("log-reads") => fakefs::serve_logged(&arguments[1..]),
+        Some("nbd-null") => live::read_into_nothing(&arguments[1..]),
+        Some("live") => Plan::parse(&arguments[1..]).and_then(|plan| measure_live(&plan)),
         Some("report") => {
             Plan::parse(&arguments[1..]).and_then(|plan| report::write(&plan, &Samples::load(&plan.work)?))
         }
@@ -99,5 +103,15 @@ fn measure_all(plan: &Plan) -> Result<Samples> {
         samples.save(&plan.work)?;
     }
     memory::take(plan, &disks, &mut samples)?;
+    live::take(plan, &disks, &mut samples)?;
     Ok(samples)
+}
+
+fn measure_live(plan: &Plan) -> Result<()> {
+    host::require_root()?;
+    let disks = host::prepare(plan)?;
+    let mut samples = Samples::load(&plan.work)?;
+    live::take(plan, &disks, &mut samples)?;
+    samples.save(&plan.work)?;
+    report::write(plan, &samples)
 }

@@ -28,7 +28,7 @@ impl Reseal {
         Self { program: plan.programs.join("reseal"), home: plan.work.join(home) }
     }
 
-    fn command(&self) -> Command {
+    pub(crate) fn command(&self) -> Command {
         let mut command = Command::new(&self.program);
         command.env("RESEAL_REPO", self.repository()).env("RESEAL_KEYRING", self.home.join("keyring.json"));
         command.env("RESEAL_STATE", self.home.join("state"));

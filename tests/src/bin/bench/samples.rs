@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Result;
 use crate::host::Disks;
+use crate::live::Figure;
 use crate::trace::Trace;
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -84,6 +85,8 @@ pub(crate) struct Samples {
     /// In the order in which they were presented.
     pub(crate) tools: Vec<Tool>,
     pub(crate) memory: Vec<Memory>,
+    #[serde(default)]
+    pub(crate) live: Vec<Figure>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -105,6 +108,7 @@ impl Samples {
             idle_percent: 100.0,
             tools: Vec::new(),
             memory: Vec::new(),
+            live: Vec::new(),
         }
     }
 

@@ -1,4 +1,4 @@
-//! Where a disk is read from: a regular file or a block device that holds its raw bytes.
+//! A regular file or a block device that holds the raw bytes of a disk.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -8,6 +8,7 @@ use std::path::Path;
 use reseal_format::geometry::MAX_DISK;
 use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 
+use super::{Extent, Extents};
 use crate::BackupError;
 
 /// Image containers by what they start with; at which offset.
@@ -22,7 +23,7 @@ const CONTAINERS: [(&str, usize, &[u8]); 7] = [
 ];
 
 /// A disk that lies still.
-pub struct Source {
+pub struct FileSource {
     file: File,
     path: String,
     length: u64,
@@ -60,10 +61,10 @@ fn sectors_written(device: u64) -> Option<u64> {
     stat.split_whitespace().nth(6)?.parse().ok()
 }
 
-impl Source {
+impl FileSource {
     /// Opens a disk. Image containers are refused unless `raw` says that the bytes are the disk's, whatever they look
     /// like.
-    pub fn open(path: &Path, raw: bool) -> Result<Source, BackupError> {
+    pub fn open(path: &Path, raw: bool) -> Result<FileSource, BackupError> {
         let name = path.display().to_string();
         let failed = |action| {
             let path = name.clone();
@@ -81,7 +82,7 @@ impl Source {
         if length > MAX_DISK {
             return Err(BackupError::TooLarge { path: name, length, max: MAX_DISK });
         }
-        let source = Source { file, length, before: Version::of(&data), path: name };
+        let source = FileSource { file, length, before: Version::of(&data), path: name };
         if !raw {
             source.refuse_container()?;
         }
@@ -181,11 +182,27 @@ impl Source {
         }
     }
 
+    /// Its extents. Nobody says what changed, so all counts as changed.
+    pub(crate) fn extents(&self) -> FileExtents<'_> {
+        FileExtents(self)
+    }
+
     /// Whether somebody has written to it since it was opened.
     pub fn changed(&self) -> Result<bool, BackupError> {
         let data = self.file.metadata();
         let data = data.map_err(|source| BackupError::Source { path: self.path.clone(), action: "look at", source })?;
         Ok(Version::of(&data) != self.before)
+    }
+}
+
+/// The extents of a file or block device.
+pub(crate) struct FileExtents<'a>(&'a FileSource);
+
+impl Extents for FileExtents<'_> {
+    fn next(&mut self, from: u64) -> Result<Extent, BackupError> {
+        let (start, end) = self.0.next_data(from)?.unwrap_or((self.0.length, self.0.length));
+        let (length, zero) = if start > from { (start - from, true) } else { (end - from, false) };
+        Ok(Extent { length, zero, dirty: true })
     }
 }
 
@@ -201,19 +218,19 @@ mod tests {
             let mut bytes = vec![0; 4096];
             bytes[at..at + magic.len()].copy_from_slice(magic);
             std::fs::write(&path, &bytes).unwrap();
-            match Source::open(&path, false) {
+            match FileSource::open(&path, false) {
                 Err(BackupError::Container { format: found, .. }) => assert_eq!(found, format),
                 _ => panic!("{format} was not refused"),
             }
-            assert!(Source::open(&path, true).is_ok());
+            assert!(FileSource::open(&path, true).is_ok());
         }
         let mut fixed = vec![0; 4096 + 512];
         fixed[4096..4104].copy_from_slice(b"conectix");
         std::fs::write(&path, &fixed).unwrap();
-        assert!(matches!(Source::open(&path, false), Err(BackupError::Container { .. })));
+        assert!(matches!(FileSource::open(&path, false), Err(BackupError::Container { .. })));
         std::fs::write(&path, b"x").unwrap();
-        assert!(Source::open(&path, false).is_ok(), "shorter than any header");
-        assert!(matches!(Source::open(folder.path(), false), Err(BackupError::NotADisk { .. })));
+        assert!(FileSource::open(&path, false).is_ok(), "shorter than any header");
+        assert!(matches!(FileSource::open(folder.path(), false), Err(BackupError::NotADisk { .. })));
     }
 
     #[test]
@@ -223,7 +240,7 @@ mod tests {
         let file = File::create(&path).unwrap();
         file.set_len(10 << 20).unwrap();
         file.write_all_at(&[1; 4096], 3 << 20).unwrap();
-        let source = Source::open(&path, false).unwrap();
+        let source = FileSource::open(&path, false).unwrap();
         let (start, end) = source.next_data(0).unwrap().unwrap();
         assert!(start <= 3 << 20 && end >= (3 << 20) + 4096 && end - start < 1 << 20);
         assert_eq!(source.next_data(end).unwrap(), None);
