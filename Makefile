@@ -22,6 +22,7 @@ lint:
 # What CI runs. The binaries are built first, for the end-to-end tests start them.
 test: setup lint
 	tests/scripts/debian-disk.sh --small .cache/disk-small
+	tests/scripts/debian-disk.sh --guest .cache/disk-guest
 	cargo build --workspace
 	cargo test --workspace --no-fail-fast
 

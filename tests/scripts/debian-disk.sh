@@ -1,20 +1,27 @@
 #!/bin/bash
-# debian-disk.sh [--small] OUTDIR: makes, once, a bootable Debian 12 disk and its next days, as sparse raw images.
+# debian-disk.sh [--small|--guest] OUTDIR: makes, once, a bootable Debian 12 disk and its next days, as sparse raw images.
 #
 #   base.raw  the system as installed: MBR, one ext4 partition at 1 MiB, extlinux, console on the serial port
 #   day1.raw  a day later: files added, changed and deleted, a database written
 #   day2.raw  after 2,000 random updates in that database                              (not with --small)
 #
 # --small makes a minimal system on a smaller disk, whose day 1 is one changed file, for what must be quick.
+# --guest makes a minimal system that is backed up while it runs: with the guest agent, and a service that counts across
+# both of its disks (guest/counter.c). Instead of days it has a second disk, data.raw, an ext4 file system without partitions.
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 # To be raised whenever the images would come out otherwise: an older set is then made anew.
 recipe=1
 partition_start=1048576
 root_uuid=6f1c8a52-3b7e-4d09-9a61-5e2f84c07d13
+data_uuid=0d5a1c6e-8f42-4b7b-b1d9-77c3a9e2f016
 here="$workspace/tests/scripts"
 
-if [ "${1:-}" = --small ]; then
+if [ "${1:-}" = --guest ]; then
+    shift
+    kind=guest disk_mib=2048 variant=minbase days=(base)
+    packages=(linux-image-cloud-amd64 systemd-sysv udev qemu-guest-agent)
+elif [ "${1:-}" = --small ]; then
     shift
     kind=small disk_mib=2048 variant=minbase days=(base day1)
     # The kernel for virtual machines has a tenth of the modules.
@@ -24,7 +31,7 @@ else
     packages=(linux-image-amd64 openssh-server postgresql git gcc libc6-dev make perl python3 python3-setuptools
         man-db manpages manpages-dev tmux curl rsync strace sqlite3 locales)
 fi
-[ $# = 1 ] || die "usage: debian-disk.sh [--small] OUTDIR"
+[ $# = 1 ] || die "usage: debian-disk.sh [--small|--guest] OUTDIR"
 
 # The mirror is the one that apt is configured with for this release.
 mirror() {
@@ -86,6 +93,21 @@ with_mounted() {
     umount "$mnt"
 }
 
+configure_guest() {
+    gcc -O2 -Wall -Werror -static -o "$tree/usr/local/sbin/counter" "$here/guest/counter.c"
+    cp "$here/guest/counter.service" "$tree/etc/systemd/system/"
+    in_tree systemctl -q enable counter.service
+    mkdir "$tree/data"
+    echo "UUID=$data_uuid /data ext4 errors=remount-ro 0 2" >>"$tree/etc/fstab"
+    # What wakes up by itself would make the deltas of a test differ from run to run.
+    in_tree systemctl -q mask apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer
+}
+
+make_data() {
+    truncate -s 256M "$1"
+    mke2fs -q -t ext4 -U "$data_uuid" -L data -E "hash_seed=$root_uuid" "$1"
+}
+
 make_base() {
     local image="$1"
     truncate -s "${disk_mib}M" "$image"
@@ -102,6 +124,10 @@ build() {
     mkdir -p "$mnt"
     install_system
     configure_system
+    if [ $kind = guest ]; then
+        configure_guest
+        make_data "$part/data.raw"
+    fi
     make_base "$part/base.raw"
     local before=base day
     for day in "${days[@]:1}"; do
@@ -128,7 +154,7 @@ if [ "$(cat "$out/complete" 2>/dev/null)" != "$kind $recipe" ]; then
     if [ -z "${RESEAL_DISK_NAMESPACE:-}" ]; then
         lock "disk-$kind"
         arguments=("$out")
-        [ $kind = full ] || arguments=(--small "$out")
+        [ $kind = full ] || arguments=("--$kind" "$out")
         RESEAL_DISK_NAMESPACE=1 unshare --mount --propagation private "$here/debian-disk.sh" "${arguments[@]}"
         exit
     fi

@@ -1,10 +1,13 @@
 //! What the end-to-end tests are made of: a [`site`] with the real programs ([`process`]), disks as they should be
-//! ([`model`], [`random`]), the same work through the libraries ([`library`]) over stores that fail or count ([`faults`]),
-//! and what ends with a test: mounts of a vault ([`mounting`]), other file systems and devices ([`loops`]).
+//! ([`model`], [`random`]), the same work through the libraries ([`library`]) over stores that fail or count
+//! ([`faults`]), and what ends with a test: mounts of a vault ([`mounting`]), other file systems and devices
+//! ([`loops`]), a guest that runs ([`guest`], as a [`domain`] of libvirt too, watched by [`qmp`]).
 #![allow(clippy::unwrap_used)] // all of it is test code: it ends where it meets what it did not expect
 
+pub mod domain;
 pub mod faults;
 pub mod frozen;
+pub mod guest;
 pub mod library;
 pub mod loops;
 pub mod model;

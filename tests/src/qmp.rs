@@ -49,23 +49,7 @@ impl Qmp {
 
     /// What a backup could leave behind.
     pub fn left_behind(&mut self) -> LeftBehind {
-        let list = |value: Value| value.as_array().cloned().unwrap();
-        let (mut nodes, mut bitmaps) = (Vec::new(), Vec::new());
-        for node in list(self.run("query-named-block-nodes", json!({ "flat": true }))) {
-            let name = node["node-name"].as_str().unwrap().to_owned();
-            for bitmap in node["dirty-bitmaps"].as_array().into_iter().flatten() {
-                bitmaps.push((name.clone(), bitmap["name"].as_str().unwrap_or_default().to_owned()));
-            }
-            nodes.push(name);
-        }
-        let objects = list(self.run("qom-list", json!({ "path": "/objects" })));
-        LeftBehind {
-            jobs: list(self.run("query-jobs", json!({}))).len(),
-            exports: list(self.run("query-block-exports", json!({}))).len(),
-            objects: objects.iter().map(|object| object["name"].as_str().unwrap().to_owned()).collect(),
-            nodes,
-            bitmaps,
-        }
+        LeftBehind::of(&mut |command, arguments| self.run(command, arguments))
     }
 
     /// Whether the guest runs.
@@ -87,6 +71,27 @@ pub struct LeftBehind {
 }
 
 impl LeftBehind {
+    /// Asks whatever runs monitor commands.
+    pub fn of(run: &mut dyn FnMut(&str, Value) -> Value) -> LeftBehind {
+        let list = |value: Value| value.as_array().cloned().unwrap();
+        let (mut nodes, mut bitmaps) = (Vec::new(), Vec::new());
+        for node in list(run("query-named-block-nodes", json!({ "flat": true }))) {
+            let name = node["node-name"].as_str().unwrap().to_owned();
+            for bitmap in node["dirty-bitmaps"].as_array().into_iter().flatten() {
+                bitmaps.push((name.clone(), bitmap["name"].as_str().unwrap_or_default().to_owned()));
+            }
+            nodes.push(name);
+        }
+        let objects = list(run("qom-list", json!({ "path": "/objects" })));
+        LeftBehind {
+            jobs: list(run("query-jobs", json!({}))).len(),
+            exports: list(run("query-block-exports", json!({}))).len(),
+            objects: objects.iter().map(|object| object["name"].as_str().unwrap().to_owned()).collect(),
+            nodes,
+            bitmaps,
+        }
+    }
+
     /// The same without bitmaps: what must be as it was before the first backup.
     pub fn but_bitmaps(mut self) -> LeftBehind {
         self.bitmaps.clear();

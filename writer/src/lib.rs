@@ -15,6 +15,7 @@ pub mod backup;
 pub mod changes;
 mod error;
 mod finisher;
+pub mod image;
 mod index_writer;
 mod known;
 pub mod live;
