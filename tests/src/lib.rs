@@ -9,6 +9,7 @@ pub mod faults;
 pub mod frozen;
 pub mod guest;
 pub mod library;
+pub mod libvirtd;
 pub mod loops;
 pub mod model;
 pub mod mounting;

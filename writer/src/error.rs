@@ -5,7 +5,11 @@ use std::io;
 use reseal_cli::{Failure, Status};
 use reseal_vault::VaultError;
 
+use crate::guardian::GuardianError;
+use crate::image::ImageError;
+use crate::libvirt::LibvirtError;
 use crate::nbd::NbdError;
+use crate::qemu::QemuError;
 
 /// A backup that did not make a restore point.
 #[derive(Debug, thiserror::Error)]
@@ -37,8 +41,14 @@ pub enum BackupError {
     /// What was said about changes can't be used: the disk has to be read whole.
     #[error("what is said to be unchanged can't be taken as it was: {why}")]
     Distrusted { why: String },
-    #[error("{0}")]
-    Hypervisor(String),
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error(transparent)]
+    Qemu(#[from] QemuError),
+    #[error(transparent)]
+    Libvirt(#[from] LibvirtError),
+    #[error(transparent)]
+    Guardian(#[from] GuardianError),
     #[error(transparent)]
     Nbd(#[from] NbdError),
     #[error(transparent)]
@@ -54,10 +64,13 @@ impl From<BackupError> for Failure {
                 Failure::of(Status::Failed, &error)
             }
             BackupError::Nbd(ref e) => Failure::of(e.status(), e),
-            BackupError::Source { .. }
-            | BackupError::Shrank { .. }
-            | BackupError::Disconnected
-            | BackupError::Hypervisor(_) => Failure::of(Status::Unreachable, &error),
+            BackupError::Image(ref e) => Failure::of(e.status(), e),
+            BackupError::Qemu(ref e) => Failure::of(e.status(), e),
+            BackupError::Libvirt(ref e) => Failure::of(e.status(), e),
+            BackupError::Guardian(ref e) => Failure::of(Status::Failed, e),
+            BackupError::Source { .. } | BackupError::Shrank { .. } | BackupError::Disconnected => {
+                Failure::of(Status::Unreachable, &error)
+            }
             BackupError::Container { .. } | BackupError::NotADisk { .. } | BackupError::Usage(_) => {
                 Failure::of(Status::Usage, &error)
             }

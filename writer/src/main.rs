@@ -39,6 +39,9 @@ enum Command {
     Umount(delegate::Args),
     /// Writes a disk of a restore point to a file or block device
     Restore(delegate::Args),
+    /// Undoes what a backup of a running VM began if the backup dies; started by it
+    #[command(hide = true)]
+    Guardian,
 }
 
 fn run(cli: Cli) -> Result<(), Failure> {
@@ -55,6 +58,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::List(args) => list::run(common, args),
         Command::Show(args) => show::run(common, args),
         Command::Verify(args) => verify::run(common, args),
+        Command::Guardian => reseal_writer::guardian::run(),
         Command::Key(args) => key::run(common, args),
         Command::Mount(_) | Command::Umount(_) | Command::Restore(_) => Ok(()),
     }

@@ -10,9 +10,14 @@ use reseal_format::manifest::{MAX_DISKS, Tracking, method};
 use reseal_format::names::{DiskName, VmName};
 use reseal_vault::PointSpec;
 use reseal_writer::BackupError;
-use reseal_writer::backup::{Disks, Input, Said, Since};
+use reseal_writer::backup::{Disks, Input, Live, Said, Since};
 use reseal_writer::changes::Changes;
+use reseal_writer::guardian::{Guardian, GuardianError, Plan, Undo};
+use reseal_writer::image::{self, Image, ImageFormat};
+use reseal_writer::libvirt::{Libvirt, LibvirtOptions};
+use reseal_writer::live::Hypervisor;
 use reseal_writer::nbd::{self, NbdUri, Options, TlsFiles};
+use reseal_writer::qemu::{Qemu, QemuOptions};
 use reseal_writer::source::{NbdSource, Source};
 
 /// Name of a disk that is the only one and was given none.
@@ -31,7 +36,7 @@ pub(crate) struct SourceArgs {
     raw: bool,
     /// Takes files as images of that format, whose guest-visible disk is read through qemu-nbd
     #[arg(long, value_name = "FORMAT")]
-    format: Option<String>,
+    format: Option<ImageFormat>,
     /// Reads the passphrase of encrypted images from the first line of a file
     #[arg(long, value_name = "FILE")]
     image_secret: Option<PathBuf>,
@@ -135,10 +140,23 @@ impl SourceArgs {
 
     /// Opens the disks.
     pub(crate) fn open(&self, named: Vec<Named>, vm: &VmName, opened: &Opened) -> Result<Disks, Failure> {
-        if self.libvirt.is_some() || self.qmp.is_some() {
-            return Err(Failure::new(Status::Usage, "not yet"));
-        }
-        Ok(Disks::Given(self.inputs(named, vm, opened)?))
+        let hypervisor: Box<dyn Hypervisor> = match (&self.libvirt, &self.qmp) {
+            (Some(domain), _) => {
+                let options = LibvirtOptions { scratch: self.scratch.clone(), ..LibvirtOptions::new(domain) };
+                Box::new(guarded(Libvirt::new(options)).map_err(BackupError::from)?)
+            }
+            (None, Some(qmp)) => {
+                let scratch = self.scratch.clone().unwrap_or_else(|| opened.paths.state.join("scratch"));
+                Box::new(Qemu::new(QemuOptions {
+                    qga: self.qga.clone(),
+                    scratch_reserve: self.scratch_reserve,
+                    ..QemuOptions::new(qmp.clone(), scratch)
+                }))
+            }
+            (None, None) => return Ok(Disks::Given(self.inputs(named, vm, opened)?)),
+        };
+        let check_percent = self.check_unchanged.unwrap_or(0.0);
+        Ok(Disks::Live(Live { hypervisor, options: self.options(), check_percent }))
     }
 
     fn inputs(&self, named: Vec<Named>, vm: &VmName, opened: &Opened) -> Result<Vec<Input>, Failure> {
@@ -195,8 +213,30 @@ impl SourceArgs {
             return Ok(Source::Nbd(source));
         }
         let path = Path::new(place);
-        Ok(Source::open(path, self.raw)?)
+        let format = match self.raw {
+            true => None,
+            false => image::decide(path, self.format).map_err(BackupError::from)?,
+        };
+        let Some(format) = format else { return Ok(Source::open(path, self.raw)?) };
+        let image = Image::serve(path, format, self.image_secret.as_deref()).map_err(BackupError::from)?;
+        let uri = NbdUri::unix(image.socket(), image.export());
+        let source = NbdSource::open(&uri, &self.options(), None).map_err(BackupError::Nbd)?;
+        Ok(Source::Nbd(source.named(path.display().to_string()).with_server(image)))
     }
+}
+
+/// Has a process beside this one undo what is done in libvirt, should this one die.
+fn guarded(libvirt: Libvirt) -> Result<Libvirt, GuardianError> {
+    let mut guardian = Some(Guardian::start(Path::new("/proc/self/exe"))?);
+    Ok(libvirt.guarded(Box::new(move |commands| {
+        let undo = commands.iter().map(|command| Undo::Run(command.clone())).collect::<Vec<_>>();
+        match undo.is_empty() {
+            false => guardian.as_mut().map_or(Ok(()), |guardian| guardian.plan(Plan { undo })),
+            true => guardian.take().map_or(Ok(()), Guardian::done),
+        }
+        // The backup itself goes on: it undoes what it did when it ends.
+        .unwrap_or_default();
+    })))
 }
 
 /// Splits NAME=TEXT of an option and finds the disk; of one disk the name may be left out.

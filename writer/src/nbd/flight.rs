@@ -275,11 +275,12 @@ impl<T> Flights<T> {
     pub(super) fn send_again(&mut self) -> Result<(), Range<u64>> {
         let mut again: Vec<_> = self.under_way.drain().collect();
         again.sort_by_key(|(cookie, _)| *cookie);
+        again.iter_mut().for_each(|(_, piece)| piece.tries += 1);
+        // The first is the one that the server was at.
+        if let Some((_, piece)) = again.iter().find(|(_, piece)| piece.tries >= MAX_TRIES) {
+            return Err(piece.ask.bytes());
+        }
         for (_, mut piece) in again.into_iter().rev() {
-            piece.tries += 1;
-            if piece.tries >= MAX_TRIES {
-                return Err(piece.ask.bytes());
-            }
             match &mut piece.ask {
                 Ask::Data { arrived, .. } => *arrived = Coverage::default(),
                 Ask::Status { allocation, dirty, .. } => (*allocation, *dirty) = (None, None),

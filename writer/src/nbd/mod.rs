@@ -188,6 +188,12 @@ impl Export {
         self.ended.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Lets the pumps end soon, whatever they wait for. For a caller that no longer wants what it asked for; what is under way
+    /// is not answered.
+    pub fn stop(&self) {
+        self.stopped.store(true, Ordering::Relaxed);
+    }
+
     fn start(&self) -> Start<'_> {
         let mut pool = self.pool.lock();
         match pool.idle.pop() {

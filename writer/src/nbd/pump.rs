@@ -81,7 +81,7 @@ impl<'a, T: Send> Pump<'a, T> {
         match self.serve_all(start) {
             Ok(connection) => connection,
             Err(End::Fatal(error)) => {
-                self.export.stopped.store(true, Ordering::Relaxed);
+                self.export.stop();
                 for asker in self.flights.askers() {
                     // Who does not wait any more needs no answer.
                     let _ = asker.send(Err(error.clone()));
@@ -90,7 +90,7 @@ impl<'a, T: Send> Pump<'a, T> {
                 None
             }
             Err(End::Unwanted | End::Lost(_)) => {
-                self.export.stopped.store(true, Ordering::Relaxed);
+                self.export.stop();
                 None
             }
         }
