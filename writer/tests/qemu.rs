@@ -113,7 +113,8 @@ fn a_snapshot_stays_and_the_bitmap_tells_what_changed() {
     assert_eq!(leftover_files(&folder), Vec::<String>::new());
 }
 
-/// The scratch files hold what was overwritten, but not to be read. They have no name, so QEMU's descriptors lead there.
+/// The scratch files hold what was overwritten, but not to be read. They have no name, so QEMU's descriptors lead
+/// there.
 fn assert_scratch_is_sealed(vm: &Vm) {
     let mut total = 0;
     for fd in std::fs::read_dir(format!("/proc/{}/fd", vm.child.id())).unwrap() {
@@ -246,16 +247,48 @@ fn readers_that_are_still_connected_do_no_harm() {
         command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
     };
     let (mut reading, mut killed) = (reader(), reader());
-    let _silent = std::os::unix::net::UnixStream::connect(&disk.socket).unwrap();
+    let silent = std::os::unix::net::UnixStream::connect(&disk.socket).unwrap();
+    // QEMU 7.2 would wait for this one for ever, and the VM with it.
+    let later = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(2));
+        drop(silent);
+    });
     std::thread::sleep(Duration::from_millis(500));
     killed.kill().unwrap();
     killed.wait().unwrap();
     qemu.check().unwrap();
     assert_eq!(qemu.end(true), no_warnings());
+    later.join().unwrap();
     vm.assert_clean(&[&bitmap(1)]);
     reading.kill().unwrap();
     reading.wait().unwrap();
     assert!(vm.child.try_wait().unwrap().is_none());
+}
+
+#[test]
+fn a_reader_that_stays_keeps_the_server_until_the_next_run() {
+    let mut vm = Vm::start();
+    let mut options = vm.options();
+    options.timeout = Duration::from_secs(2);
+    let mut qemu = Qemu::new(options.clone());
+    let snapshot = qemu.begin(point(1), None).unwrap();
+    let since = manifest(1, &snapshot);
+    let silent = std::os::unix::net::UnixStream::connect(&snapshot.disks[0].socket).unwrap();
+    qemu.check().unwrap();
+    let left = qemu.end(true);
+    assert!(left.len() == 1 && left[0].contains("NBD server"), "{left:?}");
+    // The VM goes on.
+    vm.write(0, 1, 0, MIB);
+    drop(silent);
+    let end = Instant::now() + Duration::from_secs(20);
+    while vm.monitor.marker() {
+        assert!(Instant::now() < end, "the guardian goes on trying");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let snapshot = qemu.begin(point(2), Some(&since)).unwrap();
+    assert_eq!(dirty(&snapshot.disks[0]), grains(&[(0, MIB)]));
+    assert_eq!(qemu.end(false), no_warnings());
+    vm.assert_clean(&[&bitmap(1)]);
 }
 
 #[test]
@@ -372,4 +405,78 @@ fn drives_of_the_old_kind_are_disks_too() {
     assert_eq!((&machine["firmware"]["kind"], &machine["disks"][1]["interface"]), (&json!("uefi"), &json!("sata")));
     drop(qemu);
     assert_eq!(vm.monitor.ours(), no_warnings());
+}
+
+/// For the BIOS: counts, and writes the number to the first disk, then to the second, for ever; after 16 numbers to
+/// the next of 128 cylinders.
+const COUNTER: [u8; 48] = [
+    0x31, 0xc0, // xor ax, ax
+    0x8e, 0xd8, // mov ds, ax
+    0x8e, 0xc0, // mov es, ax
+    0xbb, 0x00, 0x80, // mov bx, 0x8000
+    0x66, 0xff, 0x06, 0x00, 0x80, // again: inc dword [0x8000]
+    0x8b, 0x0e, 0x00, 0x80, // mov cx, [0x8000]
+    0xc1, 0xe9, 0x04, // shr cx, 4
+    0x83, 0xe1, 0x7f, // and cx, 0x7f
+    0x88, 0xcd, // mov ch, cl
+    0xb1, 0x03, // mov cl, 3
+    0xba, 0x80, 0x00, // mov dx, 0x80
+    0xb8, 0x01, 0x03, // mov ax, 0x0301
+    0x51, // push cx
+    0xcd, 0x13, // int 0x13
+    0x59, // pop cx
+    0xba, 0x81, 0x00, // mov dx, 0x81
+    0xb8, 0x01, 0x03, // mov ax, 0x0301
+    0xcd, 0x13, // int 0x13
+    0xeb, 0xd9, // jmp again
+];
+
+/// The highest number on a disk. Sectors of it begin with a number and are zero otherwise; the boot sector is not.
+fn highest(disk: &[u8]) -> u32 {
+    let number = |sector: &[u8]| u32::from_le_bytes(sector[..4].try_into().unwrap());
+    disk.chunks_exact(512).skip(1).map(number).max().unwrap()
+}
+
+#[test]
+fn a_guest_that_writes_in_order_to_two_disks_is_never_seen_reversed() {
+    let mut vm = Vm::start_program(&COUNTER);
+    let mut qemu = Qemu::new(vm.options());
+    let mut since = None;
+    let mut copies = [vec![0; DISK], vec![0; DISK]];
+    let mut kept = copies.clone();
+    let (mut before, mut partly) = (0, 0);
+    std::thread::sleep(Duration::from_secs(3));
+    for round in 1..=12 {
+        let snapshot = qemu.begin(point(round), since.as_ref()).unwrap();
+        for (disk, copy) in snapshot.disks.iter().zip(&mut copies) {
+            let whole = read(disk);
+            if disk.changes.is_ok() {
+                // What the bitmap calls unchanged is taken from the point before.
+                let changed = dirty(disk);
+                partly += usize::from(!changed.is_empty() && changed.len() < 100);
+                for at in changed.into_iter().map(|grain| grain * GRAIN) {
+                    copy[at..at + GRAIN].copy_from_slice(&whole[at..at + GRAIN]);
+                }
+                assert!(*copy == whole, "{} in round {round}: the bitmap missed a change", disk.name);
+            } else {
+                *copy = whole;
+            }
+        }
+        let (first, second) = (highest(&copies[0]), highest(&copies[1]));
+        assert!(first == second || first == second + 1, "round {round}: {first} and {second}");
+        assert!(first > before, "round {round}: the guest stands still at {first}");
+        before = first;
+        qemu.check().unwrap();
+        // Every third is not kept: the next goes on from the one before it.
+        if round % 3 == 0 {
+            assert_eq!(qemu.end(false), no_warnings());
+            copies = kept.clone();
+        } else {
+            kept = copies.clone();
+            since = Some(manifest(round, &snapshot));
+            assert_eq!(qemu.end(true), no_warnings());
+        }
+    }
+    assert!(partly > 10, "{partly} bitmaps told something from nothing");
+    assert!(vm.child.try_wait().unwrap().is_none());
 }

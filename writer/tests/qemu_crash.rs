@@ -1,4 +1,5 @@
-//! A writer that is killed after each command that it gives to QEMU: nothing stays behind, and no record of changes is lost.
+//! A writer that is killed after each command that it gives to QEMU: nothing stays behind, and no record of changes is
+//! lost.
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)] // a test that meets what it did not expect ends there
 
@@ -123,11 +124,7 @@ fn start_child(folder: &Path) -> Child {
 /// Waits until the guardian has ended, which removes the marker last.
 fn wait_for_guardian(vm: &mut Vm) {
     let end = Instant::now() + Duration::from_secs(30);
-    loop {
-        let objects = vm.monitor.ok("qom-list", json!({ "path": "/objects" }));
-        if !objects.as_array().unwrap().iter().any(|object| object["name"] == "reseal-run") {
-            return;
-        }
+    while vm.monitor.marker() {
         assert!(Instant::now() < end, "the guardian has not cleaned up");
         std::thread::sleep(Duration::from_millis(20));
     }

@@ -4,8 +4,8 @@
 //! command → one line of JSON → QEMU        QEMU → lines of JSON → greeting, return, error, event
 //! ```
 //!
-//! The guest agent has neither greeting nor events. It answers a [`SENTINEL`] byte before `guest-sync-delimited` with one
-//! before its return, so that what an earlier client left unread is told from what is new.
+//! The guest agent has neither greeting nor events. It answers a [`SENTINEL`] byte before `guest-sync-delimited` with
+//! one before its return, so that what an earlier client left unread is told from what is new.
 
 use serde::Serialize;
 use serde_json::Value;
@@ -177,8 +177,8 @@ mod tests {
     fn each_kind_of_message_is_told() {
         let mut decoder = Decoder::new();
         decoder.feed(
-            b"{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 22, \"minor\": 2, \"major\": 7}, \"package\": \"Debian\"}, \
-              \"capabilities\": [\"oob\"]}}\r\n{\"return\": {}, \"id\": 1}\r\n\
+            b"{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 22, \"minor\": 2, \"major\": 7}, \"package\": \
+              \"Debian\"}, \"capabilities\": [\"oob\"]}}\r\n{\"return\": {}, \"id\": 1}\r\n\
               {\"id\": 2, \"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}}\n\
               {\"timestamp\": {\"seconds\": 1}, \"event\": \"STOP\"}\n\n{\"return\"",
         );

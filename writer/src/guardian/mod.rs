@@ -5,8 +5,8 @@
 //! guardian: ready              frozen  thawed          or, when the writer is gone: thaw, undo, end
 //! ```
 //!
-//! It is connected by a socket that nobody else holds: when that closes, the writer is dead. It freezes and thaws itself,
-//! and holds the deadline, so a stopped writer leaves no guest frozen either. It does not outlive its work.
+//! It is connected by a socket that nobody else holds: when that closes, the writer is dead. It freezes and thaws
+//! itself, and holds the deadline, so a stopped writer leaves no guest frozen either. It does not outlive its work.
 
 mod alive;
 mod message;
@@ -116,8 +116,8 @@ impl Guardian {
         self.send(&Request::Plan(plan))
     }
 
-    /// Freezes the guest's file systems for at most `limit`; how many. `answer` is how long the agent may take to give a
-    /// sign of life.
+    /// Freezes the guest's file systems for at most `limit`; how many. `answer` is how long the agent may take to give
+    /// a sign of life.
     pub fn freeze(&mut self, how: &Freezer, answer: Duration, limit: Duration) -> Result<u64, GuardianError> {
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         self.frozen = Some(how.clone());

@@ -30,7 +30,8 @@ pub fn run() -> Result<(), Failure> {
     }
 }
 
-/// Its own session, so that no terminal's signal reaches it; and those that ask a program to end are meant for the writer.
+/// Its own session, so that no terminal's signal reaches it; and those that ask a program to end are meant for the
+/// writer.
 fn detach() -> io::Result<()> {
     // A leader of a group can't; then it is nobody's child in the foreground either.
     let _ = rustix::process::setsid();

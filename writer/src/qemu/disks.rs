@@ -66,8 +66,8 @@ impl Attached {
     }
 }
 
-/// The first version whose NBD server may serve a disk that has a thread of its own. Those before abort the whole VM when a
-/// client of such an export disconnects: they count clients from that thread, and insist on the main one.
+/// The first version whose NBD server may serve a disk that has a thread of its own. Those before abort the whole VM
+/// when a client of such an export disconnects: they count clients from that thread, and insist on the main one.
 const THREADS_SAFE: u64 = 9;
 
 /// An error if reading one of these disks could end the VM.
@@ -85,8 +85,8 @@ pub(super) fn refuse_threads(client: &mut Client, all: &[Attached]) -> Result<()
             let thread = client.call("qom-get", json!({ "path": owner, "property": "iothread" }));
             if thread.is_ok_and(|thread| thread.as_str().is_some_and(|thread| !thread.is_empty())) {
                 return Err(QemuError::Unusable(format!(
-                    "disk {} runs in a thread of its own (iothread=), and QEMU {} could abort the VM when it is read over NBD; \
-                     take QEMU {THREADS_SAFE}.0 or newer, or start the VM without iothread= for its disks",
+                    "disk {} runs in a thread of its own (iothread=), and QEMU {} could abort the VM when it is read over \
+                     NBD; take QEMU {THREADS_SAFE}.0 or newer, or start the VM without iothread= for its disks",
                     disk.id,
                     client.version()
                 )));

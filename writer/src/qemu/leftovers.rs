@@ -1,6 +1,5 @@
 //! Removing what reseal has in a QEMU: after a backup, and after a run that died.
 
-use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -10,17 +9,9 @@ use serde_json::{Value, json};
 use super::QemuError;
 use super::marker::Marker;
 use super::names::{LISTENER, MARKER, is_ours};
-use super::qmp::{Client, connect};
+use super::qmp::Client;
 use crate::guardian::ProcessId;
 
-/// What an NBD server says first.
-const NBD_MAGIC: &[u8; 8] = b"NBDMAGIC";
-/// Length of its greeting: the magic number twice, in two forms, and flags.
-const NBD_GREETING: usize = 18;
-/// A client's flags (fixed newstyle), and the option that ends the connection.
-const NBD_ABORT: &[u8] = b"\0\0\0\x01IHAVEOPT\0\0\0\x02\0\0\0\0";
-/// How long it may take to.
-const NBD_ANSWER: Duration = Duration::from_secs(3);
 /// Pause before it is asked again whether something is gone.
 const AGAIN: Duration = Duration::from_millis(10);
 /// How long a monitor that does not answer is tried again.
@@ -77,7 +68,10 @@ impl Leftovers {
             return Ok(Vec::new());
         }
         let left = self.sweep(&mut client)?;
-        release(&mut client)?;
+        // As long as something is left, the next run must know whose it is.
+        if left.is_empty() {
+            release(&mut client)?;
+        }
         Ok(left)
     }
 
@@ -113,10 +107,10 @@ impl Leftovers {
             std::thread::sleep(AGAIN);
         };
         // Somebody's export may have come to our server meanwhile; then it is theirs.
-        if !others && self.server.as_deref().is_some_and(answers_nbd) {
-            fatal(client.call("nbd-server-stop", Value::Null))?;
+        match &self.server {
+            Some(server) if !others => stop_server(client, server, deadline, left),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     fn bitmaps(&self, client: &mut Client, left: &mut Vec<String>) -> Result<(), QemuError> {
@@ -133,6 +127,25 @@ impl Leftovers {
         }
         Ok(())
     }
+}
+
+/// Stops QEMU's NBD server if it is the one that listens on this socket.
+fn stop_server(client: &mut Client, server: &Path, deadline: Instant, left: &mut Vec<String>) -> Result<(), QemuError> {
+    // If the writer died in between, or another server was there, QEMU has the listener but does not serve it.
+    fatal(client.call("closefd", json!({ "fdname": LISTENER })))?;
+    // QEMU 7.2 waits in nbd-server-stop, with the whole VM and for ever, for a client that has not chosen an export.
+    // Those that have were disconnected with it.
+    while let Some(clients) = connections(server)? {
+        if clients == 0 {
+            return fatal(client.call("nbd-server-stop", Value::Null)).map(drop);
+        }
+        if Instant::now() > deadline {
+            left.push("an NBD server that somebody is connected to".into());
+            return Ok(());
+        }
+        std::thread::sleep(AGAIN);
+    }
+    Ok(())
 }
 
 /// Node and name of each bitmap that can be removed.
@@ -213,7 +226,6 @@ fn descriptors(client: &mut Client) -> Result<(), QemuError> {
             fatal(client.call("remove-fd", json!({ "fdset-id": set["fdset-id"] })))?;
         }
     }
-    // It is there only if the server was refused or the writer died in between.
     fatal(client.call("closefd", json!({ "fdname": LISTENER }))).map(drop)
 }
 
@@ -222,16 +234,40 @@ pub(super) fn release(client: &mut Client) -> Result<(), QemuError> {
     fatal(client.call("object-del", json!({ "id": MARKER }))).map(drop)
 }
 
-/// Whether somebody serves NBD there. A socket that QEMU was given but does not serve stays silent.
-fn answers_nbd(socket: &Path) -> bool {
-    let ask = || {
-        let mut stream = connect(socket, Instant::now() + NBD_ANSWER).ok()?;
-        stream.set_read_timeout(Some(NBD_ANSWER)).ok()?;
-        let mut greeting = [0; NBD_GREETING];
-        stream.read_exact(&mut greeting).ok()?;
-        // A polite end, so that nothing is logged as an error. Whether it gets there does not matter.
-        let _ = stream.write_all(NBD_ABORT).and_then(|()| stream.read(&mut [0; 64]));
-        Some(greeting.starts_with(NBD_MAGIC))
-    };
-    ask().unwrap_or(false)
+/// How many clients are connected to a listener of this path; `None` if there is no such listener. Its file may be
+/// gone.
+fn connections(path: &Path) -> Result<Option<usize>, QemuError> {
+    let table = std::fs::read_to_string("/proc/net/unix");
+    let table = table.map_err(|e| QemuError::host("see which sockets there are (/proc/net/unix)", e))?;
+    Ok(connected(&table, &path.display().to_string()))
+}
+
+/// The same, of a table of sockets (proc(5)): a listener has flag 10000, and its end of each connection, which has its
+/// path too, is in state 3.
+fn connected(table: &str, path: &str) -> Option<usize> {
+    let ends = |line: &&str| line.strip_suffix(path).is_some_and(|rest| rest.ends_with(' '));
+    let field = |line: &str, nth: usize| line.split_whitespace().nth(nth).unwrap_or_default().to_owned();
+    let lines: Vec<_> = table.lines().filter(ends).collect();
+    let listens = lines.iter().any(|line| field(line, 3) == "00010000");
+    listens.then(|| lines.iter().filter(|line| field(line, 5) == "03").count())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_are_counted() {
+        let table = "\
+Num       RefCount Protocol Flags    Type St Inode Path
+00000000308c686d: 00000002 00000000 00010000 0001 01 1704149 /run/n.sock
+00000000b7523d02: 00000003 00000000 00000000 0001 03 1704151 /run/n.sock
+00000000b7523d03: 00000003 00000000 00000000 0001 03 1704152 /run/other/run/n.sock
+00000000b7523d04: 00000003 00000000 00000000 0001 03     0 /run/n.sock
+00000000b7523d05: 00000003 00000000 00000000 0001 03 1704153
+";
+        assert_eq!(connected(table, "/run/n.sock"), Some(2));
+        assert_eq!(connected(table, "/run/other/run/n.sock"), None, "nobody listens any more");
+        assert_eq!(connected(table, "/run/m.sock"), None);
+    }
 }

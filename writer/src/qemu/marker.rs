@@ -1,5 +1,5 @@
-//! An object inside QEMU that says which run is at work, so that two never are, and so that the next one knows what a dead
-//! one left.
+//! An object inside QEMU that says which run is at work, so that two never are, and so that the next one knows what a
+//! dead one left.
 
 use std::path::PathBuf;
 

@@ -19,7 +19,7 @@ use super::QemuError;
 const AGAIN: Duration = Duration::from_millis(50);
 
 /// Connects to a Unix socket within a time. The usual way would wait for ever for a listener whose queue is full.
-pub(crate) fn connect(socket: &Path, deadline: Instant) -> Result<UnixStream, QemuError> {
+fn connect(socket: &Path, deadline: Instant) -> Result<UnixStream, QemuError> {
     let name = socket.display().to_string();
     let failed = |source: rustix::io::Errno| QemuError::Connect { socket: name.clone(), source: source.into() };
     let address = rustix::net::SocketAddrUnix::new(socket).map_err(failed)?;

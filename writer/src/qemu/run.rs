@@ -8,7 +8,8 @@
 //! scratch shows the disk as it was. Only when all disks are still, because each has its job, are the bitmaps changed:
 //! a new one begins to record, and what the old one has until then is merged into a third that is read.
 //!
-//! Architecture invariant: nothing is ever cleared or merged back. The old bitmap records until the restore point exists.
+//! Architecture invariant: nothing is ever cleared or merged back. The old bitmap records until the restore point
+//! exists.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -158,14 +159,10 @@ impl Run {
         drop(listener);
         let address = json!({ "addr": { "type": "fd", "data": { "str": LISTENER } } });
         match client.call("nbd-server-start", address) {
-            Err(QemuError::Refused { description, .. }) => {
-                // So that the socket is not taken for one that is served.
-                let _ = client.call("closefd", json!({ "fdname": LISTENER }));
-                Err(QemuError::Unusable(format!(
-                    "QEMU can't serve the snapshot over NBD ({description}); if another program has started the NBD server \
+            Err(QemuError::Refused { description, .. }) => Err(QemuError::Unusable(format!(
+                "QEMU can't serve the snapshot over NBD ({description}); if another program has started the NBD server \
                      of this VM, end that first (`nbd-server-stop`): QEMU has but one"
-                )))
-            }
+            ))),
             other => other.map(drop),
         }
     }
@@ -213,8 +210,8 @@ impl Run {
             Err(QemuError::Refused { description, .. }) if persistent => {
                 client.call("transaction", json!({ "actions": self.actions(taken, false) }))?;
                 warnings.push(format!(
-                    "the record of changes will not survive a shutdown of the VM, because it can't be kept in the image: \
-                     {description}"
+                    "the record of changes will not survive a shutdown of the VM, because it can't be kept in the \
+                     image: {description}"
                 ));
                 Ok(())
             }
@@ -321,27 +318,31 @@ impl Run {
         self.watch = None;
         let mut client = self.client.lock();
         let left = self.leftovers.sweep(&mut client)?;
-        release(&mut client)?;
+        if left.is_empty() {
+            release(&mut client)?;
+        }
         Ok(left)
     }
 
     /// Ends it, but for the bitmaps `since` if no restore point was made; what could not be cleaned up.
     pub(super) fn end(mut self, kept: bool, since: &[String]) -> Vec<String> {
+        const GOES_ON: &str = "the guardian process goes on trying, and the next backup will";
         self.leftovers.keep = if kept { vec![bitmap(self.point)] } else { since.to_vec() };
-        let mut left: Vec<_> = match self.undo() {
-            Ok(left) => left.into_iter().map(|what| format!("QEMU still has {what}")).collect(),
-            Err(e) if e.is_gone() => Vec::new(),
-            Err(e) => {
-                // Without a word at its end, the guardian does what it was told to.
+        let trouble = match self.undo() {
+            Ok(left) if left.is_empty() => None,
+            Ok(left) => Some(format!("QEMU still has {}; {GOES_ON}", left.join(", "))),
+            Err(e) if e.is_gone() => None,
+            Err(e) => Some(format!("QEMU could not be cleaned up yet ({e}); {GOES_ON}")),
+        };
+        match trouble {
+            None => self.guardian.done().err().map(|e| e.to_string()).into_iter().collect(),
+            // Without a word at its end, the guardian does what it was told to.
+            Some(trouble) => {
                 let plan = self.plan();
                 let _ = self.guardian.plan(plan);
-                return vec![format!("QEMU could not be cleaned up yet ({e}); the guardian process goes on trying")];
+                vec![trouble]
             }
-        };
-        if let Err(e) = self.guardian.done() {
-            left.push(e.to_string());
         }
-        left
     }
 }
 

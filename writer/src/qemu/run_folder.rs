@@ -17,7 +17,8 @@ pub(super) struct RunFolder {
     path: PathBuf,
 }
 
-/// Where they are: in memory and gone after a boot, and with a short path, because that of a socket has at most 107 bytes.
+/// Where they are: in memory and gone after a boot, and with a short path, because that of a socket has at most 107
+/// bytes.
 fn base() -> PathBuf {
     let user = rustix::process::geteuid();
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute());

@@ -1,5 +1,5 @@
-//! Scratch: where QEMU keeps, for as long as the backup reads, what the guest overwrites. That is guest plaintext, so it is
-//! encrypted under a secret that is never written down; and the file has no name, so it goes with its last user.
+//! Scratch: where QEMU keeps, for as long as the backup reads, what the guest overwrites. That is guest plaintext, so
+//! it is encrypted under a secret that is never written down; and the file has no name, so it goes with its last user.
 
 use std::fs::{File, OpenOptions};
 use std::io;

@@ -1,5 +1,5 @@
-//! Watches the scratch files while the snapshot is read. What QEMU can't copy there before the guest overwrites it makes the
-//! guest's own write fail; so the snapshot is given up before that.
+//! Watches the scratch files while the snapshot is read. What QEMU can't copy there before the guest overwrites it
+//! makes the guest's own write fail; so the snapshot is given up before that.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -63,9 +63,9 @@ fn shortage(scratch: &Scratch) -> Option<String> {
     match scratch.room() {
         Ok(room) if !room.is_short() => None,
         Ok(room) => Some(format!(
-            "the guest overwrote so much while its disks were read that the scratch folder {folder} has only {} MiB left, so \
-             the snapshot was given up before the guest could see an error; free space there, name a folder with more \
-             room with --scratch, or back up when the guest writes less",
+            "the guest overwrote so much while its disks were read that the scratch folder {folder} has only {} MiB left, \
+             so the snapshot was given up before the guest could see an error; free space there, name a folder with \
+             more room with --scratch, or back up when the guest writes less",
             room.left >> 20
         )),
         Err(e) => Some(format!("the scratch folder {folder} can't be watched: {e}")),

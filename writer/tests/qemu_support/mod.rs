@@ -116,6 +116,12 @@ impl Monitor {
         found
     }
 
+    /// Whether a run is at work, or was.
+    pub(crate) fn marker(&mut self) -> bool {
+        let objects = self.ok("qom-list", json!({ "path": "/objects" }));
+        objects.as_array().unwrap().iter().any(|object| object["name"] == "reseal-run")
+    }
+
     /// Disk and name of each bitmap that records.
     pub(crate) fn bitmaps(&mut self) -> BTreeSet<(String, String)> {
         let mut found = BTreeSet::new();
@@ -173,9 +179,21 @@ fn luks_image() -> &'static Path {
 impl Vm {
     /// Two disks of zeros: `vd0` is raw, `sd0` is qcow2 with LUKS.
     pub(crate) fn start() -> Vm {
+        Vm::start_program(&[])
+    }
+
+    /// The same, with a program that the BIOS loads from `vd0`.
+    pub(crate) fn start_program(program: &[u8]) -> Vm {
         let owned = tempfile::tempdir().unwrap();
         let folder = owned.path().to_owned();
-        File::create(folder.join("a.raw")).unwrap().set_len(DISK as u64).unwrap();
+        let mut first = File::create(folder.join("a.raw")).unwrap();
+        first.set_len(DISK as u64).unwrap();
+        if !program.is_empty() {
+            let mut sector = [0; 512];
+            sector[..program.len()].copy_from_slice(program);
+            sector[510..].copy_from_slice(&[0x55, 0xaa]);
+            first.write_all(&sector).unwrap();
+        }
         std::fs::copy(luks_image().join("luks.qcow2"), folder.join("b.qcow2")).unwrap();
         let mut vm = Vm::boot(folder, [vec![0; DISK], vec![0; DISK]]);
         vm.owned = Some(owned);
