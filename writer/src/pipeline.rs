@@ -152,12 +152,20 @@ impl Job<'_> {
         }
     }
 
-    /// Reads the disk and stores what is new of it; the root of its index, and how many clusters that maps.
+    /// Reads the disk and stores what is new of it; the root of its index, and how many clusters that maps. After an error
+    /// that is no distrust an export is of no more use.
     pub(crate) fn run(&self, assembler: &mut Assembler<'_>) -> Result<(Option<Root>, u64), BackupError> {
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let _stop = StopOnDrop(&stop);
             let stop = &stop;
+            let abandon = |e: BackupError| {
+                // Whoever waits for a silent server need not wait on.
+                if let (Source::Nbd(nbd), false) = (self.source, matches!(e, BackupError::Distrusted { .. })) {
+                    nbd.export().stop();
+                }
+                e
+            };
             let in_flight = (IN_FLIGHT * self.workers).min(MAX_IN_FLIGHT);
             let (ticket, tickets) = bounded(in_flight);
             let (result, results) = bounded(in_flight);
@@ -203,7 +211,7 @@ impl Job<'_> {
                         disconnected = Some(e);
                         continue;
                     }
-                    Err(e) => return Err(e),
+                    Err(e) => return Err(abandon(e)),
                 };
                 let unit = done.unit;
                 (self.progress)(match self.source {
@@ -216,7 +224,7 @@ impl Job<'_> {
                         more
                     }
                 });
-                for _ in 0..in_order.take(done)? {
+                for _ in 0..in_order.take(done).map_err(abandon)? {
                     let _ = tickets.recv();
                 }
             }

@@ -1,5 +1,8 @@
 //! The NBD codec: what is encoded decodes to the same, and no bytes make it panic or take more than its limits allow.
 
+#![allow(clippy::unwrap_used)] // helpers of tests end where they meet what they did not expect
+#![allow(clippy::cast_possible_truncation)] // numbers of a test that are known to be small
+
 use proptest::collection::vec;
 use proptest::prelude::*;
 use reseal_proto::nbd::handshake::{ClientHandshake, HandshakeError, Opened, Refusal, Step, Wanted};

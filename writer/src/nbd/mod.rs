@@ -42,6 +42,10 @@ pub use uri::{NbdUri, is_uri};
 use connection::{Connection, Facts, Target};
 use tls::Tls;
 
+/// Requests of at most 256 KiB on each connection. Measured with one to four connections to `qemu-nbd`: 4 to 64 differ by
+/// less than repeated runs do. More would let one connection take what others could do; fewer would not fill a long line.
+const IN_FLIGHT: usize = 8;
+
 /// How an export is read.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -63,7 +67,7 @@ impl Default for Options {
             connections: 4,
             timeout: Duration::from_secs(30),
             give_up: Duration::from_secs(60),
-            in_flight: 16,
+            in_flight: IN_FLIGHT,
         }
     }
 }

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, TryRecvError};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use reseal_proto::nbd::{
     BlockStatus, CHUNK_LENGTH, Chunk, ChunkKind, Errno, ErrorChunk, HOLE_LENGTH, Hole, OFFSET_LENGTH, REPLY_START,
     Reply, Violation, decode_offset,
@@ -196,7 +196,7 @@ impl<'a, T: Send> Pump<'a, T> {
             }
             let next = match self.flights.under_way() {
                 _ if self.closed => return Ok(()),
-                0 => self.requests.recv().map_err(|_| TryRecvError::Disconnected),
+                0 => self.wait()?,
                 _ => self.requests.try_recv(),
             };
             match next {
@@ -206,6 +206,18 @@ impl<'a, T: Send> Pump<'a, T> {
             }
         }
         Ok(())
+    }
+
+    /// Waits for a request, unless that has become pointless.
+    fn wait(&self) -> Result<Result<Request<T>, TryRecvError>, End> {
+        loop {
+            match self.requests.recv_timeout(NAP) {
+                Ok(request) => return Ok(Ok(request)),
+                Err(RecvTimeoutError::Disconnected) => return Ok(Err(TryRecvError::Disconnected)),
+                Err(RecvTimeoutError::Timeout) if self.export.is_stopped() => return Err(End::Unwanted),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
     }
 
     fn take(&mut self, request: Request<T>) -> Result<(), End> {
@@ -232,7 +244,7 @@ impl<'a, T: Send> Pump<'a, T> {
         };
         let facts = &self.export.facts;
         let size = facts.size;
-        if !offset.checked_add(length).is_some_and(|end| end <= size) || (!aligned && length == 0) {
+        if offset.checked_add(length).is_none_or(|end| end > size) || (!aligned && length == 0) {
             let what = format!("{length} bytes from {offset} on are not inside of its {size} bytes");
             return Err(NbdError::Usage(format!("{}: {what}", self.export.name())));
         }
