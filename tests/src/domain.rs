@@ -1,63 +1,38 @@
 //! The guest as a domain of libvirt.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::guest::{BOOT, Images, STALL, last_count, wait_for_count};
-use crate::process::run;
+use crate::libvirtd::Libvirtd;
 use crate::qmp::LeftBehind;
 
-/// How long libvirt may take to answer after it was started.
-const READY: Duration = Duration::from_secs(20);
+/// How long libvirt may take to notice that a domain has died.
+const NOTICED: Duration = Duration::from_secs(20);
 
-/// A domain that is defined until this is dropped.
+/// A domain of a libvirt that ends with it.
 pub struct Domain {
     pub name: String,
-    pub uri: String,
     pub console: PathBuf,
-    secret: String,
-}
-
-/// A libvirt that answers at that URI; the system's own is started if it does not.
-fn ensure_libvirt(uri: &str) {
-    let answers = || {
-        let mut command = Command::new("virsh");
-        command.args(["--connect", uri, "list"]).stdin(Stdio::null());
-        command.output().is_ok_and(|ended| ended.status.success())
-    };
-    if answers() {
-        return;
-    }
-    for daemon in ["virtlogd", "libvirtd"] {
-        // The log may be served already; what counts is that libvirt answers.
-        let _ = Command::new(daemon).arg("--daemon").stdin(Stdio::null()).output();
-    }
-    let began = Instant::now();
-    while !answers() {
-        assert!(began.elapsed() < READY, "libvirt does not answer at {uri}");
-        sleep(Duration::from_millis(100));
-    }
+    libvirtd: Libvirtd,
 }
 
 impl Domain {
-    /// Defines the guest of those images, at the libvirt of that URI.
-    pub fn define(images: &Images, uri: &str) -> Domain {
-        ensure_libvirt(uri);
-        let uuid = || fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap().trim().to_owned();
-        let secret = uuid();
-        let name = format!("reseal-test-{}", &uuid()[..8]);
-        let domain = Domain { name, uri: uri.to_owned(), console: images.path("console"), secret };
+    /// Defines the guest of those images, at a libvirt of its own. They must lie where its QEMU gets at them.
+    pub fn define(images: &Images, libvirtd: Libvirtd) -> Domain {
+        let secret = fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap().trim().to_owned();
+        let domain = Domain { name: "guest".into(), console: images.path("console"), libvirtd };
         let file = images.path("libvirt.xml");
-        let xml = format!("<secret ephemeral='yes' private='yes'><uuid>{}</uuid></secret>", domain.secret);
+        let xml = format!("<secret ephemeral='yes' private='yes'><uuid>{secret}</uuid></secret>");
         fs::write(&file, xml).unwrap();
         domain.virsh(&["secret-define", file.to_str().unwrap()]);
-        domain.virsh(&["secret-set-value", &domain.secret, "--plain", "--file", images.secret.to_str().unwrap()]);
-        fs::write(&file, images.domain_xml(&domain.name, &domain.secret)).unwrap();
+        domain.virsh(&["secret-set-value", &secret, "--plain", "--file", images.secret.to_str().unwrap()]);
+        fs::write(&file, images.domain_xml(&domain.name, &secret)).unwrap();
         domain.virsh(&["define", file.to_str().unwrap()]);
         domain
     }
@@ -65,13 +40,14 @@ impl Domain {
     /// Runs `virsh`, which must succeed.
     #[track_caller]
     pub fn virsh(&self, arguments: &[&str]) -> String {
-        run(Command::new("virsh").args(["--quiet", "--connect", &self.uri]).args(arguments)).ok().stdout
+        self.libvirtd.virsh(arguments).ok().stdout
     }
 
     /// Switches it on and waits until it counts.
     pub fn counting(&self) {
-        // What it showed before it was switched off is no sign of life.
-        let _ = fs::remove_file(&self.console);
+        // Empty, for what it showed before it was switched off is no sign of life; QEMU runs as another user.
+        fs::File::create(&self.console).unwrap();
+        fs::set_permissions(&self.console, fs::Permissions::from_mode(0o666)).unwrap();
         self.virsh(&["start", &self.name]);
         let began = Instant::now();
         wait_for_count(&self.console, Some(3), BOOT);
@@ -89,9 +65,14 @@ impl Domain {
         wait_for_count(&self.console, Some(self.count()), STALL)
     }
 
-    /// Takes the power away.
+    /// Kills its QEMU, which can't clean up.
     pub fn kill(&self) {
-        self.virsh(&["destroy", &self.name]);
+        self.libvirtd.kill(&self.name);
+        let began = Instant::now();
+        while self.is_running() {
+            assert!(began.elapsed() < NOTICED, "libvirt does not notice that the domain has died");
+            sleep(Duration::from_millis(50));
+        }
     }
 
     /// Runs a command of QEMU's monitor.
@@ -109,8 +90,7 @@ impl Domain {
 
     /// Names of its checkpoints.
     pub fn checkpoints(&self) -> Vec<String> {
-        let names = self.virsh(&["checkpoint-list", &self.name, "--name"]);
-        names.lines().map(str::trim).filter(|name| !name.is_empty()).map(str::to_owned).collect()
+        self.libvirtd.checkpoints(&self.name)
     }
 
     /// All secrets that libvirt holds.
@@ -121,16 +101,5 @@ impl Domain {
     /// Whether the guest runs.
     pub fn is_running(&self) -> bool {
         self.virsh(&["domstate", &self.name]).trim() == "running"
-    }
-}
-
-impl Drop for Domain {
-    fn drop(&mut self) {
-        let virsh = |arguments: &[&str]| {
-            let _ = Command::new("virsh").args(["--connect", &self.uri]).args(arguments).stdin(Stdio::null()).output();
-        };
-        virsh(&["destroy", &self.name]);
-        virsh(&["undefine", &self.name, "--checkpoints-metadata"]);
-        virsh(&["secret-undefine", &self.secret]);
     }
 }

@@ -84,8 +84,7 @@ impl Images {
         node
     }
 
-    /// The same guest as a libvirt domain, whose secret libvirt has under that UUID. Its QEMU runs as root, for the
-    /// folders of tests are closed to others.
+    /// The same guest as a libvirt domain, whose secret libvirt has under that UUID.
     pub fn domain_xml(&self, name: &str, secret_uuid: &str) -> String {
         let disk = |path: &Path, target: &str, encryption: &str| {
             format!(
@@ -101,8 +100,7 @@ impl Images {
              <on_reboot>destroy</on_reboot><devices><emulator>/usr/bin/qemu-system-x86_64</emulator>{}{}\
              <serial type='file'><source path='{}'/><target port='0'/></serial>\
              <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
-             <memballoon model='none'/></devices>\
-             <seclabel type='static' model='dac' relabel='no'><label>+0:+0</label></seclabel></domain>",
+             <memballoon model='none'/></devices></domain>",
             disk(&self.system, "vda", &luks),
             disk(&self.data, "vdb", ""),
             self.path("console").display(),

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use reseal_tests::domain::Domain;
 use reseal_tests::guest::{Counts, Guest, Images, boot, check_point};
+use reseal_tests::libvirtd::Libvirtd;
 use reseal_tests::mounting::Mounted;
 use reseal_tests::process::{Running, system};
 use reseal_tests::qmp::LeftBehind;
@@ -36,8 +37,8 @@ impl Vm {
         Vm::Bare(Guest::counting(images))
     }
 
-    fn libvirt(images: &Images) -> Vm {
-        let domain = Domain::define(images, LIBVIRT);
+    fn libvirt(images: &Images, libvirtd: Libvirtd) -> Vm {
+        let domain = Domain::define(images, libvirtd);
         domain.counting();
         Vm::Libvirt(domain)
     }
@@ -358,7 +359,8 @@ fn a_bare_vm_is_backed_up_while_it_runs_whatever_dies() {
 fn a_libvirt_domain_is_backed_up_while_it_runs_whatever_dies() {
     let _alone = alone();
     let site = Site::new();
-    let images = Images::new(&site.path("disks"));
-    let vm = Vm::libvirt(&images);
+    let libvirtd = Libvirtd::start();
+    let images = Images::new(libvirtd.images());
+    let vm = Vm::libvirt(&images, libvirtd);
     a_vm_is_backed_up_while_it_runs(site, &images, vm);
 }

@@ -10,7 +10,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use reseal_writer::image::{Image, ImageError, ImageFormat, decide};
+use reseal_writer::nbd::{Export, NbdUri, Options, Read, Request};
 use tempfile::TempDir;
+use zeroize::Zeroizing;
 
 const LENGTH: u64 = 24 << 20;
 const SECRET: &str = "data:image/secret, with=every ünusual char";
@@ -100,6 +102,42 @@ fn assert_served(image: &Image, raw: &Path) {
     assert!(said.contains("identical"), "{said}");
     let info = run("qemu-img", &["info", "-f", "raw", &uri]);
     assert!(info.contains(&format!("({LENGTH} bytes)")), "{info}");
+}
+
+/// The disk as our own client reads it.
+fn read_by_ourselves(image: &Image) -> Vec<u8> {
+    const UNIT: usize = 1 << 20;
+    let uri = NbdUri::unix(image.socket(), image.export());
+    let export = Export::open(&uri, &Options::default(), None).unwrap();
+    assert!(export.has_allocation() && export.connections() > 1, "holes are skipped, by several connections");
+    let mut disk = vec![0; usize::try_from(export.length()).unwrap()];
+    let (request, requests) = crossbeam_channel::unbounded();
+    let (answer, answers) = crossbeam_channel::unbounded();
+    for offset in (0..disk.len()).step_by(UNIT) {
+        let buffer = Zeroizing::new(vec![0; UNIT.min(disk.len() - offset)]);
+        request.send(Request::Read(Read { offset: offset as u64, buffer, tag: () })).unwrap();
+    }
+    drop(request);
+    std::thread::scope(|scope| {
+        for _ in 0..export.connections() {
+            scope.spawn(|| export.pump(&requests, &answer));
+        }
+    });
+    drop(answer);
+    for read in answers {
+        let read = read.unwrap();
+        let offset = usize::try_from(read.offset).unwrap();
+        disk[offset..offset + read.buffer.len()].copy_from_slice(&read.buffer);
+    }
+    disk
+}
+
+#[test]
+fn our_own_client_reads_what_is_served() {
+    let place = Place::new();
+    let image = place.luks("d.qcow2", "qcow2");
+    let served = place.serve_with(&image, Some(&place.secret)).unwrap();
+    assert!(read_by_ourselves(&served) == fs::read(&place.raw).unwrap());
 }
 
 /// Processes whose parent is that one, with their command lines.
