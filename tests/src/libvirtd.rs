@@ -15,13 +15,10 @@ use tempfile::TempDir;
 use crate::process::{Run, bound_to_us, run, system};
 
 /// The folders that libvirt has, by the names of those that they are.
-const FOLDERS: [(&str, &str); 5] = [
-    ("lib", "/var/lib/libvirt"),
-    ("etc", "/etc/libvirt"),
-    ("run", "/run/libvirt"),
-    ("cache", "/var/cache/libvirt"),
-    ("log", "/var/log/libvirt"),
-];
+const FOLDERS: [(&str, &str); 4] =
+    [("lib", "/var/lib/libvirt"), ("etc", "/etc/libvirt"), ("run", "/run/libvirt"), ("log", "/var/log/libvirt")];
+/// What libvirt learns once of QEMU, which takes it seconds: shared by all tests.
+const CACHE: &str = "/var/cache/libvirt";
 /// The first process of the namespace, which also reaps the domains' processes: libvirt waits until they are gone.
 const INIT: &str = "libvirtd -f /etc/libvirt/libvirtd.conf -p /run/libvirt/libvirtd.pid & wait $!";
 /// How long a daemon may take to answer.
@@ -44,9 +41,12 @@ impl Libvirtd {
         // SAFETY: a call that takes a number. It gives this thread a mount namespace of its own.
         assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNS) }, 0, "needs root: {}", std::io::Error::last_os_error());
         system("mount", &["--make-rprivate", "/"]);
-        for (own, usual) in FOLDERS {
-            let own = folder.path().join(own);
-            fs::create_dir(&own).unwrap();
+        // What the test mounts later the daemon sees too, and not the other way round.
+        system("mount", &["--make-rshared", "/"]);
+        let folders = FOLDERS.map(|(own, usual)| (folder.path().join(own), usual));
+        let cache = std::env::current_exe().unwrap().with_file_name("libvirt-cache");
+        for (own, usual) in folders.into_iter().chain([(cache, CACHE)]) {
+            fs::create_dir_all(&own).unwrap();
             fs::create_dir_all(usual).unwrap();
             system("mount", &["--bind", own.to_str().unwrap(), usual]);
         }
@@ -55,7 +55,7 @@ impl Libvirtd {
         fs::write("/etc/libvirt/libvirtd.conf", "auth_unix_rw = \"none\"\n").unwrap();
         let log = fs::File::create("/var/log/libvirt/libvirtd.log").unwrap();
         let mut command = Command::new("unshare");
-        command.args(["--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", INIT]);
+        command.args(["--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "slave", "sh", "-c", INIT]);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         let daemon = bound_to_us(&mut command).spawn().unwrap();
         let libvirtd = Libvirtd { folder, daemon };
@@ -88,7 +88,8 @@ impl Libvirtd {
             "<domain type='qemu'><name>{name}</name><memory unit='MiB'>32</memory><vcpu>1</vcpu>\
              <os><type arch='x86_64' machine='pc'>hvm</type></os><devices>\
              <emulator>/usr/bin/qemu-system-x86_64</emulator>{disks}\
-             <graphics type='vnc' socket='/var/lib/libvirt/qemu/{name}.vnc' passwd='s3cret'/></devices></domain>"
+             <graphics type='vnc' passwd='s3cret'>\
+             <listen type='socket' socket='/var/lib/libvirt/qemu/{name}.vnc'/></graphics></devices></domain>"
         );
         let path = self.folder.path().join("domain.xml");
         fs::write(&path, xml).unwrap();
@@ -138,7 +139,7 @@ impl Drop for Libvirtd {
     fn drop(&mut self) {
         let _ = self.daemon.kill();
         let _ = self.daemon.wait();
-        for (_, usual) in FOLDERS {
+        for usual in FOLDERS.map(|(_, usual)| usual).into_iter().chain([CACHE]) {
             run(Command::new("umount").args(["--lazy", usual]));
         }
     }

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)] // helpers of tests end where they meet what they did not expect
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use reseal_tests::library::LibraryDisk;
@@ -61,7 +61,7 @@ impl Disk {
         path
     }
 
-    fn backup(&self, list: &PathBuf, more: &[&str]) -> Run {
+    fn backup(&self, list: &Path, more: &[&str]) -> Run {
         let words = ["backup", "--json", "vm", self.path.to_str().unwrap(), "--changes", list.to_str().unwrap()];
         self.site.reseal(words.iter().chain(more))
     }

@@ -75,7 +75,7 @@ impl Site {
     /// A domain `web01` with disks of these kinds: vda, vdb, …
     fn new(kinds: &[&str]) -> Site {
         let scratch = tempfile::tempdir().unwrap();
-        open_to_qemu(scratch.path());
+        permit(scratch.path(), 0o711);
         let site = Site { libvirtd: Libvirtd::start(), scratch, points: 0.into() };
         let name = |nth: usize| format!("vd{}", char::from(b'a' + u8::try_from(nth).unwrap()));
         let disks: String = kinds.iter().enumerate().map(|(nth, kind)| disk(&site, &name(nth), kind)).collect();
@@ -89,7 +89,7 @@ impl Site {
 
     fn options(&self) -> LibvirtOptions {
         let scratch = Some(self.scratch.path().to_owned());
-        LibvirtOptions { scratch, timeout: Duration::from_secs(40), ..LibvirtOptions::new("web01") }
+        LibvirtOptions { scratch, timeout: Duration::from_secs(120), ..LibvirtOptions::new("web01") }
     }
 
     fn libvirt(&self) -> Libvirt {
@@ -130,9 +130,9 @@ impl Site {
     }
 }
 
-fn open_to_qemu(folder: &Path) {
+fn permit(folder: &Path, mode: u32) {
     use std::os::unix::fs::PermissionsExt;
-    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o711)).unwrap();
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(mode)).unwrap();
 }
 
 /// What a pipeline would record.
@@ -236,7 +236,11 @@ fn a_running_domain_is_read_as_it_was_and_later_only_what_changed() {
     let (mut libvirt, snapshot, first) = site.begin(None);
     let names: Vec<_> = snapshot.disks.iter().map(|disk| disk.name.as_str()).collect();
     assert_eq!(names, ["vda", "vdb", "vdc", "vdd"]);
-    assert!(snapshot.warnings.iter().any(|w| w.contains("sda") && w.contains("CD-ROM")), "{:?}", snapshot.warnings);
+    assert!(
+        snapshot.warnings.iter().any(|w| w.contains("sda (no medium)") && w.contains("CD-ROM")),
+        "{:?}",
+        snapshot.warnings
+    );
     let definition = snapshot.definition.as_ref().unwrap();
     assert_eq!(definition.file_name, "web01.xml");
     assert!(definition.text.contains("<target dev='vdc'") && !definition.text.contains("s3cret"));
@@ -415,7 +419,7 @@ fn begins_and_waits() {
     let mut libvirt = Libvirt::new(options);
     libvirt.begin(PointId::from_bytes([0xee; 16]), None).unwrap();
     println!("begun");
-    std::thread::sleep(Duration::from_secs(60));
+    std::thread::sleep(Duration::from_secs(300));
 }
 
 #[test]
@@ -437,7 +441,7 @@ fn a_killed_backup_is_cleaned_up_by_the_next() {
     let until_begun = || {
         let start = Instant::now();
         while !began() {
-            assert!(start.elapsed() < Duration::from_secs(20));
+            assert!(start.elapsed() < Duration::from_secs(120));
             std::thread::sleep(Duration::from_millis(20));
         }
     };
@@ -450,7 +454,7 @@ fn a_killed_backup_is_cleaned_up_by_the_next() {
     assert!(began(), "nobody has ended it yet");
     // With another scratch folder, what was left is found all the same.
     let elsewhere = tempfile::tempdir().unwrap();
-    open_to_qemu(elsewhere.path());
+    permit(elsewhere.path(), 0o711);
     let mut libvirt = Libvirt::new(LibvirtOptions { scratch: Some(elsewhere.path().to_owned()), ..site.options() });
     let point = site.point();
     let snapshot = libvirt.begin(point, Some(&first)).unwrap();
@@ -464,7 +468,7 @@ fn a_killed_backup_is_cleaned_up_by_the_next() {
     site.expect_clean(Some(&second));
 
     // At any other moment of its beginning.
-    for millis in [20, 60, 100, 150, 200, 300, 400] {
+    for millis in [100, 250] {
         killed(&|| std::thread::sleep(Duration::from_millis(millis)));
         let (mut libvirt, _, kept) = site.begin(None);
         libvirt.check().unwrap();
@@ -523,6 +527,7 @@ fn what_can_not_be_backed_up_is_refused_with_the_remedy() {
 
     // QEMU can't enter the scratch folder.
     let closed = tempfile::tempdir().unwrap();
+    permit(closed.path(), 0o700);
     let options = LibvirtOptions { scratch: Some(closed.path().to_owned()), ..site.options() };
     let (e, text) = begin_fails(&site, options);
     assert!(matches!(e, LibvirtError::Begin { .. }) && text.contains("enter"), "{text}");
@@ -546,16 +551,18 @@ fn a_full_scratch_folder_ends_the_backup_and_not_the_guest() {
     assert!(matches!(e, LibvirtError::NoRoom { .. }) && text.contains("--scratch"), "{text}");
     system("umount", &[path]);
 
+    // Zeros that are overwritten take no room.
+    let write = |value, offset| libvirtd.guest_writes("web01", 1, value, offset, 16 * MIB);
+    (0..32).for_each(|nth| write(1, nth * 16 * MIB));
     let mut libvirt = Libvirt::new(options("500M"));
     libvirt.begin(site.point(), None).unwrap();
-    // The second disk's data has to be copied before it is overwritten: it has none yet, so that zeros are.
     let mut written = 0;
     let failed = loop {
-        libvirtd.guest_writes("web01", 1, 3, written, 16 * MIB);
+        write(3, written);
         written += 16 * MIB;
         match libvirt.check() {
             Err(e) => break e,
-            Ok(()) => assert!(written < 1024 * MIB, "the watch does not see it"),
+            Ok(()) => assert!(written < 512 * MIB, "the watch does not see it"),
         }
     };
     assert!(matches!(failed, BackupError::Libvirt(LibvirtError::RanOut { .. })), "{failed}");

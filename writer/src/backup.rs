@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use reseal_format::ids::{Digest, PointId, VmId};
 use reseal_format::keys::Kind;
@@ -83,6 +83,9 @@ pub struct Live {
     /// What is read of what it calls unchanged, in percent.
     pub check_percent: f64,
 }
+
+/// How long a connection to a running VM's export is tried to be made again.
+const LOST: Duration = Duration::from_secs(2);
 
 /// What to back up, and how.
 pub struct Backup<'a> {
@@ -190,6 +193,8 @@ impl Backup<'_> {
         check_percent: f64,
     ) -> Result<(Manifest, Digest), BackupError> {
         let snapshot = hypervisor.begin(point, run.position.newest.as_ref())?;
+        // An export on this machine that is gone will not be back: its moment is over.
+        let options = &Options { give_up: LOST, ..options.clone() };
         run.warnings.extend(snapshot.warnings);
         if self.definition.is_none() {
             self.definition = snapshot.definition;
@@ -212,10 +217,20 @@ impl Backup<'_> {
                 // Nothing was there before, so that everything is read needs no reason.
                 (Err(_), None) => None,
             };
-            inputs.push(Input { name: disk.name, source: Source::Nbd(export), said, tracking: disk.tracking });
+            inputs.push(Input {
+                name: disk.name,
+                source: Source::Nbd(Box::new(export)),
+                said,
+                tracking: disk.tracking,
+            });
         }
         (self.expect)(inputs.iter().map(|input| input.source.expected()).sum());
-        self.commit(run, point, began, inputs, &mut || hypervisor.check())
+        let made = self.commit(run, point, began, inputs, &mut || hypervisor.check());
+        match made {
+            // What became of the VM says more than that its connection ended.
+            Err(e @ (BackupError::Nbd(_) | BackupError::Disconnected)) => Err(hypervisor.check().err().unwrap_or(e)),
+            other => other,
+        }
     }
 
     /// Reads the disks and commits the point, unless `check` finds that they were not those of one moment.

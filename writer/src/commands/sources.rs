@@ -210,7 +210,7 @@ impl SourceArgs {
             let text = text.ok_or_else(|| Failure::new(Status::Usage, format!("{name}: the URI is not UTF-8")))?;
             let uri: NbdUri = text.parse().map_err(BackupError::Nbd)?;
             let source = NbdSource::open(&uri, &self.options(), bitmap).map_err(BackupError::Nbd)?;
-            return Ok(Source::Nbd(source));
+            return Ok(Source::Nbd(Box::new(source)));
         }
         let path = Path::new(place);
         let format = match self.raw {
@@ -221,7 +221,7 @@ impl SourceArgs {
         let image = Image::serve(path, format, self.image_secret.as_deref()).map_err(BackupError::from)?;
         let uri = NbdUri::unix(image.socket(), image.export());
         let source = NbdSource::open(&uri, &self.options(), None).map_err(BackupError::Nbd)?;
-        Ok(Source::Nbd(source.named(path.display().to_string()).with_server(image)))
+        Ok(Source::Nbd(Box::new(source.named(path.display().to_string()).with_server(image))))
     }
 }
 

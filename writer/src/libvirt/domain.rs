@@ -140,6 +140,7 @@ fn disk(node: Node<'_, '_>) -> Option<DomainDisk> {
         (Some(file), ..) => file.to_owned(),
         (_, Some(protocol), _) => format!("{protocol}:{}", said("name").unwrap_or_default()),
         (_, _, Some(pool)) => format!("pool {pool}, volume {}", said("volume").unwrap_or_default()),
+        _ if source.is_none() => "no medium".to_owned(),
         _ => node.attribute("type").unwrap_or("unknown").to_owned(),
     };
     let has = |name| child(node, name).is_some();

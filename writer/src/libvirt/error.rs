@@ -12,7 +12,9 @@ pub enum LibvirtError {
     Missing { program: &'static str, package: &'static str },
     #[error("can't run {program}: {source}")]
     Run { program: &'static str, source: io::Error },
-    #[error("`{command}` did not answer within {seconds} s; see whether libvirtd and the domain's QEMU still answer")]
+    #[error(
+        "`{command}` did not answer within {seconds} s; see whether libvirtd and QEMU still answer, and how busy the machine is"
+    )]
     Slow { command: String, seconds: u64 },
     #[error("`{command}` failed: {said}")]
     Said { command: String, said: String },
@@ -52,6 +54,8 @@ pub enum LibvirtError {
     Begin { domain: String, folder: PathBuf, said: String },
     #[error("the backup of the domain {domain} ended before everything was read: {why}; nothing was committed")]
     Ended { domain: String, why: String },
+    #[error("a thread that made a scratch file ended unexpectedly")]
+    Thread,
     #[error("the kernel gives no random bytes: {0}")]
     Random(getrandom::Error),
 }
@@ -81,6 +85,7 @@ impl LibvirtError {
             | LibvirtError::File { .. }
             | LibvirtError::NoRoom { .. }
             | LibvirtError::RanOut { .. }
+            | LibvirtError::Thread
             | LibvirtError::Random(_) => Status::Failed,
             LibvirtError::Slow { .. }
             | LibvirtError::Said { .. }

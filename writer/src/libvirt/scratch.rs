@@ -8,6 +8,7 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, SystemTime};
 
 use reseal_format::ids::PointId;
@@ -36,6 +37,8 @@ const OVERHEAD: (u64, u64) = (4 << 20, 64);
 pub(super) const MARGIN: u64 = 128 << 20;
 /// How often LUKS is tried: its key derivation measures processor time, and fails where it measures none.
 const TRIES: usize = 10;
+/// How long making a file may take: seconds of processor time, of which a busy machine has little.
+const MAKING: Duration = Duration::from_secs(180);
 /// How long a folder may be without a lock before it counts as left behind.
 const UNLOCKED: Duration = Duration::from_secs(60);
 
@@ -106,34 +109,29 @@ impl Scratch {
         text(&self.folder.join(name)).map(str::to_owned)
     }
 
-    /// Makes the file for a disk of that length, which belongs to QEMU.
+    /// Makes a file for each disk of these lengths, which belong to QEMU. LUKS takes seconds of processor time for each, to
+    /// measure how fast it is, so they are made at the same time.
     pub(super) fn add(
         &mut self,
-        length: u64,
+        lengths: &[u64],
         secret: &Secret,
         owner: Option<(u32, u32)>,
-        limit: Duration,
     ) -> Result<(), LibvirtError> {
-        let path = self.path(&format!("disk-{}.qcow2", self.files.len()))?;
-        // The secret has as much entropy as the key, so that slowing a guesser down gains nothing.
-        let options = "encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=10";
-        let bytes = length.to_string();
-        let object = "secret,id=s0,file=/dev/stdin";
-        let words = ["create", "-q", "-f", "qcow2", "--object", object, "-o", options, &path, &bytes];
-        let mut tries = TRIES;
-        while let Err(e) = QEMU_IMG.run(&words, Some(secret.passphrase().as_bytes()), limit) {
-            tries -= 1;
-            if tries == 0 || !e.said().is_some_and(|said| said.contains("CPU usage")) {
-                return Err(e);
-            }
+        let mut disks = Vec::with_capacity(lengths.len());
+        for (nth, length) in lengths.iter().enumerate() {
+            disks.push((self.path(&format!("disk-{nth}.qcow2"))?, *length));
         }
-        let permissions = std::fs::Permissions::from_mode(0o600);
-        std::fs::set_permissions(&path, permissions).map_err(failed("close to others", Path::new(&path)))?;
-        if let Some((user, group)) = owner.filter(|_| rustix::process::geteuid().is_root()) {
-            std::os::unix::fs::chown(&path, Some(user), Some(group)).map_err(failed("give QEMU", Path::new(&path)))?;
+        let at_once = thread::available_parallelism().map_or(1, usize::from);
+        for some in disks.chunks(at_once) {
+            thread::scope(|scope| {
+                let make = |(path, length)| move || make_file(path, length, secret, owner);
+                let threads: Vec<_> = some.iter().map(|(path, length)| scope.spawn(make((path, *length)))).collect();
+                threads.into_iter().try_for_each(|made| made.join().unwrap_or(Err(LibvirtError::Thread)))
+            })?;
         }
-        let most = length.saturating_add(OVERHEAD.0).saturating_add(length / OVERHEAD.1);
-        self.files.push(ScratchFile { path, most, reserved: 0 });
+        let most = |length: u64| length.saturating_add(OVERHEAD.0).saturating_add(length / OVERHEAD.1);
+        let file = |(path, length)| ScratchFile { path, most: most(length), reserved: 0 };
+        self.files = disks.into_iter().map(file).collect();
         Ok(())
     }
 
@@ -164,6 +162,26 @@ impl Scratch {
     pub(super) fn remove(&self) -> Result<(), LibvirtError> {
         remove(&self.folder)
     }
+}
+
+fn make_file(path: &str, length: u64, secret: &Secret, owner: Option<(u32, u32)>) -> Result<(), LibvirtError> {
+    // The secret has as much entropy as the key, so that slowing a guesser down gains nothing.
+    let options = "encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=10";
+    let (object, bytes) = ("secret,id=s0,file=/dev/stdin", length.to_string());
+    let words = ["create", "-q", "-f", "qcow2", "--object", object, "-o", options, path, &bytes];
+    let mut tries = TRIES;
+    while let Err(e) = QEMU_IMG.run(&words, Some(secret.passphrase().as_bytes()), MAKING) {
+        tries -= 1;
+        if tries == 0 || !e.said().is_some_and(|said| said.contains("CPU usage")) {
+            return Err(e);
+        }
+    }
+    let permissions = std::fs::Permissions::from_mode(0o600);
+    std::fs::set_permissions(path, permissions).map_err(failed("close to others", Path::new(path)))?;
+    if let Some((user, group)) = owner.filter(|_| rustix::process::geteuid().is_root()) {
+        std::os::unix::fs::chown(path, Some(user), Some(group)).map_err(failed("give QEMU", Path::new(path)))?;
+    }
+    Ok(())
 }
 
 /// A path as text, which libvirt's XML needs.
@@ -277,7 +295,7 @@ mod tests {
         let base = tempfile::tempdir().unwrap();
         let mut scratch = Scratch::create(base.path(), DOMAIN, POINT).unwrap();
         let secret = Secret::new(DOMAIN.into()).unwrap();
-        scratch.add(16 << 20, &secret, None, Duration::from_secs(60)).unwrap();
+        scratch.add(&[16 << 20, 70_656], &secret, None).unwrap();
         scratch.reserve().unwrap();
         let file = &scratch.files()[0];
         let data = std::fs::metadata(&file.path).unwrap();

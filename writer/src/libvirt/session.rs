@@ -64,9 +64,8 @@ impl Session {
     ) -> Result<(Vec<SnapshotDisk>, Vec<String>), LibvirtError> {
         let mut chosen = self.choose(virsh, since)?;
         let secret = Secret::new(self.secret.clone())?;
-        for disk in &chosen {
-            self.scratch.add(disk.length, &secret, self.place.owner(), virsh.limit)?;
-        }
+        let lengths: Vec<_> = chosen.iter().map(|disk| disk.length).collect();
+        self.scratch.add(&lengths, &secret, self.place.owner())?;
         self.scratch.reserve()?;
         secret.define(virsh, &self.scratch.path("")?)?;
         self.asked = true;

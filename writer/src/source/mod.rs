@@ -17,7 +17,7 @@ pub enum Source {
     /// A regular file or a block device that holds its raw bytes.
     File(FileSource),
     /// An NBD export.
-    Nbd(NbdSource),
+    Nbd(Box<NbdSource>),
 }
 
 impl Source {
