@@ -17,9 +17,9 @@ pub struct Mounted {
     process: Option<Running>,
 }
 
-/// Whether something is mounted at exactly that path.
+/// Whether something is mounted at exactly that path, as this thread sees it: a test may have a namespace of its own.
 pub fn is_mounted(path: &Path) -> bool {
-    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let table = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
     table.lines().any(|line| line.split(' ').nth(4) == path.to_str())
 }
 

@@ -60,6 +60,13 @@ impl Vm {
         reseal_tests::process::start(command.env("LIBVIRT_DEFAULT_URI", LIBVIRT))
     }
 
+    /// A backup that takes its time, to be killed: some seconds if it reads everything.
+    fn start_slow_backup(&self, site: &Site) -> Running {
+        let mut command = site.command("reseal", self.arguments());
+        command.args(["--limit-rate", "60M"]);
+        reseal_tests::process::start(command.env("LIBVIRT_DEFAULT_URI", LIBVIRT))
+    }
+
     #[track_caller]
     fn backup(&self, site: &Site) -> Value {
         self.start_backup(site).wait().ok().json()
@@ -277,9 +284,12 @@ impl Watched {
     fn kill_writers(&self, vm: &Vm, millis: &[u64]) -> usize {
         let mut killed = 0;
         for &millis in millis {
-            let backup = vm.start_backup(&self.site);
+            let backup = vm.start_slow_backup(&self.site);
             sleep(Duration::from_millis(millis));
-            killed += usize::from(backup.kill().status.is_none());
+            let backup = backup.kill();
+            // One that had ended had done so well.
+            assert!(backup.status.is_none_or(|status| status == 0), "{backup:#?}");
+            killed += usize::from(backup.status.is_none());
             self.wait_for_no_traces(vm);
             assert!(vm.is_running());
             vm.counts_on();
@@ -325,7 +335,7 @@ fn a_vm_is_backed_up_while_it_runs(site: Site, images: &Images, vm: Vm) {
     boot_newest(site, last["number"].as_u64().unwrap());
 
     // The VM dies; what it recorded may be lost or not, but the next point is right.
-    let backup = vm.start_backup(site);
+    let backup = vm.start_slow_backup(site);
     sleep(Duration::from_millis(150));
     let vm = vm.killed_during(images, backup);
     let after = vm.backup(site);

@@ -24,7 +24,7 @@ enum Command {
     /// Makes a vault, the keyring if there is none, the tenant, and a recovery kit
     Init(init::Args),
     /// Makes a restore point of a VM
-    Backup(backup::Args),
+    Backup(Box<backup::Args>),
     /// Lists restore points
     List(list::Args),
     /// Shows what a restore point holds
@@ -54,7 +54,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
     }
     match cli.command {
         Command::Init(args) => init::run(common, args),
-        Command::Backup(args) => backup::run(common, args),
+        Command::Backup(args) => backup::run(common, *args),
         Command::List(args) => list::run(common, args),
         Command::Show(args) => show::run(common, args),
         Command::Verify(args) => verify::run(common, args),

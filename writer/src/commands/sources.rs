@@ -2,6 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -146,7 +147,10 @@ impl SourceArgs {
                 Box::new(guarded(Libvirt::new(options)).map_err(BackupError::from)?)
             }
             (None, Some(qmp)) => {
-                let scratch = self.scratch.clone().unwrap_or_else(|| opened.paths.state.join("scratch"));
+                let scratch = match &self.scratch {
+                    Some(folder) => folder.clone(),
+                    None => own_scratch(&opened.paths.state)?,
+                };
                 Box::new(Qemu::new(QemuOptions {
                     qga: self.qga.clone(),
                     scratch_reserve: self.scratch_reserve,
@@ -223,6 +227,14 @@ impl SourceArgs {
         let source = NbdSource::open(&uri, &self.options(), None).map_err(BackupError::Nbd)?;
         Ok(Source::Nbd(Box::new(source.named(path.display().to_string()).with_server(image))))
     }
+}
+
+/// The folder for scratch in the state folder.
+fn own_scratch(state: &Path) -> Result<PathBuf, Failure> {
+    let folder = state.join("scratch");
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder);
+    made.map_err(|e| Failure::new(Status::Failed, format!("can't make the folder {}: {e}", folder.display())))?;
+    Ok(folder)
 }
 
 /// Has a process beside this one undo what is done in libvirt, should this one die.
