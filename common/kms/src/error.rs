@@ -95,8 +95,14 @@ pub enum KmsError {
         "{kms} does not open this tenant's record with the key {key}: the record is altered or belongs to another vault or tenant, or it is another key of that name"
     )]
     NotOpened { kms: String, key: String },
+    #[error(
+        "{kms} does not open this tenant's record with the key {key}: a version of that key wrapped it which is no longer allowed to decrypt; either an old record was put back (restore the newest one), or min_decryption_version was raised before `reseal rekey --kek` (lower it again)"
+    )]
+    Retired { kms: String, key: String },
     #[error("the KMS configuration {}: {what}", path.display())]
     Config { path: PathBuf, what: String },
+    #[error("{}, a file that the KMS configuration names: {what}", path.display())]
+    ConfigNames { path: PathBuf, what: String },
 
     // Wrapped payloads.
     #[error("what was wrapped under the key {key} is cut short to {len} bytes: restore the tenant record from a copy")]
@@ -148,7 +154,7 @@ impl KmsError {
 
     /// Whether the wrapped bytes were not opened, as far as the KMS was asked.
     pub fn is_not_opened(&self) -> bool {
-        matches!(self, Self::Unwrap { .. } | Self::NotOpened { .. })
+        matches!(self, Self::Unwrap { .. } | Self::NotOpened { .. } | Self::Retired { .. })
     }
 
     /// What to do about it. Exhaustive on purpose: a new variant forces the decision.
@@ -163,11 +169,11 @@ impl KmsError {
             Self::KeyringTruncated { .. } | Self::KeyringCorrupt { .. } => Class::Damaged,
             Self::WrappedTruncated { .. } | Self::WrappedTooLong { .. } => Class::Damaged,
             Self::WrappedVersion { .. } | Self::Unwrap { .. } => Class::Damaged,
-            Self::KitCorrupt { .. } | Self::NotOpened { .. } => Class::Damaged,
+            Self::KitCorrupt { .. } | Self::NotOpened { .. } | Self::Retired { .. } => Class::Damaged,
 
             Self::InvalidName { .. } | Self::EmptyPassphrase | Self::TooLong { .. } => Class::Usage,
             Self::KitExists { .. } | Self::KitInvalid { .. } | Self::NotAKit { .. } => Class::Usage,
-            Self::Config { .. } => Class::Usage,
+            Self::Config { .. } | Self::ConfigNames { .. } => Class::Usage,
 
             Self::NotAFile { .. } | Self::TooLarge { .. } => Class::Failed,
             Self::Exposed { .. } | Self::ForeignOwner { .. } => Class::Failed,

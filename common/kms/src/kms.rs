@@ -47,6 +47,35 @@ pub trait Kms: Send + Sync {
     /// A key that does not exist is [`KmsError::KeyMissing`]; whoever repeats an interrupted erasure takes that as done. Copies of
     /// the key elsewhere (recovery kits, the KMS's backups) are beyond reach.
     fn destroy(&self, key: &str) -> Result<(), KmsError>;
+
+    /// Makes new material for what is wrapped under `key` from now on, and returns the name to wrap under.
+    ///
+    /// A KMS that keeps versions of a key makes one more, and the name stays. Any other makes a new key under a fresh
+    /// name, and the old one stays beside it. Either way what was wrapped before still opens under its old name,
+    /// until [`Kms::retire`].
+    ///
+    /// There is no call that wraps anew without unwrapping: each payload holds the generation of its record, so the
+    /// next record needs another payload.
+    fn rotate(&self, key: &str) -> Result<KeyName, KmsError> {
+        self.create(KeyName::parse(key)?.successor()?.as_str())
+    }
+
+    /// Ends a rotation once nothing needs the old material: from now on `old` opens nothing that is older than
+    /// `wrapped`, which was wrapped under `new` and this context after [`Kms::rotate`] had given that name.
+    ///
+    /// `wrapped` is opened first, so nothing is retired in favour of what does not open. A KMS that keeps versions
+    /// refuses the older ones from then on (its administrator can allow them again); any other destroys the old key.
+    /// Doing it again is no error.
+    fn retire(&self, old: &str, new: &str, context: &[u8], wrapped: &[u8]) -> Result<(), KmsError> {
+        self.unwrap(new, context, wrapped)?;
+        if KeyName::parse(old)?.as_str() == new {
+            return Ok(());
+        }
+        match self.destroy(old) {
+            Err(error) if !error.is_key_missing() => Err(error),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Refuses what is longer than the contract allows. Every implementation calls it first.

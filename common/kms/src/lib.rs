@@ -14,23 +14,33 @@
 //! - `kdf`: the key of a passphrase
 //! - `private_file`: files that only their owner may read, replaced whole or not at all
 //! - [`keyring`]: the embedded KMS, a local file for one machine
+//! - [`config`]: the operator's file that says which KMS each tenant uses
+//! - `base64`: what secrets take on their way through JSON
+//! - [`transit`]: HashiCorp Vault and OpenBao, over HTTPS
+//! - `pinned`: a KMS that serves one key only, because the configuration names it
 //! - [`kit`]: the recovery kit, an age file to keep away from that machine
 //! - `error`: what went wrong, with which file and key, and what to do about it
 //!
 //! Nothing here falls back: a key that is missing, wrong or damaged is an error.
 
+mod base64;
+pub mod config;
 mod error;
 mod kdf;
 pub mod keyring;
 pub mod kit;
 pub mod kms;
 mod names;
+mod pinned;
 mod private_file;
 mod seal;
 mod secret;
+pub mod transit;
 
+pub use config::KmsConfig;
 pub use error::{Class, KmsError};
 pub use keyring::{Keyring, is_passphrase_protected};
 pub use kms::Kms;
 pub use names::KeyName;
 pub use secret::{KeyBytes, NamedKey, Passphrase, Secret};
+pub use transit::Transit;

@@ -47,6 +47,15 @@ impl KeyName {
         Self::parse(&format!("{stem}-{}", hex::encode(suffix)))
     }
 
+    /// A fresh name for the key that takes the place of this one: the same but for the random digits at its end.
+    pub fn successor(&self) -> Result<Self, KmsError> {
+        let stem = match self.0.rsplit_once('-') {
+            Some((stem, digits)) if digits.len() == 8 && digits.bytes().all(|b| b.is_ascii_hexdigit()) => stem,
+            _ => &self.0,
+        };
+        Self::for_tenant(stem)
+    }
+
     /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -113,6 +122,20 @@ mod tests {
             assert_eq!(suffix.len(), 8);
             assert_ne!(name, KeyName::for_tenant(tenant).unwrap());
         }
+    }
+
+    #[test]
+    fn a_successor_has_other_digits_and_does_not_grow() {
+        for (name, stem) in
+            [("acme-0a1b2c3d", "acme"), ("acme", "acme"), ("acme-0a1b2c3", "acme-0a1b2c3"), ("a-b-00000000", "a-b")]
+        {
+            let name = KeyName::parse(name).unwrap();
+            let next = name.successor().unwrap();
+            assert_eq!(next.as_str().rsplit_once('-').unwrap().0, stem);
+            assert_ne!(next, name);
+            assert_eq!(next.successor().unwrap().as_str().len(), next.as_str().len());
+        }
+        assert!(KeyName::parse(&"a".repeat(MAX_NAME)).unwrap().successor().is_ok());
     }
 
     #[test]

@@ -27,6 +27,9 @@ const LOCK_PAUSE: Duration = Duration::from_millis(10);
 /// group's bits.
 const FOREIGN_BITS: u32 = 0o077;
 
+/// Bits that must be clear in the mode of a file that decides where secrets go.
+const WRITABLE_BITS: u32 = 0o022;
+
 /// Reads a file whole, none if it does not exist, and says when it is larger than `limit`.
 pub(crate) fn read(path: &Path, limit: u64) -> Result<Option<Secret>, KmsError> {
     let Some(file) = open(path)? else {
@@ -47,6 +50,28 @@ pub(crate) fn read_private(path: &Path, limit: u64) -> Result<Option<Secret>, Km
     }
     if meta.mode() & FOREIGN_BITS != 0 {
         return Err(KmsError::Exposed { path: path.to_owned(), mode: meta.mode() & 0o7777 });
+    }
+    read_open(&file, path, limit).map(Some)
+}
+
+/// The same for a file that decides where secrets go: others may read it, but only its owner, who is root or this
+/// user, may write it.
+pub(crate) fn read_trusted(path: &Path, limit: u64) -> Result<Option<Secret>, KmsError> {
+    let Some(file) = open(path)? else {
+        return Ok(None);
+    };
+    let meta = file.metadata().map_err(failed("read", path))?;
+    let user = rustix::process::geteuid().as_raw();
+    let refused = |what: String| Err(KmsError::Config { path: path.to_owned(), what });
+    if meta.uid() != user && meta.uid() != 0 {
+        return refused(format!("it belongs to user {}, who would decide where secrets go: `chown` it", meta.uid()));
+    }
+    if meta.mode() & WRITABLE_BITS != 0 {
+        let mode = meta.mode() & 0o7777;
+        return refused(format!(
+            "others may change where secrets go (mode {mode:04o}): run `chmod go-w {}`",
+            path.display()
+        ));
     }
     read_open(&file, path, limit).map(Some)
 }

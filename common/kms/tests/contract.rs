@@ -5,6 +5,8 @@
 use reseal_kms::kms::{MAX_CONTEXT, MAX_PAYLOAD, MAX_WRAPPED};
 use reseal_kms::{Class, Keyring, Kms, KmsError};
 
+mod support;
+
 const CONTEXT: &[u8] = b"vault v, tenant t";
 const PAYLOAD: &[u8] = b"magic, ids, generation and master of a tenant";
 
@@ -12,11 +14,15 @@ const PAYLOAD: &[u8] = b"magic, ids, generation and master of a tenant";
 fn each(check: impl Fn(&dyn Kms)) {
     let dir = tempfile::tempdir().unwrap();
     check(&Keyring::create(&dir.path().join("keyring.json"), None).unwrap());
+    let bao = support::bao::shared();
+    check(&bao.transit(&bao.mount()));
 }
 
 #[test]
 fn the_kind_is_fixed() {
-    each(|kms| assert_eq!(kms.kind(), "keyring"));
+    let kinds = std::cell::RefCell::new(Vec::new());
+    each(|kms| kinds.borrow_mut().push(kms.kind()));
+    assert_eq!(kinds.into_inner(), ["keyring", "vault"]);
 }
 
 #[test]
@@ -129,6 +135,48 @@ fn a_destroyed_key_opens_nothing_and_a_new_one_of_its_name_neither() {
         kms.create("a").unwrap();
         assert_eq!(kms.unwrap("a", CONTEXT, &wrapped).unwrap_err().class(), Class::Damaged);
         assert!(kms.wrap("b", CONTEXT, PAYLOAD).is_ok());
+    });
+}
+
+#[test]
+fn a_rotation_leaves_what_was_wrapped_before_until_it_is_retired() {
+    each(|kms| {
+        let old = kms.create("acme-0a1b2c3d").unwrap();
+        let before = kms.wrap(old.as_str(), CONTEXT, PAYLOAD).unwrap();
+        let new = kms.rotate(old.as_str()).unwrap();
+        assert_eq!(kms.unwrap(old.as_str(), CONTEXT, &before).unwrap().as_slice(), PAYLOAD);
+        let after = kms.wrap(new.as_str(), CONTEXT, PAYLOAD).unwrap();
+        for _ in 0..2 {
+            kms.retire(old.as_str(), new.as_str(), CONTEXT, &after).unwrap();
+            let error = kms.unwrap(old.as_str(), CONTEXT, &before).unwrap_err();
+            assert!(error.is_key_missing() || error.class() == Class::Damaged, "{error}");
+            assert_eq!(kms.unwrap(new.as_str(), CONTEXT, &after).unwrap().as_slice(), PAYLOAD);
+        }
+    });
+}
+
+#[test]
+fn nothing_is_retired_in_favour_of_what_does_not_open() {
+    each(|kms| {
+        let old = kms.create("acme-0a1b2c3d").unwrap();
+        let before = kms.wrap(old.as_str(), CONTEXT, PAYLOAD).unwrap();
+        let new = kms.rotate(old.as_str()).unwrap();
+        let mut after = kms.wrap(new.as_str(), CONTEXT, PAYLOAD).unwrap();
+        assert!(kms.retire(old.as_str(), new.as_str(), b"another context", &after).is_err());
+        let last = after.len() - 3;
+        after[last] ^= 1;
+        assert!(kms.retire(old.as_str(), new.as_str(), CONTEXT, &after).is_err());
+        assert_eq!(kms.unwrap(old.as_str(), CONTEXT, &before).unwrap().as_slice(), PAYLOAD);
+    });
+}
+
+#[test]
+fn without_a_rotation_nothing_is_retired() {
+    each(|kms| {
+        let key = kms.create("a").unwrap();
+        let wrapped = kms.wrap(key.as_str(), CONTEXT, PAYLOAD).unwrap();
+        kms.retire(key.as_str(), key.as_str(), CONTEXT, &wrapped).unwrap();
+        assert_eq!(kms.unwrap(key.as_str(), CONTEXT, &wrapped).unwrap().as_slice(), PAYLOAD);
     });
 }
 
