@@ -75,6 +75,17 @@ install_openbao() {
     echo "$wanted" >"$have"
 }
 
+# The KMIP server of the tests.
+install_pykmip() {
+    local wanted="$workspace/tests/scripts/pykmip.txt" have="$cache/pykmip/requirements.txt"
+    ! cmp -s "$wanted" "$have" || return 0
+    say "installing PyKMIP into $cache/pykmip"
+    rm -rf "$cache/pykmip"
+    python3 -m venv "$cache/pykmip"
+    "$cache/pykmip/bin/pip" -q install -r "$wanted"
+    cp "$wanted" "$have"
+}
+
 # A failure is remembered, so that a machine which can't build it tries once and not each time.
 install_rustic() {
     if [ -x "$cache/rustic/bin/rustic" ] || [ -e "$cache/rustic/failed" ]; then return 0; fi
@@ -101,6 +112,7 @@ mapfile -t absent < <(missing "${live[@]}")
 [ ${#absent[@]} = 0 ] || install "${absent[@]}"
 install_stranger
 install_openbao
+install_pykmip
 if [ "${1:-}" = bench ]; then
     install_borg
     install_rustic

@@ -18,6 +18,7 @@
 //! - `base64`: what secrets take on their way through JSON
 //! - [`transit`]: HashiCorp Vault and OpenBao, over HTTPS
 //! - `pinned`: a KMS that serves one key only, because the configuration names it
+//! - [`kmip`]: key management servers that speak KMIP, over mutual TLS
 //! - [`kit`]: the recovery kit, an age file to keep away from that machine
 //! - `error`: what went wrong, with which file and key, and what to do about it
 //!
@@ -29,6 +30,7 @@ mod error;
 mod kdf;
 pub mod keyring;
 pub mod kit;
+pub mod kmip;
 pub mod kms;
 mod names;
 mod pinned;
@@ -40,6 +42,7 @@ pub mod transit;
 pub use config::KmsConfig;
 pub use error::{Class, KmsError};
 pub use keyring::{Keyring, is_passphrase_protected};
+pub use kmip::{Kmip, KmipConfig};
 pub use kms::Kms;
 pub use names::KeyName;
 pub use secret::{KeyBytes, NamedKey, Passphrase, Secret};

@@ -40,7 +40,7 @@ impl Label {
 }
 
 /// Associated data: the label and each part behind its length, so that no two lists of parts give the same bytes.
-fn associated(label: Label, parts: &[&[u8]]) -> Vec<u8> {
+pub(crate) fn associated(label: Label, parts: &[&[u8]]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for part in std::iter::once(&label.bytes()).chain(parts) {
         bytes.extend_from_slice(&(part.len() as u64).to_le_bytes());

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod kmip_peer;
+
 use reseal_kms::kms::{MAX_CONTEXT, MAX_PAYLOAD, MAX_WRAPPED};
 use reseal_kms::{Class, Keyring, Kms, KmsError};
 
@@ -16,13 +18,14 @@ fn each(check: impl Fn(&dyn Kms)) {
     check(&Keyring::create(&dir.path().join("keyring.json"), None).unwrap());
     let bao = support::bao::shared();
     check(&bao.transit(&bao.mount()));
+    kmip_peer::each(&check);
 }
 
 #[test]
 fn the_kind_is_fixed() {
     let kinds = std::cell::RefCell::new(Vec::new());
     each(|kms| kinds.borrow_mut().push(kms.kind()));
-    assert_eq!(kinds.into_inner(), ["keyring", "vault"]);
+    assert_eq!(kinds.into_inner(), ["keyring", "vault", "kmip", "kmip"]);
 }
 
 #[test]

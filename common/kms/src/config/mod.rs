@@ -38,6 +38,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::kmip::{Kmip, KmipConfig};
 use crate::pinned::Pinned;
 use crate::transit::{Address, ApiPath, Transit};
 use crate::{KeyName, Kms, KmsError, private_file};
@@ -80,23 +81,6 @@ pub enum VaultAuth {
         /// Where the AppRole method is mounted, below `auth/`.
         mount: ApiPath,
     },
-}
-
-/// How to reach a KMIP server.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KmipConfig {
-    /// `host:port`.
-    pub address: String,
-    /// File with the CA certificates that are trusted.
-    pub ca: PathBuf,
-    /// File with our certificate.
-    pub cert: PathBuf,
-    /// File with its private key.
-    pub key: PathBuf,
-    /// Whether a key may be fetched from a server that can't encrypt with it.
-    pub allow_get: bool,
-    /// For one request and its answer.
-    pub timeout: Duration,
 }
 
 /// One KMS of the configuration.
@@ -174,10 +158,7 @@ impl KmsConfig {
     pub fn open(&self, name: &str) -> Result<Box<dyn Kms>, KmsError> {
         match self.kms.get(name) {
             Some(KmsSettings::Vault(config)) => Ok(Box::new(Transit::new(config)?)),
-            Some(KmsSettings::Kmip(_)) => {
-                let what = format!("[kms.{name}] is of kind kmip, which this version does not have");
-                Err(KmsError::Config { path: self.path.clone(), what })
-            }
+            Some(KmsSettings::Kmip(config)) => Ok(Box::new(Kmip::new(config)?)),
             None => Err(KmsError::Config { path: self.path.clone(), what: format!("there is no [kms.{name}] in it") }),
         }
     }

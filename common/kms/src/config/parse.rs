@@ -11,8 +11,9 @@ use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use toml::Spanned;
 
-use super::{Choice, KEYRING, KmipConfig, KmsSettings, VaultAuth, VaultConfig};
+use super::{Choice, KEYRING, KmsSettings, VaultAuth, VaultConfig};
 use crate::KeyName;
+use crate::kmip::KmipConfig;
 use crate::transit::{Address, ApiPath};
 
 /// For one request, unless the file says otherwise.
