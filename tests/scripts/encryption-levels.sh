@@ -23,7 +23,7 @@ key="secret,id=key,file=$work/secret"
 make_volume() {
     local try
     for try in 1 2 3 4 5; do
-        if qemu-img create -q --object "$key" -f luks -o key-secret=key,iter-time=10 "$1" "$2" 2>"$work/errors"; then return; fi
+        if qemu-img create -q --object "$key" -f luks -o key-secret=key,iter-time=10,hash-alg=sha512 "$1" "$2" 2>"$work/errors"; then return; fi
     done
     die "$1 could not be made: $(cat "$work/errors")"
 }

@@ -55,7 +55,7 @@ impl Images {
             Images { system: at("system.qcow2"), data: at("data.qcow2"), secret: at("secret"), folder: folder.clone() };
         fs::write(&images.secret, SECRET).unwrap();
         let object = format!("secret,id=key,file={}", images.secret.display());
-        let encrypted = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10";
+        let encrypted = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10,encrypt.hash-alg=sha512";
         convert(&["--object", &object, "-o", encrypted], &disks.join("base.raw"), &images.system);
         convert(&[], &disks.join("data.raw"), &images.data);
         images
@@ -111,7 +111,7 @@ impl Images {
 /// Makes an image of a raw disk.
 fn convert(options: &[&str], raw: &Path, image: &Path) {
     // For a LUKS key slot QEMU measures the processor; on a busy machine it can find that it took no time at all.
-    for _ in 0..5 {
+    for _ in 0..20 {
         let mut command = Command::new("qemu-img");
         command.args(["convert", "-f", "raw", "-O", "qcow2", "-m", "4", "-W"]).args(options).arg(raw).arg(image);
         let ended = run(&mut command);

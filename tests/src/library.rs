@@ -58,7 +58,7 @@ pub fn backup(tenant: &Arc<Tenant>, heads: &Heads, name: &str, disk: &Path) -> R
         vm: vm(name),
         disks: Disks::Given(vec![Input {
             name: DiskName::new("disk-0").unwrap(),
-            source: Source::open(disk, false)?,
+            source: Source::open(disk)?,
             said: None,
             tracking: None,
         }]),

@@ -45,16 +45,29 @@ fn keys_are_never_made_inside_the_vault() {
 }
 
 #[test]
-fn image_containers_are_refused_with_the_remedy() {
+fn image_containers_are_taken_by_name_and_content_and_otherwise_refused_with_the_remedy() {
     let site = Site::new();
-    for (format, named) in [("qcow2", "qcow2"), ("vmdk", "VMDK"), ("vhdx", "VHDX"), ("vdi", "VDI"), ("vpc", "VHD")] {
-        let image = site.disk(&format!("disk.{format}"));
-        let path = image.to_str().unwrap();
+    for (format, ending, named) in [
+        ("qcow2", "qcow2", "qcow2"),
+        ("vmdk", "vmdk", "VMDK"),
+        ("vhdx", "vhdx", "VHDX"),
+        ("vdi", "vdi", "VDI"),
+        ("vpc", "vhd", "VHD"),
+    ] {
+        let hidden = site.disk(&format!("{format}.raw"));
+        let path = hidden.to_str().unwrap();
         system("qemu-img", &["create", "-q", "-f", format, path, "8M"]);
-        site.reseal(["backup", "vm", path]).fails(2, &[path, named, "qemu-img convert -O raw"]);
+        site.reseal(["backup", "vm", path]).fails(2, &[path, named, "--format", "--raw"]);
+        let image = site.disk(&format!("disk.{ending}"));
+        std::fs::copy(path, &image).unwrap();
+        let point = site.reseal(["backup", "--json", "image", image.to_str().unwrap()]).ok().json();
+        // VHD counts in cylinders.
+        let length = point["disks"][0]["length"].as_u64().unwrap();
+        assert!((8 << 20..9 << 20).contains(&length), "the disk inside, not the file: {point}");
+        assert_eq!(point["disks"][0]["source"], image.to_str().unwrap());
     }
     site.reseal(["list", "vm"]).fails(1, &["no VM vm"]);
-    let image = site.disk("disk.qcow2");
+    let image = site.disk("qcow2.raw");
     let point = site.reseal(["backup", "--json", "--raw", "vm", image.to_str().unwrap()]).ok().json();
     assert_eq!(point["number"], 1, "--raw takes it as it is");
 }
@@ -131,7 +144,8 @@ fn several_disks_must_be_named_and_have_one_name_each() {
     site.reseal(["backup", "vm", &format!("x={a}"), &format!("x={b}")]).fails(2, &["two disks are named x"]);
     site.reseal(["backup", "vm"]).fails(2, &["DISK"]);
     site.reseal(["backup", "vm", "/nonexistent/disk.raw"]).fails(1, &["/nonexistent/disk.raw"]);
-    site.reseal(["backup", "vm", "nbd://host/disk"]).fails(2, &["nbd://host/disk"]);
+    site.reseal(["backup", "vm", "nbd://127.0.0.1:1/disk"]).fails(4, &["nbd://127.0.0.1:1/disk"]);
+    site.reseal(["backup", "vm", "nbd://host/disk?tls=no"]).fails(2, &["tls"]);
     site.reseal(["backup", "vm", site.path("disks").to_str().unwrap()]).fails(2, &["neither a regular file"]);
     let named = [("root".to_owned(), PathBuf::from(a)), ("data=1".to_owned(), PathBuf::from(b))];
     let point = site.backup_disks("vm", &named[..1]);

@@ -16,11 +16,6 @@ use crate::qemu::QemuError;
 pub enum BackupError {
     #[error("can't {action} {path}: {source}")]
     Source { path: String, action: &'static str, source: io::Error },
-    #[error(
-        "{path} looks like a {format} image, whose guest-visible disk is inside it; convert it with \
-             `qemu-img convert -O raw`, or pass --raw if the guest's disk really starts like that"
-    )]
-    Container { path: String, format: &'static str },
     #[error("{path} is neither a regular file nor a block device")]
     NotADisk { path: String },
     #[error("{path} has {length} bytes, more than the longest disk of a vault ({max})")]
@@ -71,9 +66,7 @@ impl From<BackupError> for Failure {
             BackupError::Source { .. } | BackupError::Shrank { .. } | BackupError::Disconnected => {
                 Failure::of(Status::Unreachable, &error)
             }
-            BackupError::Container { .. } | BackupError::NotADisk { .. } | BackupError::Usage(_) => {
-                Failure::of(Status::Usage, &error)
-            }
+            BackupError::NotADisk { .. } | BackupError::Usage(_) => Failure::of(Status::Usage, &error),
             BackupError::TooLarge { .. } | BackupError::Thread | BackupError::Distrusted { .. } => {
                 Failure::of(Status::Failed, &error)
             }

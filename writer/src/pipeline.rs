@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use reseal_format::geometry::CLUSTER_U64;
@@ -84,11 +84,22 @@ impl Drop for StopOnDrop<'_> {
     }
 }
 
+/// Counts a thread that has ended, however it did.
+struct CountDown<'a>(&'a AtomicUsize);
+
+impl Drop for CountDown<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl Job<'_> {
     /// The disk's extents as they are to be read.
-    fn extents(&self, outbox: &Outbox) -> Box<dyn Extents + '_> {
-        let extents: Box<dyn Extents + '_> = match (self.source, outbox) {
-            (Source::Nbd(nbd), Outbox::Connections { requests, .. }) => Box::new(nbd.extents(requests.clone())),
+    fn extents<'s>(&'s self, outbox: &Outbox, serving: &'s AtomicUsize) -> Box<dyn Extents + 's> {
+        let extents: Box<dyn Extents + 's> = match (self.source, outbox) {
+            (Source::Nbd(nbd), Outbox::Connections { requests, .. }) => {
+                Box::new(nbd.extents(requests.clone(), serving))
+            }
             (Source::Nbd(_), Outbox::Workers(_)) => unreachable!("an export is read by its connections"),
             (Source::File(file), _) => Box::new(file.extents()),
         };
@@ -106,11 +117,11 @@ impl Job<'_> {
         outbox: &Outbox,
         tickets: &Sender<()>,
         results: &Sender<Result<Done, BackupError>>,
-        stop: &AtomicBool,
+        (stop, serving): (&AtomicBool, &AtomicUsize),
     ) {
         let length = self.source.length();
         let sample = self.told.and_then(|told| told.sample);
-        let mut plan = Plan::new(self.extents(outbox), length, self.told.is_some(), sample);
+        let mut plan = Plan::new(self.extents(outbox, serving), length, self.told.is_some(), sample);
         loop {
             let unit = match plan.next_unit() {
                 Ok(Some(unit)) => unit,
@@ -155,10 +166,10 @@ impl Job<'_> {
     /// Reads the disk and stores what is new of it; the root of its index, and how many clusters that maps. After an error
     /// that is no distrust an export is of no more use.
     pub(crate) fn run(&self, assembler: &mut Assembler<'_>) -> Result<(Option<Root>, u64), BackupError> {
-        let stop = AtomicBool::new(false);
+        let (stop, serving) = (AtomicBool::new(false), AtomicUsize::new(0));
         std::thread::scope(|scope| {
             let _stop = StopOnDrop(&stop);
-            let stop = &stop;
+            let (stop, serving) = (&stop, &serving);
             let abandon = |e: BackupError| {
                 // Whoever waits for a silent server need not wait on.
                 if let (Source::Nbd(nbd), false) = (self.source, matches!(e, BackupError::Distrusted { .. })) {
@@ -189,15 +200,21 @@ impl Job<'_> {
                         let (inbox, result) = (Inbox::Nbd(to_do.clone(), empty.clone()), result.clone());
                         scope.spawn(move || self.work(inbox, &result));
                     }
+                    // A first try that was ended by distrust has stopped it.
+                    nbd.export().restart();
                     for _ in 0..nbd.export().connections() {
                         let (requested, filled) = (requested.clone(), filled.clone());
-                        scope.spawn(move || nbd.export().pump(&requested, &filled));
+                        serving.fetch_add(1, Ordering::Relaxed);
+                        scope.spawn(move || {
+                            let _serving = CountDown(serving);
+                            nbd.export().pump(&requested, &filled);
+                        });
                     }
                     Outbox::Connections { requests, pool }
                 }
             };
             // Only threads hold channels from here on, so that the loop below ends when they have.
-            scope.spawn(move || self.plan(&outbox, &ticket, &result, stop));
+            scope.spawn(move || self.plan(&outbox, &ticket, &result, (stop, serving)));
             let length = self.source.length();
             let index = IndexWriter::new(self.known, self.parent, length, self.told.is_some());
             let mut in_order = InOrder::new(assembler, index);

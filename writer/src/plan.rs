@@ -157,7 +157,7 @@ mod tests {
         for at in written {
             file.write_all_at(&[1; 4096], at).unwrap();
         }
-        let source = FileSource::open(&path, false).unwrap();
+        let source = FileSource::open(&path).unwrap();
         let units = units(Plan::new(source.extents(), source.length(), false, None));
         for (nth, unit) in units.iter().enumerate() {
             assert!(unit.count >= 1 && unit.first / UNIT == (unit.first + unit.count - 1) / UNIT);

@@ -70,9 +70,9 @@ impl Place {
         let object = format!("secret,id=s,file={}", line.display());
         let prefix = if format == "luks" { "" } else { "encrypt." };
         let kind = if format == "luks" { "" } else { "encrypt.format=luks," };
-        let options = format!("{kind}{prefix}key-secret=s,{prefix}iter-time=10");
+        let options = format!("{kind}{prefix}key-secret=s,{prefix}iter-time=10,{prefix}hash-alg=sha512");
         // QEMU measures the processor for the key slot; on a busy machine it can find that it took no time at all.
-        for _ in 0..5 {
+        for _ in 0..20 {
             let (raw, to) = (self.raw.to_str().unwrap(), self.path(name));
             let words = ["convert", "--object", &object, "-f", "raw", "-O", format, "-o", &options, raw];
             let ended = Command::new("qemu-img").args(words).arg(&to).output().unwrap();

@@ -221,7 +221,7 @@ impl SourceArgs {
             true => None,
             false => image::decide(path, self.format).map_err(BackupError::from)?,
         };
-        let Some(format) = format else { return Ok(Source::open(path, self.raw)?) };
+        let Some(format) = format else { return Ok(Source::open(path)?) };
         let image = Image::serve(path, format, self.image_secret.as_deref()).map_err(BackupError::from)?;
         let uri = NbdUri::unix(image.socket(), image.export());
         let source = NbdSource::open(&uri, &self.options(), None).map_err(BackupError::Nbd)?;

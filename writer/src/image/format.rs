@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::str::FromStr;
 
@@ -150,6 +151,10 @@ pub fn decide(path: &Path, explicit: Option<ImageFormat>) -> Result<Option<Image
         Some(ImageFormat::Raw) => return Ok(None),
         Some(format) => return Ok(Some(format)),
         None => {}
+    }
+    // What is no file has no format, and may never end when it is read; whoever opens it says what it is.
+    if std::fs::metadata(path).is_ok_and(|data| !data.is_file() && !data.file_type().is_block_device()) {
+        return Ok(None);
     }
     let (start, footer) = content(path)?;
     ImageFormat::detect(path, &start, &footer)

@@ -166,7 +166,7 @@ impl Scratch {
 
 fn make_file(path: &str, length: u64, secret: &Secret, owner: Option<(u32, u32)>) -> Result<(), LibvirtError> {
     // The secret has as much entropy as the key, so that slowing a guesser down gains nothing.
-    let options = "encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=10";
+    let options = "encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=10,encrypt.hash-alg=sha512";
     let (object, bytes) = ("secret,id=s0,file=/dev/stdin", length.to_string());
     let words = ["create", "-q", "-f", "qcow2", "--object", object, "-o", options, path, &bytes];
     let mut tries = TRIES;

@@ -198,6 +198,11 @@ impl Export {
         self.stopped.store(true, Ordering::Relaxed);
     }
 
+    /// Makes the export usable again after all pumps ended because nobody wanted what they read.
+    pub fn restart(&self) {
+        self.stopped.store(false, Ordering::Relaxed);
+    }
+
     fn start(&self) -> Start<'_> {
         let mut pool = self.pool.lock();
         match pool.idle.pop() {

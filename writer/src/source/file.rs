@@ -11,17 +11,6 @@ use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 use super::{Extent, Extents};
 use crate::BackupError;
 
-/// Image containers by what they start with; at which offset.
-const CONTAINERS: [(&str, usize, &[u8]); 7] = [
-    ("qcow2", 0, b"QFI\xfb"),
-    ("VMDK", 0, b"KDMV"),
-    ("VMDK", 0, b"COWD"),
-    ("VMDK", 0, b"# Disk DescriptorFile"),
-    ("VHDX", 0, b"vhdxfile"),
-    ("VHD", 0, b"conectix"),
-    ("VDI", 64, b"\x7f\x10\xda\xbe"),
-];
-
 /// A disk that lies still.
 pub struct FileSource {
     file: File,
@@ -62,14 +51,19 @@ fn sectors_written(device: u64) -> Option<u64> {
 }
 
 impl FileSource {
-    /// Opens a disk. Image containers are refused unless `raw` says that the bytes are the disk's, whatever they look
-    /// like.
-    pub fn open(path: &Path, raw: bool) -> Result<FileSource, BackupError> {
+    /// Opens a disk. Its bytes are the disk's, whatever they look like: whether a file is an image of another format is
+    /// decided before (`image::decide`).
+    pub fn open(path: &Path) -> Result<FileSource, BackupError> {
         let name = path.display().to_string();
         let failed = |action| {
             let path = name.clone();
             move |source| BackupError::Source { path, action, source }
         };
+        // To open a pipe would wait for somebody to write to it.
+        let found = std::fs::metadata(path).map_err(failed("open"))?;
+        if !found.is_file() && !found.file_type().is_block_device() {
+            return Err(BackupError::NotADisk { path: name });
+        }
         let file = File::open(path).map_err(failed("open"))?;
         let data = file.metadata().map_err(failed("read"))?;
         let length = if data.file_type().is_block_device() {
@@ -83,31 +77,9 @@ impl FileSource {
             return Err(BackupError::TooLarge { path: name, length, max: MAX_DISK });
         }
         let source = FileSource { file, length, before: Version::of(&data), path: name };
-        if !raw {
-            source.refuse_container()?;
-        }
         // A hint that costs nothing when it is ignored.
         let _ = fadvise(&source.file, 0, None, Advice::Sequential);
         Ok(source)
-    }
-
-    fn refuse_container(&self) -> Result<(), BackupError> {
-        let mut start = [0; 128];
-        let known = usize::try_from(self.length).map_or(start.len(), |length| length.min(start.len()));
-        self.read_at(0, &mut start[..known])?;
-        let starts = |(_, at, magic): &(&str, usize, &[u8])| start[*at..].starts_with(magic);
-        if let Some((format, ..)) = CONTAINERS.into_iter().find(starts) {
-            return Err(BackupError::Container { path: self.path.clone(), format });
-        }
-        // A fixed VHD is the raw disk followed by a footer of one sector.
-        if self.length >= 512 {
-            let mut end = [0; 8];
-            self.read_at(self.length - 512, &mut end)?;
-            if &end == b"conectix" {
-                return Err(BackupError::Container { path: self.path.clone(), format: "fixed VHD" });
-            }
-        }
-        Ok(())
     }
 
     /// Its path, as given.
@@ -211,26 +183,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn containers_are_refused_by_name() {
+    fn a_folder_is_no_disk() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("disk");
-        for (format, at, magic) in CONTAINERS {
-            let mut bytes = vec![0; 4096];
-            bytes[at..at + magic.len()].copy_from_slice(magic);
-            std::fs::write(&path, &bytes).unwrap();
-            match FileSource::open(&path, false) {
-                Err(BackupError::Container { format: found, .. }) => assert_eq!(found, format),
-                _ => panic!("{format} was not refused"),
-            }
-            assert!(FileSource::open(&path, true).is_ok());
-        }
-        let mut fixed = vec![0; 4096 + 512];
-        fixed[4096..4104].copy_from_slice(b"conectix");
-        std::fs::write(&path, &fixed).unwrap();
-        assert!(matches!(FileSource::open(&path, false), Err(BackupError::Container { .. })));
-        std::fs::write(&path, b"x").unwrap();
-        assert!(FileSource::open(&path, false).is_ok(), "shorter than any header");
-        assert!(matches!(FileSource::open(folder.path(), false), Err(BackupError::NotADisk { .. })));
+        assert!(matches!(FileSource::open(folder.path()), Err(BackupError::NotADisk { .. })));
     }
 
     #[test]
@@ -240,7 +195,7 @@ mod tests {
         let file = File::create(&path).unwrap();
         file.set_len(10 << 20).unwrap();
         file.write_all_at(&[1; 4096], 3 << 20).unwrap();
-        let source = FileSource::open(&path, false).unwrap();
+        let source = FileSource::open(&path).unwrap();
         let (start, end) = source.next_data(0).unwrap().unwrap();
         assert!(start <= 3 << 20 && end >= (3 << 20) + 4096 && end - start < 1 << 20);
         assert_eq!(source.next_data(end).unwrap(), None);

@@ -21,10 +21,9 @@ pub enum Source {
 }
 
 impl Source {
-    /// Opens a file or block device. Image containers are refused unless `raw` says that the bytes are the disk's,
-    /// whatever they look like.
-    pub fn open(path: &Path, raw: bool) -> Result<Source, BackupError> {
-        FileSource::open(path, raw).map(Source::File)
+    /// Opens a file or block device that holds the disk's raw bytes.
+    pub fn open(path: &Path) -> Result<Source, BackupError> {
+        FileSource::open(path).map(Source::File)
     }
 
     /// What it is called in messages, and in the restore point.

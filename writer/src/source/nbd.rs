@@ -2,8 +2,10 @@
 
 use std::any::Any;
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::{Extent, Extents};
 use crate::BackupError;
@@ -11,6 +13,11 @@ use crate::nbd::{Export, NbdError, NbdUri, Options, Request};
 
 /// Most bytes of a disk whose extents are asked for at once: how far the plan looks ahead of the reads.
 const WINDOW: u64 = 1 << 30;
+
+/// How often a wait for extents looks whether anybody is left to answer.
+const NAP: Duration = Duration::from_millis(100);
+
+type Answer = Result<Vec<crate::nbd::Extent>, NbdError>;
 
 /// An open NBD export.
 pub struct NbdSource {
@@ -50,30 +57,45 @@ impl NbdSource {
     }
 
     /// Its extents, asked for through the channel that its connections serve.
-    pub(crate) fn extents<T>(&self, requests: Sender<Request<T>>) -> NbdExtents<T> {
+    /// `serving` counts these connections.
+    pub(crate) fn extents<'a, T>(&self, requests: Sender<Request<T>>, serving: &'a AtomicUsize) -> NbdExtents<'a, T> {
         let known = self.export.has_allocation() || self.has_bitmap;
-        NbdExtents { length: self.export.length(), requests: known.then_some(requests), queue: VecDeque::new() }
+        let requests = known.then_some(requests);
+        NbdExtents { length: self.export.length(), requests, serving, queue: VecDeque::new() }
     }
 }
 
 /// The extents of an export, in order.
-pub(crate) struct NbdExtents<T> {
+pub(crate) struct NbdExtents<'a, T> {
     length: u64,
     /// `None` if the server tells nothing of extents.
     requests: Option<Sender<Request<T>>>,
+    serving: &'a AtomicUsize,
     queue: VecDeque<crate::nbd::Extent>,
 }
 
-impl<T> Extents for NbdExtents<T> {
+impl<T> NbdExtents<'_, T> {
+    /// Waits for an answer, unless those who should give it have ended: then their own errors say why.
+    fn wait(&self, answers: &Receiver<Answer>) -> Result<Vec<crate::nbd::Extent>, BackupError> {
+        loop {
+            match answers.recv_timeout(NAP) {
+                Ok(answer) => return Ok(answer?),
+                Err(RecvTimeoutError::Timeout) if self.serving.load(Ordering::Relaxed) > 0 => {}
+                Err(_) => return Err(BackupError::Disconnected),
+            }
+        }
+    }
+}
+
+impl<T> Extents for NbdExtents<'_, T> {
     fn next(&mut self, from: u64) -> Result<Extent, BackupError> {
         let left = self.length - from;
         let Some(requests) = &self.requests else { return Ok(Extent { length: left, zero: false, dirty: true }) };
         if self.queue.is_empty() {
             let (answer, answers) = bounded(1);
             let request = Request::Status { offset: from, length: left.min(WINDOW), answer };
-            // When those who should answer have ended, their own errors say why.
             requests.send(request).map_err(|_| BackupError::Disconnected)?;
-            self.queue.extend(answers.recv().map_err(|_| BackupError::Disconnected)??);
+            self.queue = self.wait(&answers)?.into();
         }
         let extent = self.queue.pop_front().ok_or(BackupError::Disconnected)?;
         Ok(Extent { length: extent.length, zero: extent.zero, dirty: extent.dirty })

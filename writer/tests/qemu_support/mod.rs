@@ -166,7 +166,7 @@ fn luks_image() -> &'static Path {
         let done = (0..50).any(|_| {
             let mut command = Command::new("qemu-img");
             command.args(["create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=abc", "-o"]);
-            command.arg("encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10");
+            command.arg("encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,encrypt.hash-alg=sha512");
             command.arg(folder.path().join("luks.qcow2")).arg(DISK.to_string());
             command.stderr(Stdio::null()).status().unwrap().success()
         });

@@ -59,12 +59,12 @@ impl Contender for Luks {
         let convert = || {
             let mut command = Command::new("qemu-img");
             command.args(["convert", "-f", "raw", "-O", "qcow2", "--object", &Self::secret()]);
-            let options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10";
+            let options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10,encrypt.hash-alg=sha512";
             command.args(["-o", options]).arg(source.join(DISK)).arg(self.image());
             process::run(&mut command)
         };
         // It measures how long a key derivation takes, and now and then finds that it can't.
-        (0..5).fold(convert(), |made, _| made.or_else(|_| convert())).map(Some)
+        (0..20).fold(convert(), |made, _| made.or_else(|_| convert())).map(Some)
     }
 
     fn repository(&self) -> PathBuf {
