@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::contender::{Contender, DISK, renewed};
+use crate::contender::{Contender, renewed};
 use crate::host::{DAYS, Disks};
 use crate::plan::Plan;
 use crate::process::{self, Server};
@@ -48,8 +48,12 @@ pub(crate) fn take(plan: &Plan, disks: &Disks, samples: &mut Samples) -> Result<
     }
     eprintln!("bench: live sources");
     samples.live.clear();
+    crate::host::unmount_below(&plan.work.join("live"));
     let restic = samples.median("restic", Quantity::BackupDay2);
-    for part in [over_nbd(plan, disks), by_bitmap(plan, disks, restic), beside_a_writer(plan, disks)] {
+    let parts = [over_nbd(plan, disks), by_bitmap(plan, disks, restic), beside_a_writer(plan, disks)];
+    // A QEMU that was ended leaves its file system behind.
+    crate::host::unmount_below(&plan.work.join("live"));
+    for part in parts {
         match part {
             Ok(figures) => samples.live.extend(figures),
             Err(error) => eprintln!("bench: live sources, a part is missing: {error}"),
@@ -148,7 +152,7 @@ pub(crate) fn read_into_nothing(arguments: &[String]) -> Result<()> {
 fn over_nbd(plan: &Plan, disks: &Disks) -> Result<Vec<Figure>> {
     let folder = plan.work.join("live");
     renewed(&folder)?;
-    let base = disks.path(DAYS[0]).join(DISK);
+    let base = disks.path(DAYS[0]);
     crate::host::warm(&base)?;
     let nbd = Nbd::start(&folder, &["--format=raw"], &base)?;
     let mut reseal = Reseal::at(plan, "reseal-live");
@@ -211,7 +215,7 @@ fn write_difference(from: &Path, to: &Path, image: &Path, folder: &Path) -> Resu
 fn by_bitmap(plan: &Plan, disks: &Disks, restic: Option<f64>) -> Result<Vec<Figure>> {
     let folder = plan.work.join("live");
     renewed(&folder)?;
-    let day = |nth: usize| disks.path(DAYS[nth]).join(DISK);
+    let day = |nth: usize| disks.path(DAYS[nth]);
     let image = folder.join("vm.qcow2");
     let mut create = Command::new("qemu-img");
     create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).arg(day(1)).arg(&image);
