@@ -119,7 +119,7 @@ mod tests {
 
     fn domain() -> Domain {
         let (name, uuid) = ("web01".into(), UUID.into());
-        Domain { name, uuid, id: Some(1), owner: None, disks: Vec::new(), xml: String::new() }
+        Domain { name, uuid, id: Some(1), owner: None, disks: Vec::new(), threads: false, xml: String::new() }
     }
 
     fn manifest(domain: &Domain) -> Manifest {

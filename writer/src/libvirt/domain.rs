@@ -13,6 +13,9 @@ use super::LibvirtError;
 use super::command::Virsh;
 use super::xml::{child, child_text, read};
 
+/// The first major version of QEMU that serves NBD safely from other threads than the main one.
+const THREADS_SAFE: u64 = 9;
+
 /// How a qcow2 image starts.
 const QCOW2: &[u8; 4] = b"QFI\xfb";
 
@@ -27,6 +30,8 @@ pub(super) struct Domain {
     /// User and group of its QEMU, where libvirt sets them.
     pub owner: Option<(u32, u32)>,
     pub disks: Vec<DomainDisk>,
+    /// Whether a disk, or a controller of disks, runs in a thread of its own.
+    pub threads: bool,
     pub(super) xml: String,
 }
 
@@ -78,12 +83,15 @@ impl Domain {
             };
             let devices = child(root, "devices")?;
             let disks = devices.children().filter(|node| node.has_tag_name("disk"));
+            let drivers = devices.children().filter_map(|device| child(device, "driver"));
+            let mut threads = drivers.map(|d| d.attribute("iothread").is_some() || child(d, "iothreads").is_some());
             Some(Domain {
                 name: child_text(root, "name")?.to_owned(),
                 uuid: uuid.to_owned(),
                 id,
                 owner: owner(root),
                 disks: disks.map(disk).collect::<Option<_>>()?,
+                threads: threads.any(|threaded| threaded),
                 xml: String::new(),
             })
         })?;
@@ -108,6 +116,21 @@ impl Domain {
     pub(super) fn as_files(&self) -> String {
         let disks: Vec<_> = self.chosen().map(|disk| format!("{}={}", disk.target, disk.source)).collect();
         if disks.is_empty() { "it has none that is writable".into() } else { disks.join(" ") }
+    }
+
+    /// Refuses a domain that QEMU could abort when the backup's connection ends: an NBD export in another thread than the
+    /// main one was not safe before QEMU 9.0. The version is that of what runs, which may be older than what is installed.
+    pub(super) fn refuse_threads(&self, virsh: &Virsh) -> Result<(), LibvirtError> {
+        if !self.threads {
+            return Ok(());
+        }
+        let said = virsh.run(&["qemu-monitor-command", &self.uuid, r#"{"execute":"query-version"}"#])?;
+        let said: serde_json::Value = serde_json::from_str(&said).unwrap_or_default();
+        let major = said["return"]["qemu"]["major"].as_u64().unwrap_or(0);
+        match major >= THREADS_SAFE {
+            true => Ok(()),
+            false => Err(LibvirtError::Threads { domain: self.name.clone(), major }),
+        }
     }
 
     /// Bytes of each disk as the guest sees it, by target.
@@ -242,6 +265,17 @@ mod tests {
         for (from, to) in [("id='7'", "id='x'"), ("2b9fa4c4", "2b9fa4c"), ("dev='vda'", "x='vda'")] {
             assert!(Domain::parse(XML.replace(from, to)).is_err(), "{from}");
         }
+    }
+
+    #[test]
+    fn disks_in_threads_of_their_own_are_seen() {
+        assert!(!Domain::parse(XML.into()).unwrap().threads);
+        let threaded = XML.replace("type='qcow2'/>", "type='qcow2' iothread='1'/>");
+        assert!(Domain::parse(threaded).unwrap().threads);
+        let controller = "<devices><controller type='scsi'><driver iothread='1'/></controller>";
+        assert!(Domain::parse(XML.replace("<devices>", controller)).unwrap().threads);
+        let several = "type='qcow2'><iothreads><iothread id='1'/></iothreads></driver>";
+        assert!(Domain::parse(XML.replace("type='qcow2'/>", several)).unwrap().threads);
     }
 
     #[test]

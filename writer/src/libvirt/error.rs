@@ -30,6 +30,11 @@ pub enum LibvirtError {
     NotRunning { domain: String, disks: String },
     #[error("the domain {domain} has no writable disk that could be backed up ({why})")]
     NoDisks { domain: String, why: String },
+    #[error(
+        "a disk of the domain {domain} runs in a thread of its own (iothread=), and QEMU {major} could abort the VM when it is \
+             read over NBD; take QEMU 9.0 or newer, or start the domain without iothread= for its disks"
+    )]
+    Threads { domain: String, major: u64 },
     #[error("another backup of the domain {domain} is running ({by}); wait for it, or end it with `virsh domjobabort`")]
     Busy { domain: String, by: String },
     #[error("QEMU runs the domain {domain} as user {qemu}, whose exports user {own} can't open: run this as root")]
@@ -86,6 +91,7 @@ impl LibvirtError {
             | LibvirtError::NoRoom { .. }
             | LibvirtError::RanOut { .. }
             | LibvirtError::Thread
+            | LibvirtError::Threads { .. }
             | LibvirtError::Random(_) => Status::Failed,
             LibvirtError::Slow { .. }
             | LibvirtError::Said { .. }

@@ -119,6 +119,7 @@ impl Libvirt {
         let Some(id) = domain.id else {
             return Err(LibvirtError::NotRunning { domain: domain.name.clone(), disks: domain.as_files() });
         };
+        domain.refuse_threads(&self.virsh)?;
         let mut warnings: Vec<_> = domain.disks.iter().filter_map(domain::DomainDisk::warning).collect();
         if domain.chosen().next().is_none() {
             let why = if warnings.is_empty() { "it has no disks".into() } else { warnings.join("; ") };
