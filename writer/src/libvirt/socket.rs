@@ -58,7 +58,8 @@ impl Place {
         if let Some(path) = self.folder.as_ref().map(|folder| folder.join(&name)).filter(fits) {
             return Ok(path);
         }
-        let path = scratch.join("nbd").join(&name);
+        // The folder's name has domain and point already, and paths of sockets are short.
+        let path = in_scratch(scratch);
         if !fits(&path) {
             let why = "it is too long, or not UTF-8; name another folder with --scratch";
             return Err(LibvirtError::Path { path, what: "a socket", why });
@@ -73,6 +74,11 @@ impl Place {
         made.map_err(|source| LibvirtError::File { action: "make", path: folder, source })?;
         Ok(path)
     }
+}
+
+/// The socket in a backup's scratch folder.
+fn in_scratch(scratch: &Path) -> PathBuf {
+    scratch.join("nbd").join(format!("{}{}", NAME.0, NAME.1))
 }
 
 /// Where a user's own libvirt has a folder for each running domain.
@@ -141,6 +147,12 @@ mod tests {
         }
         let refused = Place { folder: None, owner }.path(point, &long);
         assert!(matches!(refused, Err(LibvirtError::Path { .. })));
+    }
+
+    #[test]
+    fn the_usual_scratch_folder_has_room_for_the_path_of_a_socket() {
+        let folder = format!("/var/tmp/reseal-{}-{}", "0".repeat(36), PointId::from_bytes([7; 16]));
+        assert!(in_scratch(Path::new(&folder)).as_os_str().len() <= MAX_PATH);
     }
 
     #[test]
