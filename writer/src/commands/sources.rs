@@ -171,7 +171,7 @@ impl SourceArgs {
             let (mut said, mut tracking) = (None, None);
             if let (Some(bitmap), Some(since)) = (&bitmap, since) {
                 let id = bitmap.clone();
-                said = Some(Said { method: method::USER_BITMAP, id, since, changes: None, check_percent });
+                said = Some(Said { method: method::USER_BITMAP.into(), id, since, changes: None, check_percent });
             }
             if let Some(file) = &changes {
                 let list = Changes::read(file)?;
@@ -189,7 +189,7 @@ impl SourceArgs {
                         return Err(Failure::new(Status::Usage, message));
                     }
                 };
-                said = Some(Said { method, id, since, changes: Some(list), check_percent });
+                said = Some(Said { method: method.into(), id, since, changes: Some(list), check_percent });
             }
             let source = self.source(&name, &place, bitmap.as_deref())?;
             inputs.push(Input { name, source, said, tracking });
