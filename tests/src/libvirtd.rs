@@ -88,8 +88,7 @@ impl Libvirtd {
             "<domain type='qemu'><name>{name}</name><memory unit='MiB'>32</memory><vcpu>1</vcpu>\
              <os><type arch='x86_64' machine='pc'>hvm</type></os><devices>\
              <emulator>/usr/bin/qemu-system-x86_64</emulator>{disks}\
-             <graphics type='vnc' passwd='s3cret'>\
-             <listen type='socket' socket='/var/lib/libvirt/qemu/{name}.vnc'/></graphics></devices></domain>"
+             <graphics type='vnc' passwd='s3cret'><listen type='none'/></graphics></devices></domain>"
         );
         let path = self.folder.path().join("domain.xml");
         fs::write(&path, xml).unwrap();
