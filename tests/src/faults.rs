@@ -16,6 +16,7 @@ pub enum Operation {
     Upload,
     Append,
     Finish,
+    Replace,
     List,
     Delete,
     Settle,
@@ -147,12 +148,20 @@ impl Store for Watched {
         Ok(Box::new(WatchedUpload { inner, shared: self.shared.clone(), key: key.to_owned() }))
     }
 
+    fn replace(&self, key: &str, expected: &[u8], new: &[u8]) -> Result<(), StoreError> {
+        self.shared.apply(Operation::Replace, key, || self.inner.replace(key, expected, new))
+    }
+
     fn list(&self, folder: &str) -> Result<Vec<Entry>, StoreError> {
         self.shared.apply(Operation::List, folder, || self.inner.list(folder))
     }
 
     fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.shared.apply(Operation::Delete, key, || self.inner.delete(key))
+    }
+
+    fn remove_empty(&self, folder: &str) -> Result<(), StoreError> {
+        self.shared.apply(Operation::Delete, folder, || self.inner.remove_empty(folder))
     }
 
     fn settle(&self, folder: &str) -> Result<(), StoreError> {

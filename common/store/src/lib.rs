@@ -1,7 +1,7 @@
 //! Objects by key: where a vault lives.
 //!
-//! [`Store`] is what the vault needs of a place: ranged reads, create-only writes that are durable when they return, and
-//! listings. [`local`] is a folder of a file system.
+//! [`Store`] is what the vault needs of a place: ranged reads, create-only writes that are durable when they return, the
+//! replacement of what is known to be there, and listings. [`local`] is a folder of a file system.
 //!
 //! Architecture invariant: synchronous, because a FUSE read must not pay for a task switch. Faults are injected by
 //! another `Store` around a real one, never by hooks in here.
@@ -51,6 +51,13 @@ pub trait Store: Send + Sync {
         upload.finish()
     }
 
+    /// Puts `new` in the place of `expected`, which is all that the object holds now; durable when it returns. Readers find
+    /// the one or the other whole. Fails with [`StoreError::Changed`] where the object holds anything else: of several
+    /// that try, one succeeds. An object that holds `new` already is only made durable, so it may be tried again.
+    ///
+    /// What is ever replaced must be read by [`Store::get`]: the other reads may remember an object from before.
+    fn replace(&self, key: &str, expected: &[u8], new: &[u8]) -> Result<(), StoreError>;
+
     /// Starts an object that is written piece by piece. It does not exist before [`Upload::finish`].
     fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError>;
 
@@ -62,6 +69,12 @@ pub trait Store: Send + Sync {
 
     /// Removes an object.
     fn delete(&self, key: &str) -> Result<(), StoreError>;
+
+    /// Removes a folder and those below it, as far as no object is in them. Where a store has no folders of its own, there
+    /// is nothing to do.
+    fn remove_empty(&self, _folder: &str) -> Result<(), StoreError> {
+        Ok(())
+    }
 
     /// Removes what writers that died have left behind.
     fn sweep(&self) -> Result<(), StoreError>;
@@ -83,6 +96,8 @@ pub enum StoreError {
     NotFound(String),
     #[error("{0} exists already")]
     Exists(String),
+    #[error("{0} was changed meanwhile by another process, and is not replaced; try again")]
+    Changed(String),
     #[error("{key} has {length} bytes, more than the {limit} that it may have")]
     TooLong { key: String, length: u64, limit: usize },
     #[error("{key} ends at byte {length}, before byte {wanted}; it is cut off")]
@@ -100,7 +115,7 @@ impl StoreError {
     pub fn key(&self) -> &str {
         match self {
             StoreError::NotFound(key) | StoreError::NotAFile(key) => key,
-            StoreError::Exists(key) | StoreError::Full(key) => key,
+            StoreError::Exists(key) | StoreError::Changed(key) | StoreError::Full(key) => key,
             StoreError::TooLong { key, .. } | StoreError::Short { key, .. } | StoreError::Io { key, .. } => key,
         }
     }

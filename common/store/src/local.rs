@@ -2,6 +2,8 @@
 //!
 //! A new object is written to a locked file under `tmp/`, synced, linked to its key without replacing, and the folder is
 //! synced. So an object exists whole and durable, or not; and whoever finds an unlocked file under `tmp/` may delete it.
+//!
+//! An object is replaced by a rename, after its content was compared under a lock that all replacements in the folder take.
 
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
@@ -10,6 +12,8 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use lru::LruCache;
 use parking_lot::Mutex;
@@ -21,13 +25,19 @@ use crate::{Entry, Store, StoreError, Upload};
 
 /// Folder of unfinished objects.
 const TMP: &str = "tmp";
+/// What whoever replaces an object keeps locked, under `tmp/`. Its name is none of an unfinished object's.
+const REPLACE_LOCK: &str = "replace.lock";
+/// Longest wait for another process that replaces an object: it takes milliseconds, and a minute means that it hangs.
+const REPLACE_PATIENCE: Duration = Duration::from_secs(60);
+/// How deep folders are looked into to remove them: deeper than any key goes.
+const MAX_DEPTH: u8 = 16;
 /// Most files kept open: packs of 256 GiB.
 const MAX_OPEN_FILES: usize = 4096;
 
 /// A folder.
 pub struct Local {
     shared: Arc<Shared>,
-    /// Objects are written once, so an open file stays right.
+    /// Objects are written once, so an open file stays right. The few that are replaced are read by `get`, which opens anew.
     open: Mutex<LruCache<String, Arc<File>>>,
 }
 
@@ -51,6 +61,20 @@ impl Local {
         let file = Arc::new(self.shared.open(key)?);
         self.open.lock().put(key.to_owned(), file.clone());
         Ok(file)
+    }
+
+    /// A new object that is being written.
+    fn begin(&self, key: &str) -> Result<LocalUpload, StoreError> {
+        let target = self.shared.path(key)?;
+        let (file, path) = self.shared.temporary().map_err(|e| match io_error(key, "create", e) {
+            // What is missing is the folder of the vault, not the object.
+            StoreError::NotFound(key) => {
+                let source = io::ErrorKind::NotFound.into();
+                StoreError::Io { key, action: "make the folder of", source }
+            }
+            other => other,
+        })?;
+        Ok(LocalUpload { shared: self.shared.clone(), key: key.into(), target, file, path })
     }
 }
 
@@ -104,6 +128,26 @@ impl Shared {
         Ok(())
     }
 
+    /// Removes a folder, after those in it, if it is empty. What is a link, or is in use, stays.
+    fn remove_empty(&self, folder: &Path, depth: u8) -> io::Result<()> {
+        let entries = match std::fs::read_dir(folder) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            other => other?,
+        };
+        for entry in entries {
+            let entry = entry?;
+            if depth > 0 && entry.file_type()?.is_dir() {
+                self.remove_empty(&entry.path(), depth - 1)?;
+            }
+        }
+        // Whoever makes it again must make it durable again, also if that happens in this moment.
+        self.durable.lock().remove(folder);
+        match std::fs::remove_dir(folder) {
+            Err(e) if e.kind() != io::ErrorKind::DirectoryNotEmpty && e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        }
+    }
+
     /// A new locked file under `tmp/`.
     fn temporary(&self) -> io::Result<(File, PathBuf)> {
         let folder = self.root.join(TMP);
@@ -119,6 +163,44 @@ impl Shared {
                 return Ok((file, path));
             }
         }
+    }
+}
+
+/// The right to compare and replace. Its file goes with it, so that nothing temporary stays.
+struct ReplaceLock {
+    _file: File,
+    path: PathBuf,
+}
+
+impl ReplaceLock {
+    fn take(shared: &Shared) -> io::Result<ReplaceLock> {
+        let folder = shared.root.join(TMP);
+        shared.ensure_folder(&folder)?;
+        let path = folder.join(REPLACE_LOCK);
+        let end = Instant::now() + REPLACE_PATIENCE;
+        let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+        loop {
+            let mut options = OpenOptions::new();
+            let file = options.write(true).create(true).truncate(false).mode(0o600).custom_flags(flags).open(&path)?;
+            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) if file.metadata()?.nlink() > 0 => return Ok(ReplaceLock { _file: file, path }),
+                // Its last holder has removed it: the next one is another file.
+                Ok(()) => {}
+                Err(Errno::WOULDBLOCK) if Instant::now() < end => thread::sleep(Duration::from_millis(2)),
+                Err(Errno::WOULDBLOCK) => {
+                    let what = format!("another process keeps {} locked; wait for it, or end it", path.display());
+                    return Err(io::Error::new(io::ErrorKind::ResourceBusy, what));
+                }
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+}
+
+impl Drop for ReplaceLock {
+    fn drop(&mut self) {
+        // While it is still locked: whoever waits for it sees that it has no name any more.
+        let _ = std::fs::remove_file(&self.path);
     }
 }
 
@@ -207,17 +289,28 @@ impl Store for Local {
         Ok((tail, length))
     }
 
+    fn replace(&self, key: &str, expected: &[u8], new: &[u8]) -> Result<(), StoreError> {
+        let mut upload = self.begin(key)?;
+        upload.append(new)?;
+        // A failed sync is not tried again: the kernel may have dropped the pages, and a second one would lie.
+        upload.file.sync_all().map_err(|e| io_error(key, "write", e))?;
+        let _alone = ReplaceLock::take(&self.shared).map_err(|e| io_error(key, "lock", e))?;
+        let now = match self.get(key, expected.len().max(new.len())) {
+            Err(StoreError::TooLong { .. }) => return Err(StoreError::Changed(key.into())),
+            other => other?,
+        };
+        if now == new {
+            return upload.sync_folder().map_err(|e| io_error(key, "sync", e));
+        }
+        if now != expected {
+            return Err(StoreError::Changed(key.into()));
+        }
+        self.open.lock().pop(key);
+        upload.take_place().map_err(|e| io_error(key, "replace", e))
+    }
+
     fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
-        let target = self.shared.path(key)?;
-        let (file, path) = self.shared.temporary().map_err(|e| match io_error(key, "create", e) {
-            // What is missing is the folder of the vault, not the object.
-            StoreError::NotFound(key) => {
-                let source = io::ErrorKind::NotFound.into();
-                StoreError::Io { key, action: "make the folder of", source }
-            }
-            other => other,
-        })?;
-        Ok(Box::new(LocalUpload { shared: self.shared.clone(), key: key.into(), target, file, path }))
+        Ok(Box::new(self.begin(key)?))
     }
 
     fn list(&self, folder: &str) -> Result<Vec<Entry>, StoreError> {
@@ -253,6 +346,12 @@ impl Store for Local {
         self.open.lock().pop(key);
         let path = self.shared.path(key)?;
         std::fs::remove_file(&path).map_err(|e| io_error(key, "delete", e))
+    }
+
+    fn remove_empty(&self, folder: &str) -> Result<(), StoreError> {
+        let path = self.shared.path(folder)?;
+        let removed = self.shared.remove_empty(&path, MAX_DEPTH);
+        removed.map_err(|e| io_error(folder, "remove", e))
     }
 
     fn sweep(&self) -> Result<(), StoreError> {
@@ -294,12 +393,27 @@ impl LocalUpload {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists && self.is_linked()? => {}
             other => other?,
         }
-        let synced = File::open(folder).and_then(|folder| folder.sync_all());
+        let synced = self.sync_folder();
         if synced.is_err() {
             // Not known to be durable, so nobody may build on it.
             let _ = std::fs::remove_file(&self.target);
         }
         synced
+    }
+
+    /// Replaces what is under the key.
+    fn take_place(&self) -> io::Result<()> {
+        match std::fs::rename(&self.path, &self.target) {
+            // The answer to a rename that was made may be lost too.
+            Err(e) if e.kind() == io::ErrorKind::NotFound && self.is_linked()? => {}
+            other => other?,
+        }
+        self.sync_folder()
+    }
+
+    fn sync_folder(&self) -> io::Result<()> {
+        let folder = self.target.parent().ok_or(io::ErrorKind::InvalidInput)?;
+        File::open(folder)?.sync_all()
     }
 
     fn is_linked(&self) -> io::Result<bool> {
@@ -389,6 +503,81 @@ mod tests {
             tries.into_iter().filter(|_| true).map(|t| t.join().unwrap()).filter(|&won| won).count()
         });
         assert_eq!(won, 1);
+    }
+
+    #[test]
+    fn an_object_is_replaced_only_where_it_is_what_was_expected() {
+        let (_folder, store) = store();
+        store.create("a/b", b"one").unwrap();
+        store.read_at("a/b", 0, &mut [0; 3]).unwrap();
+        store.replace("a/b", b"one", b"second").unwrap();
+        assert_eq!(store.get("a/b", 9).unwrap(), b"second");
+        for wrong in [&b"one"[..], b"secone", b"", b"second "] {
+            assert!(matches!(store.replace("a/b", wrong, b"3"), Err(StoreError::Changed(_))), "{wrong:?}");
+        }
+        store.replace("a/b", b"one", b"second").unwrap();
+        assert!(matches!(store.replace("a/c", b"one", b"two"), Err(StoreError::NotFound(_))));
+        assert!(matches!(store.replace("a", b"one", b"two"), Err(StoreError::NotAFile(_))));
+        assert_eq!(store.read_tail("a/b", 9).unwrap().0, b"second", "an open file is no memory of it here");
+        assert_eq!(store.list("tmp/").unwrap(), [], "nothing temporary stays");
+        assert_eq!(store.list("a/").unwrap().len(), 1);
+    }
+
+    #[test]
+    fn of_many_that_replace_each_step_is_made_by_one() {
+        let (folder, store) = store();
+        store.create("k", b"0").unwrap();
+        let root = folder.path().join("vault");
+        let done = std::thread::scope(|scope| {
+            let count = || {
+                // As in another process: with files of its own.
+                let store = Local::new(&root);
+                let mut done = 0;
+                for _ in 0..50 {
+                    let now = store.get("k", 9).unwrap();
+                    let number: u32 = std::str::from_utf8(&now).unwrap().parse().unwrap();
+                    let salted = format!("{}", number + 1);
+                    match store.replace("k", &now, salted.as_bytes()) {
+                        Ok(()) => done += 1,
+                        Err(StoreError::Changed(_)) => {}
+                        Err(e) => panic!("{e}"),
+                    }
+                }
+                done
+            };
+            let tries: Vec<_> = (0..4).map(|_| scope.spawn(count)).collect();
+            tries.into_iter().map(|t| t.join().unwrap()).sum::<u32>()
+        });
+        let number: u32 = String::from_utf8(store.get("k", 9).unwrap()).unwrap().parse().unwrap();
+        // Two that write the same bytes both succeed.
+        assert!((1..=done).contains(&number), "{number} of {done}");
+        assert_eq!(store.list("tmp").unwrap(), []);
+    }
+
+    #[test]
+    fn a_lock_that_a_killed_process_left_is_no_obstacle() {
+        let (folder, store) = store();
+        store.create("k", b"1").unwrap();
+        let left = folder.path().join("vault/tmp").join(REPLACE_LOCK);
+        std::fs::write(&left, b"").unwrap();
+        store.replace("k", b"1", b"2").unwrap();
+        assert!(!left.exists());
+    }
+
+    #[test]
+    fn empty_folders_go_and_others_stay() {
+        let (folder, store) = store();
+        for key in ["t/a/b/1", "t/a/c/2", "t/d/3"] {
+            store.create(key, b"x").unwrap();
+        }
+        for key in ["t/a/b/1", "t/a/c/2"] {
+            store.delete(key).unwrap();
+        }
+        store.remove_empty("t/").unwrap();
+        let root = folder.path().join("vault");
+        assert!(!root.join("t/a").exists() && root.join("t/d/3").exists());
+        store.create("t/a/b/1", b"x").unwrap();
+        store.remove_empty("none").unwrap();
     }
 
     #[test]

@@ -81,6 +81,10 @@ impl Store for Faulty {
         self.pass(key)?.upload(key)
     }
 
+    fn replace(&self, key: &str, expected: &[u8], new: &[u8]) -> Result<(), StoreError> {
+        self.pass(key)?.replace(key, expected, new)
+    }
+
     fn list(&self, folder: &str) -> Result<Vec<Entry>, StoreError> {
         self.pass(folder)?.list(folder)
     }
