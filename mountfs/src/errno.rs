@@ -95,6 +95,11 @@ fn vault_errno(error: &VaultError) -> Errno {
         | VaultError::TenantExists { .. }
         | VaultError::LostRace { .. }
         | VaultError::OtherKms { .. }
+        | VaultError::Erased { .. }
+        | VaultError::NotErased { .. }
+        | VaultError::StillOpens { .. }
+        | VaultError::NotWrapped { .. }
+        | VaultError::NotEmptyTenant { .. }
         | VaultError::Kms(_)
         | VaultError::State { .. }
         | VaultError::Random => Errno::EIO,
@@ -102,7 +107,7 @@ fn vault_errno(error: &VaultError) -> Errno {
             // The name was found in a listing or in an authenticated object, so what is missing is damage, not a wrong name.
             StoreError::NotFound(_) | StoreError::NotAFile(_) => Errno::EIO,
             StoreError::TooLong { .. } | StoreError::Short { .. } | StoreError::Io { .. } => Errno::EIO,
-            StoreError::Exists(_) | StoreError::Full(_) => Errno::EIO,
+            StoreError::Exists(_) | StoreError::Changed(_) | StoreError::Full(_) => Errno::EIO,
         },
     }
 }

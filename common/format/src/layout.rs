@@ -12,6 +12,11 @@ pub const VAULT_FILE: &str = "reseal.json";
 /// Folder of all tenants.
 pub const TENANTS: &str = "tenants/";
 
+/// Folder of all that is a tenant's.
+pub fn tenant(tenant: &TenantName) -> String {
+    format!("tenants/{}/", tenant.to_key())
+}
+
 /// The tenant record.
 pub fn tenant_record(tenant: &TenantName) -> String {
     format!("tenants/{}/tenant.json", tenant.to_key())

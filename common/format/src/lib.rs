@@ -15,6 +15,7 @@
 //! takes bytes that may come from an attacker: it checks each length against a hard limit before it allocates.
 //! `docs/FORMAT.md` has the byte tables.
 
+mod fields;
 pub mod frames;
 pub mod geometry;
 pub mod ids;

@@ -5,17 +5,23 @@
 //! wrapped = KMS(KEK, magic ‖ vault id ‖ tenant id ‖ generation ‖ master)
 //! sealed  = AES-256-GCM(HKDF(master, salt), JSON { name, features, DEKs by epoch, current epoch, dedup secret })
 //! ```
+//!
+//! A record is replaced by its [`Successor`], of the next generation: the same master wrapped anew, the same secrets sealed
+//! anew, and every field that this version does not know. An erased tenant's record holds neither.
 
 use std::collections::BTreeMap;
 
 use aes_gcm::Aes256Gcm;
 use aes_gcm::aead::{Aead, KeyInit, Payload};
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use zeroize::{Zeroize, Zeroizing};
 
+use crate::fields::{Borrowed, Unknown, unknown};
 use crate::ids::{TenantId, VaultId};
 use crate::keys::{DedupSecret, Dek, KEY, Kind, Master, ONLY_ORDINAL, Scope, header_aad, nonce, object_key};
 use crate::names::TenantName;
+use crate::time::Timestamp;
 use crate::{FORMAT_VERSION, FormatError};
 
 /// Longest tenant record that is read.
@@ -34,7 +40,7 @@ pub struct KmsRef {
 }
 
 /// The record as it stands in the vault.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct TenantRecord {
     format: u16,
     pub tenant_id: TenantId,
@@ -47,6 +53,45 @@ pub struct TenantRecord {
     salt: [u8; KEY],
     #[serde(with = "hex::serde")]
     sealed: Vec<u8>,
+    /// When the tenant was erased; then nothing is wrapped or sealed here. Not authenticated, and not needed to be: whoever
+    /// can write it can as well remove the record.
+    #[serde(default)]
+    pub erased: Option<Timestamp>,
+    #[serde(skip)]
+    unknown: Unknown,
+    #[serde(skip)]
+    unknown_of_kms: Unknown,
+}
+
+/// The fields of a record, and of its `kms`, that this version knows.
+const KNOWN: [&str; 8] = ["format", "tenant_id", "generation", "kms", "wrapped", "salt", "sealed", "erased"];
+const KNOWN_OF_KMS: [&str; 2] = ["kind", "key"];
+
+/// A record as it is written: what is known in this order, then what is not.
+#[derive(Serialize)]
+struct RecordText<'a> {
+    format: u16,
+    tenant_id: TenantId,
+    generation: u64,
+    kms: KmsText<'a>,
+    #[serde(with = "hex::serde")]
+    wrapped: &'a [u8],
+    #[serde(with = "hex::serde")]
+    salt: &'a [u8],
+    #[serde(with = "hex::serde")]
+    sealed: &'a [u8],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    erased: Option<Timestamp>,
+    #[serde(flatten)]
+    unknown: &'a Unknown,
+}
+
+#[derive(Serialize)]
+struct KmsText<'a> {
+    kind: &'a str,
+    key: &'a str,
+    #[serde(flatten)]
+    unknown: &'a Unknown,
 }
 
 /// The unlocked keys of a tenant.
@@ -56,6 +101,8 @@ pub struct TenantKeys {
     deks: BTreeMap<u32, Dek>,
     dedup: DedupSecret,
     record_generation: u64,
+    /// KEK that a rotation left behind, perhaps not yet retired.
+    previous_kek: Option<String>,
     /// A feature that this program would need in order to write.
     lacks_to_write: Option<String>,
 }
@@ -64,7 +111,7 @@ impl TenantKeys {
     /// The first keys of a new tenant, from fresh random bytes.
     pub fn new(scope: Scope, dek: Dek, dedup: DedupSecret) -> TenantKeys {
         let deks = BTreeMap::from([(1, dek)]);
-        TenantKeys { scope, current: 1, deks, dedup, record_generation: 1, lacks_to_write: None }
+        TenantKeys { scope, current: 1, deks, dedup, record_generation: 1, previous_kek: None, lacks_to_write: None }
     }
 
     /// Vault and tenant.
@@ -75,6 +122,16 @@ impl TenantKeys {
     /// The epoch under which new objects are sealed.
     pub fn current_epoch(&self) -> u32 {
         self.current
+    }
+
+    /// The epochs of which there is a DEK, in their order.
+    pub fn epochs(&self) -> impl Iterator<Item = u32> + '_ {
+        self.deks.keys().copied()
+    }
+
+    /// The KEK that wrapped the master before the newest rotation: until it is retired it still opens the old record.
+    pub fn previous_kek(&self) -> Option<&str> {
+        self.previous_kek.as_deref()
     }
 
     /// Generation of the record that they came from.
@@ -121,7 +178,13 @@ struct Secrets {
     current_epoch: u32,
     deks: Vec<SecretDek>,
     dedup: SecretHex,
+    /// Sealed, for whoever rotates destroys it: a key's name that the storage could exchange would be another tenant's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    previous_kek: Option<String>,
 }
+
+/// Name of the field, for whoever changes the sealed part as text.
+const PREVIOUS_KEK: &str = "previous_kek";
 
 #[derive(Serialize, Deserialize)]
 struct SecretDek {
@@ -180,6 +243,7 @@ impl TenantRecord {
             current_epoch: keys.current,
             deks: keys.deks.iter().map(|(&epoch, dek)| SecretDek { epoch, key: SecretHex::of(dek.expose()) }).collect(),
             dedup: SecretHex::of(keys.dedup.expose()),
+            previous_kek: None,
         };
         // With its whole capacity reserved, so that no part of it is moved and left behind unwiped.
         let mut plain = Zeroizing::new(Vec::with_capacity(1024 + secrets.deks.len() * 128));
@@ -192,11 +256,18 @@ impl TenantRecord {
             wrapped,
             salt,
             sealed: Vec::new(),
+            erased: None,
+            unknown: Unknown::new(),
+            unknown_of_kms: Unknown::new(),
         };
-        let (cipher, aad) = record.cipher(&keys.scope, master);
-        let sealed = cipher.encrypt(&nonce(ONLY_ORDINAL).into(), Payload { msg: &plain, aad: &aad });
-        record.sealed = sealed.expect("a record is far below the limit of AES-GCM");
+        record.seal(&keys.scope, master, &plain);
         record
+    }
+
+    fn seal(&mut self, scope: &Scope, master: &Master, plain: &[u8]) {
+        let (cipher, aad) = self.cipher(scope, master);
+        let sealed = cipher.encrypt(&nonce(ONLY_ORDINAL).into(), Payload { msg: plain, aad: &aad });
+        self.sealed = sealed.expect("a record is far below the limit of AES-GCM");
     }
 
     fn cipher(&self, scope: &Scope, master: &Master) -> (Aes256Gcm, Vec<u8>) {
@@ -207,7 +278,19 @@ impl TenantRecord {
 
     /// The bytes of the object.
     pub fn encode(&self) -> Vec<u8> {
-        let mut text = serde_json::to_vec_pretty(self).unwrap_or_default();
+        let kms = KmsText { kind: &self.kms.kind, key: &self.kms.key, unknown: &self.unknown_of_kms };
+        let text = RecordText {
+            format: self.format,
+            tenant_id: self.tenant_id,
+            generation: self.generation,
+            kms,
+            wrapped: &self.wrapped,
+            salt: &self.salt,
+            sealed: &self.sealed,
+            erased: self.erased,
+            unknown: &self.unknown,
+        };
+        let mut text = serde_json::to_vec_pretty(&text).unwrap_or_default();
         text.push(b'\n');
         text
     }
@@ -226,19 +309,26 @@ impl TenantRecord {
         if version.format != FORMAT_VERSION {
             return Err(FormatError::Version { found: version.format });
         }
-        serde_json::from_slice(bytes).map_err(malformed)
+        #[derive(Deserialize)]
+        struct Kms<'a> {
+            #[serde(borrow)]
+            kms: &'a RawValue,
+        }
+        let mut record: TenantRecord = serde_json::from_slice(bytes).map_err(malformed)?;
+        record.unknown = unknown(bytes, &KNOWN).map_err(malformed)?;
+        let kms: Kms<'_> = serde_json::from_slice(bytes).map_err(malformed)?;
+        record.unknown_of_kms = unknown(kms.kms.get().as_bytes(), &KNOWN_OF_KMS).map_err(malformed)?;
+        Ok(record)
     }
 
-    /// Checks every field of the unwrapped payload, opens what the master seals, and checks that it is of the tenant of
-    /// that name.
-    pub fn unlock(&self, vault: VaultId, name: &TenantName, payload: &[u8]) -> Result<TenantKeys, FormatError> {
-        let scope = Scope { vault, tenant: self.tenant_id };
+    /// Checks every field of the unwrapped payload: the master.
+    fn master(&self, scope: &Scope, payload: &[u8]) -> Result<Master, FormatError> {
         let payload: &[u8; PAYLOAD] =
             payload.try_into().map_err(|_| FormatError::Malformed("the unwrapped payload has a wrong length"))?;
         if &payload[0..8] != PAYLOAD_MAGIC {
             return Err(FormatError::Malformed("the unwrapped payload is not a master"));
         }
-        if &payload[8..24] != vault.as_bytes() {
+        if &payload[8..24] != scope.vault.as_bytes() {
             return Err(FormatError::Mismatch("the wrapped master is of another vault"));
         }
         if &payload[24..40] != self.tenant_id.as_bytes() {
@@ -249,9 +339,21 @@ impl TenantRecord {
         }
         let mut master = Zeroizing::new([0; KEY]);
         master.copy_from_slice(&payload[48..]);
-        let (cipher, aad) = self.cipher(&scope, &Master::from_bytes(master));
+        Ok(Master::from_bytes(master))
+    }
+
+    /// Opens what the master seals.
+    fn open_sealed(&self, scope: &Scope, master: &Master) -> Result<Zeroizing<Vec<u8>>, FormatError> {
+        let (cipher, aad) = self.cipher(scope, master);
         let plain = cipher.decrypt(&nonce(ONLY_ORDINAL).into(), Payload { msg: &self.sealed, aad: &aad });
-        let plain = Zeroizing::new(plain.map_err(|_| FormatError::Authentication)?);
+        Ok(Zeroizing::new(plain.map_err(|_| FormatError::Authentication)?))
+    }
+
+    /// Checks every field of the unwrapped payload, opens what the master seals, and checks that it is of the tenant of
+    /// that name.
+    pub fn unlock(&self, vault: VaultId, name: &TenantName, payload: &[u8]) -> Result<TenantKeys, FormatError> {
+        let scope = Scope { vault, tenant: self.tenant_id };
+        let plain = self.open_sealed(&scope, &self.master(&scope, payload)?)?;
         let secrets: Secrets =
             serde_json::from_slice(&plain).map_err(|_| FormatError::Malformed("the record's secrets do not parse"))?;
         if secrets.tenant != *name {
@@ -269,10 +371,78 @@ impl TenantRecord {
             deks: deks?,
             dedup: DedupSecret::from_bytes(secrets.dedup.bytes()?),
             record_generation: self.generation,
+            previous_kek: secrets.previous_kek,
             lacks_to_write: secrets.required_to_write.first().map(|feature| shorten(feature)),
         };
         keys.dek(keys.current)?;
         Ok(keys)
+    }
+
+    /// What replaces this record, from the payload that the KMS unwrapped.
+    pub fn successor(&self, vault: VaultId, name: &TenantName, payload: &[u8]) -> Result<Successor<'_>, FormatError> {
+        let scope = Scope { vault, tenant: self.tenant_id };
+        self.unlock(vault, name, payload)?.check_writable()?;
+        let master = self.master(&scope, payload)?;
+        let plain = self.open_sealed(&scope, &master)?;
+        Ok(Successor { record: self, generation: self.next_generation()?, scope, master, plain })
+    }
+
+    /// The record of this tenant after it was erased. Which key wrapped its master is still said.
+    pub fn erase(&self, when: Timestamp) -> Result<TenantRecord, FormatError> {
+        Ok(TenantRecord {
+            generation: self.next_generation()?,
+            wrapped: Vec::new(),
+            salt: [0; KEY],
+            sealed: Vec::new(),
+            erased: Some(when),
+            ..self.clone()
+        })
+    }
+
+    fn next_generation(&self) -> Result<u64, FormatError> {
+        self.generation.checked_add(1).ok_or(FormatError::Malformed("its generation is the highest there is"))
+    }
+}
+
+/// A record's next generation in the making.
+pub struct Successor<'a> {
+    record: &'a TenantRecord,
+    generation: u64,
+    scope: Scope,
+    master: Master,
+    /// What is sealed, as it was written.
+    plain: Zeroizing<Vec<u8>>,
+}
+
+impl Successor<'_> {
+    /// What the KMS is to wrap.
+    pub fn payload(&self) -> Zeroizing<Vec<u8>> {
+        master_payload(&self.scope, self.generation, &self.master)
+    }
+
+    /// The record, with what the KMS made of the payload under the key that `kms` names, and the KEK that this leaves
+    /// behind, if it has another name in the same KMS.
+    pub fn record(
+        &self,
+        kms: KmsRef,
+        wrapped: Vec<u8>,
+        salt: [u8; KEY],
+        previous_kek: Option<&str>,
+    ) -> Result<TenantRecord, FormatError> {
+        let malformed = |_| FormatError::Malformed("the record's secrets do not parse");
+        let mut fields: Borrowed<'_> = serde_json::from_slice(&self.plain).map_err(malformed)?;
+        let previous = previous_kek.map(serde_json::value::to_raw_value).transpose().map_err(malformed)?;
+        match previous.as_deref() {
+            Some(previous) => fields.insert(PREVIOUS_KEK.to_owned(), previous),
+            None => fields.remove(PREVIOUS_KEK),
+        };
+        // With its whole capacity reserved, so that no part of it is moved and left behind unwiped.
+        let mut plain = Zeroizing::new(Vec::with_capacity(2 * self.plain.len() + 1024));
+        serde_json::to_writer(&mut *plain, &fields).map_err(malformed)?;
+        let mut record =
+            TenantRecord { generation: self.generation, kms, wrapped, salt, sealed: Vec::new(), ..self.record.clone() };
+        record.seal(&self.scope, &self.master, &plain);
+        Ok(record)
     }
 }
 
@@ -356,6 +526,73 @@ pub(crate) mod tests {
         assert!(back.unlock(keys.scope.vault, &other, &payload).is_err(), "another tenant's folder");
         let moved = TenantRecord { generation: 2, ..record };
         assert!(moved.unlock(keys.scope.vault, &acme(), &payload).is_err(), "generation");
+    }
+
+    #[test]
+    fn a_successor_has_the_same_keys_and_keeps_what_is_not_known() {
+        let keys = keys(1);
+        let payload = record(&keys).1;
+        // Digits that a parser's own numbers would not keep.
+        let exact = "123456789012345678901234567890.10";
+        let mut text: serde_json::Value = serde_json::from_slice(
+            &changed(&keys, |secrets| {
+                secrets["policies"] = serde_json::json!({ "keep": [7, "days"] });
+            })
+            .encode(),
+        )
+        .unwrap();
+        text["later"] = serde_json::json!({ "exact": "EXACT" });
+        text["kms"]["region"] = serde_json::json!("eu");
+        let text = text.to_string().replace("\"EXACT\"", exact);
+        let old = TenantRecord::decode(text.as_bytes()).unwrap();
+        let kms = KmsRef { kind: "keyring".into(), key: "k2".into() };
+
+        let next = old.successor(keys.scope.vault, &acme(), &payload).unwrap();
+        let new_payload = next.payload();
+        let new = next.record(kms.clone(), vec![4, 5], [0xCC; KEY], Some("k")).unwrap();
+        let encoded = new.encode();
+        let new = TenantRecord::decode(&encoded).unwrap();
+        assert_eq!((new.generation, &new.kms, &new.wrapped), (2, &kms, &vec![4, 5]));
+        let written = String::from_utf8(encoded).unwrap();
+        assert!(written.contains(exact) && written.contains("\"region\": \"eu\""), "{written}");
+        let unlocked = new.unlock(keys.scope.vault, &acme(), &new_payload).unwrap();
+        assert_eq!((unlocked.dek(1).unwrap().expose(), unlocked.previous_kek()), (&[0xD1; KEY], Some("k")));
+        assert_eq!(unlocked.record_generation(), 2);
+        assert!(new.unlock(keys.scope.vault, &acme(), &payload).is_err(), "the old payload");
+        assert!(old.unlock(keys.scope.vault, &acme(), &new_payload).is_err(), "the old record");
+
+        let master = Master::from_bytes(Zeroizing::new([0xAA; KEY]));
+        let sealed: serde_json::Value =
+            serde_json::from_slice(&new.open_sealed(&keys.scope, &master).unwrap()).unwrap();
+        assert_eq!(sealed["policies"], serde_json::json!({ "keep": [7, "days"] }));
+        // A move to another KMS leaves nothing to be retired in this one.
+        let moved = new.successor(keys.scope.vault, &acme(), &new_payload).unwrap();
+        let payload = moved.payload();
+        let moved = moved.record(kms, vec![6], [0xDD; KEY], None).unwrap();
+        assert_eq!(moved.unlock(keys.scope.vault, &acme(), &payload).unwrap().previous_kek(), None);
+    }
+
+    #[test]
+    fn nothing_is_replaced_by_who_may_not_write() {
+        let keys = keys(1);
+        let (record, payload) = record(&keys);
+        let next = |record: &TenantRecord| record.successor(keys.scope.vault, &acme(), &payload).map(drop);
+        assert_eq!(next(&record), Ok(()));
+        let lacking = changed(&keys, |secrets| secrets["required_to_write"] = serde_json::json!(["y"]));
+        assert_eq!(next(&lacking), Err(FormatError::Feature("y".into())));
+    }
+
+    #[test]
+    fn an_erased_record_holds_nothing_that_opens() {
+        let keys = keys(1);
+        let (record, payload) = record(&keys);
+        let erased = record.erase(Timestamp(7)).unwrap();
+        let back = TenantRecord::decode(&erased.encode()).unwrap();
+        assert_eq!(back, erased);
+        assert_eq!((back.erased, back.generation, back.wrapped.len()), (Some(Timestamp(7)), 2, 0));
+        assert!(back.unlock(keys.scope.vault, &acme(), &payload).is_err());
+        let last = TenantRecord { generation: u64::MAX, ..record };
+        assert!(last.erase(Timestamp(7)).is_err());
     }
 
     #[test]

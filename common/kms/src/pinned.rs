@@ -59,8 +59,17 @@ impl Kms for Pinned {
     fn rotate(&self, key: &str) -> Result<KeyName, KmsError> {
         self.check(key)?;
         let name = self.kms.rotate(key)?;
-        self.check(name.as_str())?;
-        Ok(name)
+        if name == self.key {
+            return Ok(name);
+        }
+        // Nothing was wrapped under it yet.
+        let _ = self.kms.destroy(name.as_str());
+        let what = format!(
+            "the tenant {} uses the key {} and no other, but this KMS makes a new key to rotate: take `key` out of the \
+             tenant's entry, then try again",
+            self.tenant, self.key
+        );
+        Err(KmsError::Config { path: self.path.clone(), what })
     }
 
     fn retire(&self, old: &str, new: &str, context: &[u8], wrapped: &[u8]) -> Result<(), KmsError> {

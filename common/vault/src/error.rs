@@ -4,6 +4,7 @@ use std::io::ErrorKind;
 
 use reseal_format::FormatError;
 use reseal_format::names::{TenantName, VmName};
+use reseal_format::time::Timestamp;
 use reseal_kms::KmsError;
 use reseal_store::StoreError;
 
@@ -32,7 +33,7 @@ pub enum VaultError {
     NotAVault { repo: String },
     #[error("{repo} holds a vault already")]
     VaultExists { repo: String },
-    #[error("the vault has no tenant {tenant}; `reseal init --tenant` makes one, or correct --tenant")]
+    #[error("the vault has no tenant {tenant}; `reseal tenant add` makes one, or correct --tenant")]
     NoTenant { tenant: TenantName },
     #[error("the vault has a tenant {tenant} already; `reseal key export` writes a recovery kit of it")]
     TenantExists { tenant: TenantName },
@@ -55,8 +56,32 @@ pub enum VaultError {
         "another backup of {vm} committed restore point {number} while this one ran; nothing is lost, run it again"
     )]
     LostRace { vm: VmName, number: u32 },
-    #[error("the tenant's master is wrapped by a KMS of kind {wanted:?}, but {given:?} is configured")]
-    OtherKms { wanted: String, given: &'static str },
+    #[error(
+        "the keys of tenant {tenant} are wrapped by a KMS of kind {wanted:?}, but {given:?} is configured for it: nothing \
+         was asked there. Name its KMS under [tenants] in the KMS configuration (--kms-config, RESEAL_KMS_CONFIG)"
+    )]
+    OtherKms { tenant: TenantName, wanted: String, given: String },
+    #[error(
+        "tenant {tenant} was erased at {when}: its keys are destroyed, and its restore points can't be read any more. If \
+         nobody erased it, restore tenant.json from a copy of the vault"
+    )]
+    Erased { tenant: TenantName, when: Timestamp },
+    #[error(
+        "the KMS has no key {key}, which the record of tenant {tenant} names, and this machine has not begun to destroy it: \
+         nothing was erased. If that key was destroyed elsewhere, repeat with --key-is-gone; otherwise look in the KMS for \
+         the tenant's key, and who changed the record"
+    )]
+    NotErased { tenant: TenantName, key: String },
+    #[error("the KMS still opens the record of tenant {tenant} after its key {key} was destroyed: it is not erased")]
+    StillOpens { tenant: TenantName, key: String },
+    #[error(
+        "what the KMS wrapped for tenant {tenant} under the key {key} opens as something else: the record stays as it is"
+    )]
+    NotWrapped { tenant: TenantName, key: String },
+    #[error(
+        "tenant {tenant} has {points} restore points, so it is not removed; `reseal tenant erase` destroys its keys"
+    )]
+    NotEmptyTenant { tenant: TenantName, points: usize },
     #[error(transparent)]
     Kms(#[from] KmsError),
     #[error(transparent)]
@@ -81,11 +106,16 @@ impl VaultError {
             | VaultError::NoPoint { .. }
             | VaultError::LostRace { .. }
             | VaultError::OtherKms { .. }
+            | VaultError::NotErased { .. }
+            | VaultError::StillOpens { .. }
+            | VaultError::NotWrapped { .. }
+            | VaultError::NotEmptyTenant { .. }
             | VaultError::State { .. }
             | VaultError::NotEmpty(_)
             | VaultError::Random => Class::Failed,
             VaultError::BadPoint { .. } => Class::Usage,
-            VaultError::Damaged { .. } | VaultError::Missing { .. } | VaultError::Rollback { .. } => Class::Damaged,
+            VaultError::Damaged { .. } | VaultError::Missing { .. } => Class::Damaged,
+            VaultError::Rollback { .. } | VaultError::Erased { .. } => Class::Damaged,
             VaultError::WouldBlock => Class::Unreachable,
             VaultError::Kms(error) => match error.class() {
                 reseal_kms::Class::Unreachable => Class::Unreachable,
@@ -96,7 +126,7 @@ impl VaultError {
             VaultError::Store(error) => match error {
                 StoreError::NotFound(_) | StoreError::NotAFile(_) => Class::Damaged,
                 StoreError::TooLong { .. } | StoreError::Short { .. } => Class::Damaged,
-                StoreError::Exists(_) | StoreError::Full(_) => Class::Failed,
+                StoreError::Exists(_) | StoreError::Changed(_) | StoreError::Full(_) => Class::Failed,
                 StoreError::Io { source, .. } => match source.kind() {
                     // Trying again changes nothing.
                     ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem | ErrorKind::InvalidInput => {

@@ -20,11 +20,14 @@ use crate::{Chain, Tenant, VaultError};
 /// Longest file that is read; a VM takes about a hundred bytes.
 const MAX_FILE: u64 = 64 << 20;
 
-#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Seen {
     record_generation: u64,
     /// Highest number by VM.
     vms: BTreeMap<VmName, u32>,
+    /// KEKs that had opened the record when their destruction began.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    erasing: Vec<String>,
 }
 
 impl Seen {
@@ -89,11 +92,7 @@ impl Heads {
     pub fn remember(&self, record_generation: u64, vms: &[(VmName, u32)]) -> Result<(), VaultError> {
         self.update(|seen| {
             if record_generation < seen.record_generation && !self.accept_rollback {
-                return Err(VaultError::Rollback {
-                    what: "the generation of the tenant record".to_owned(),
-                    seen: seen.record_generation,
-                    now: record_generation,
-                });
+                return Err(record_rollback(seen.record_generation, record_generation));
             }
             seen.record_generation = record_generation;
             for (vm, number) in vms.iter().filter(|(_, number)| *number > 0) {
@@ -102,6 +101,28 @@ impl Heads {
             }
             Ok(())
         })
+    }
+
+    /// Refuses a record that says it is older than what was seen, before a KMS is asked to open it: that key may be gone.
+    pub fn check_generation(&self, record_generation: u64) -> Result<(), VaultError> {
+        let seen = self.read().map_err(|e| self.error(e))?.record_generation;
+        match record_generation < seen && !self.accept_rollback {
+            true => Err(record_rollback(seen, record_generation)),
+            false => Ok(()),
+        }
+    }
+
+    /// Remembers which keys an erasure is about to destroy; none when it is done.
+    pub fn begin_erasure(&self, keys: &[String]) -> Result<(), VaultError> {
+        self.update(|seen| {
+            seen.erasing = keys.to_vec();
+            Ok(())
+        })
+    }
+
+    /// The keys whose destruction was begun.
+    pub fn erasure(&self) -> Result<Vec<String>, VaultError> {
+        Ok(self.read().map_err(|e| self.error(e))?.erasing)
     }
 
     /// The VMs that were seen with restore points, so that one that vanished whole is asked for too.
@@ -139,7 +160,7 @@ impl Heads {
         };
         let _lock = lock().map_err(|e| self.error(e))?;
         let before = self.read().map_err(|e| self.error(e))?;
-        let mut after = Seen { vms: before.vms.clone(), ..before };
+        let mut after = before.clone();
         change(&mut after)?;
         if after == before {
             return Ok(());
@@ -154,6 +175,10 @@ impl Heads {
         };
         replace().map_err(|e| self.error(e))
     }
+}
+
+fn record_rollback(seen: u64, now: u64) -> VaultError {
+    VaultError::Rollback { what: "the generation of the tenant record".to_owned(), seen, now }
 }
 
 #[cfg(test)]
@@ -173,6 +198,11 @@ mod tests {
         assert_eq!(heads.read().unwrap().number(&vm), 8);
         assert!(matches!(heads.remember(2, &[]), Err(VaultError::Rollback { seen: 3, now: 2, .. })));
         assert_eq!(heads.known_vms().unwrap(), std::slice::from_ref(&vm));
+        assert!(matches!(heads.check_generation(2), Err(VaultError::Rollback { seen: 3, now: 2, .. })));
+        heads.check_generation(3).unwrap();
+        heads.begin_erasure(&["k".to_owned()]).unwrap();
+        heads.remember(4, &[]).unwrap();
+        assert_eq!(heads.erasure().unwrap(), ["k"]);
         Heads::new(folder.path(), &scope, true).remember(2, &[]).unwrap();
         heads.remember(2, &[]).unwrap();
     }

@@ -1,9 +1,11 @@
 //! A vault: opening it, reading restore points, committing them.
 //!
 //! ```text
-//! open:   reseal.json → tenant record → KMS unwraps the master → keys           (tenant, heads)
+//! open:   reseal.json → tenant record → KMS unwraps the master → keys           (record, tenant, heads)
 //! read:   chain → manifest → index node → leaf → pack table → blob → frames     (points, tree, packs)
 //! commit: blobs → packs, finished durable → manifest, created last              (pack_writer, points)
+//! keys:   unwrap → wrap anew → replace the record; or destroy the key           (rekey, erase)
+//! tidy:   what a tenant has; removing one that has nothing                      (holdings)
 //! ```
 //!
 //! [`cache`] is the byte-bounded cache that all reading shares; [`heads`] remembers what was seen, so that a vault that
@@ -13,17 +15,25 @@
 //! durable before it was created. Nothing is served that was not authenticated.
 
 pub mod cache;
+mod erase;
 mod error;
 pub mod heads;
+mod holdings;
 mod pack_writer;
 mod packs;
 mod points;
+mod record;
+mod rekey;
 mod tenant;
 mod tree;
 
+pub use erase::Erased;
 pub use error::{Class, VaultError};
+pub use holdings::{Holdings, VmHoldings, tenants};
 pub use pack_writer::{FinishingPack, PackWriter};
 pub use packs::{PackFile, PackHandle, Packs, Wait};
 pub use points::{Chain, Point, PointSpec, State, Which};
+pub use record::Record;
+pub use rekey::Rewrapped;
 pub use tenant::{Tenant, create_tenant, create_vault, random};
 pub use tree::Tree;

@@ -2,18 +2,19 @@
 
 use std::sync::Arc;
 
-use reseal_format::FormatError;
 use reseal_format::ids::{TenantId, VaultId};
 use reseal_format::keys::{DedupSecret, Dek, Master, Scope};
 use reseal_format::layout;
 use reseal_format::names::TenantName;
 use reseal_format::tenant::{KmsRef, MAX_RECORD, TenantKeys, TenantRecord, master_payload};
+use reseal_format::time::Timestamp;
 use reseal_format::vaultfile::{MAX_VAULT_FILE, VaultFile};
 use reseal_kms::{KeyName, Kms};
 use reseal_store::{Store, StoreError};
 use zeroize::Zeroizing;
 
 use crate::VaultError;
+use crate::record::Record;
 
 /// Random bytes from the system.
 pub fn random<const N: usize>() -> Result<[u8; N], VaultError> {
@@ -45,7 +46,7 @@ fn expect_no_vault(store: &dyn Store) -> Result<(), VaultError> {
     expect_none(store, &[layout::TENANTS.to_owned()], layout::VAULT_FILE)
 }
 
-fn expect_no_tenant(store: &dyn Store, tenant: &TenantName) -> Result<(), VaultError> {
+pub(crate) fn expect_no_tenant(store: &dyn Store, tenant: &TenantName) -> Result<(), VaultError> {
     expect_none(store, &[layout::vms(tenant), layout::packs(tenant)], &layout::tenant_record(tenant))
 }
 
@@ -73,7 +74,7 @@ pub fn create_vault(store: &dyn Store, repo: &str) -> Result<VaultId, VaultError
 }
 
 /// The id of the vault.
-fn vault_id(store: &dyn Store, repo: &str) -> Result<VaultId, VaultError> {
+pub(crate) fn vault_id(store: &dyn Store, repo: &str) -> Result<VaultId, VaultError> {
     let bytes = match store.get(layout::VAULT_FILE, MAX_VAULT_FILE) {
         Err(StoreError::NotFound(_)) => {
             expect_no_vault(store)?;
@@ -85,7 +86,7 @@ fn vault_id(store: &dyn Store, repo: &str) -> Result<VaultId, VaultError> {
 }
 
 /// What a KMS binds a wrapped master to.
-fn kms_context(scope: &Scope) -> Vec<u8> {
+pub(crate) fn kms_context(scope: &Scope) -> Vec<u8> {
     [&b"reseal/1 master"[..], scope.vault.as_bytes(), scope.tenant.as_bytes()].concat()
 }
 
@@ -104,16 +105,28 @@ pub fn create_tenant(
     }
     let scope = Scope { vault, tenant: TenantId::from_bytes(random()?) };
     let key = kms.create(KeyName::for_tenant(tenant.as_str())?.as_str())?;
+    let made = first_record(scope, tenant, kms, &key).and_then(|record| {
+        match store.create(&layout::tenant_record(tenant), &record.encode()) {
+            Err(StoreError::Exists(_)) => Err(VaultError::TenantExists { tenant: tenant.clone() }),
+            other => Ok(other?),
+        }
+    });
+    let nothing_made = || matches!(store.get(&layout::tenant_record(tenant), MAX_RECORD), Err(StoreError::NotFound(_)));
+    if made.as_ref().is_err_and(|e| matches!(e, VaultError::TenantExists { .. }) || nothing_made()) {
+        // Nothing needs the new key. If it can't be destroyed, what counts is the error that led here.
+        let _ = kms.destroy(key.as_str());
+    }
+    made.map(|()| (key, scope))
+}
+
+/// The record of a new tenant, with fresh keys.
+fn first_record(scope: Scope, tenant: &TenantName, kms: &dyn Kms, key: &KeyName) -> Result<TenantRecord, VaultError> {
     let master = Master::from_bytes(random_key()?);
     let keys = TenantKeys::new(scope, Dek::from_bytes(random_key()?), DedupSecret::from_bytes(random_key()?));
     let payload = master_payload(&scope, keys.record_generation(), &master);
     let wrapped = kms.wrap(key.as_str(), &kms_context(&scope), &payload)?;
     let reference = KmsRef { kind: kms.kind().into(), key: key.as_str().into() };
-    let record = TenantRecord::new(&keys, tenant, &master, random()?, reference, wrapped);
-    match store.create(&layout::tenant_record(tenant), &record.encode()) {
-        Err(StoreError::Exists(_)) => Err(VaultError::TenantExists { tenant: tenant.clone() }),
-        other => Ok(other.map(|()| (key, scope))?),
-    }
+    Ok(TenantRecord::new(&keys, tenant, &master, random()?, reference, wrapped))
 }
 
 /// A tenant whose keys are unlocked.
@@ -121,32 +134,13 @@ pub struct Tenant {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) name: TenantName,
     pub(crate) keys: Arc<TenantKeys>,
-    kms: KmsRef,
+    pub(crate) kms: KmsRef,
 }
 
 impl Tenant {
     /// Reads the tenant's record and has the KMS unwrap its master.
     pub fn open(store: Arc<dyn Store>, repo: &str, name: &TenantName, kms: &dyn Kms) -> Result<Tenant, VaultError> {
-        let vault = vault_id(&*store, repo)?;
-        let key = layout::tenant_record(name);
-        let bytes = match store.get(&key, MAX_RECORD) {
-            Err(StoreError::NotFound(_)) => {
-                expect_no_tenant(&*store, name)?;
-                return Err(VaultError::NoTenant { tenant: name.clone() });
-            }
-            other => other?,
-        };
-        let record = TenantRecord::decode(&bytes).map_err(VaultError::damaged(&key))?;
-        if record.kms.kind != kms.kind() {
-            return Err(VaultError::OtherKms { wanted: record.kms.kind, given: kms.kind() });
-        }
-        // A name that was typed wrong is the user's mistake; one that was read is damage.
-        let named = KeyName::parse(&record.kms.key).map_err(|_| FormatError::Malformed("no KMS key has such a name"));
-        named.map_err(VaultError::damaged(&key))?;
-        let scope = Scope { vault, tenant: record.tenant_id };
-        let payload = kms.unwrap(&record.kms.key, &kms_context(&scope), &record.wrapped)?;
-        let keys = record.unlock(vault, name, &payload).map_err(VaultError::damaged(&key))?;
-        Ok(Tenant { store, name: name.clone(), keys: Arc::new(keys), kms: record.kms })
+        Record::read(store, repo, name)?.unlock(kms)
     }
 
     /// Its name.
@@ -157,6 +151,14 @@ impl Tenant {
     /// Its keys.
     pub fn keys(&self) -> &Arc<TenantKeys> {
         &self.keys
+    }
+
+    /// When the tenant was erased, if that happened since it was opened: whoever holds its keys lets go of them then.
+    pub fn erased(&self) -> Result<Option<Timestamp>, VaultError> {
+        let key = layout::tenant_record(&self.name);
+        let bytes = self.store.get(&key, MAX_RECORD)?;
+        let record = TenantRecord::decode(&bytes).map_err(VaultError::damaged(&key))?;
+        Ok(record.erased.filter(|_| record.tenant_id == self.keys.scope().tenant))
     }
 
     /// Where its objects are.

@@ -117,7 +117,7 @@ impl KmsConfig {
 
     /// The same for the default path: without the file, every tenant uses the keyring.
     pub fn load_if_there(path: &Path) -> Result<Self, KmsError> {
-        Ok(Self::read(path)?.unwrap_or_default())
+        Ok(Self::read(path)?.unwrap_or_else(|| Self { path: path.to_owned(), ..Self::default() }))
     }
 
     fn read(path: &Path) -> Result<Option<Self>, KmsError> {
@@ -137,6 +137,11 @@ impl KmsConfig {
     /// The name here of the KMS that the tenant uses: [`KEYRING`] if nothing else is said.
     pub fn kms_of(&self, tenant: &str) -> &str {
         self.tenants.get(tenant).map_or(KEYRING, |choice| &choice.kms)
+    }
+
+    /// Where it is, or would be.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The KMS that the tenant uses; none for the keyring, which the caller opens. Nothing is sent yet.

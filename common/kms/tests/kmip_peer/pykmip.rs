@@ -104,7 +104,8 @@ pub(crate) fn free_port() -> u16 {
 }
 
 fn program() -> PathBuf {
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let own = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let workspace = own.ancestors().find(|folder| folder.join("Cargo.lock").exists()).unwrap();
     let cache = std::env::var_os("RESEAL_CACHE").map_or_else(|| workspace.join(".cache"), PathBuf::from);
     let program = cache.join("pykmip/bin/pykmip-server");
     assert!(program.exists(), "{} is missing: run tests/scripts/setup.sh", program.display());

@@ -27,7 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// The program: `tests/scripts/setup.sh` puts it into the cache, unless another is named.
 fn program() -> PathBuf {
     let variable = |name| std::env::var_os(name).map(PathBuf::from);
-    let cache = || variable("RESEAL_CACHE").unwrap_or(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.cache"));
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().find(|folder| folder.join("Cargo.lock").exists());
+    let cache = || variable("RESEAL_CACHE").unwrap_or_else(|| workspace.unwrap().join(".cache"));
     let path = variable("RESEAL_TEST_BAO").unwrap_or_else(|| cache().join("openbao/bin/bao"));
     let at = path.display();
     assert!(path.exists(), "there is no OpenBao at {at}: run tests/scripts/setup.sh, or set RESEAL_TEST_BAO");

@@ -1,0 +1,128 @@
+//! What a vault's tenants have, as far as names and sizes tell; and removing a tenant that has nothing.
+
+use std::sync::Arc;
+
+use reseal_format::layout::{self, PointFile, parse_point_file};
+use reseal_format::names::{TenantName, VmName};
+use reseal_store::{Store, StoreError};
+
+use crate::VaultError;
+use crate::record::Record;
+
+/// The tenants that have a folder, sorted by name. What is no name of a tenant is nobody's.
+pub fn tenants(store: &dyn Store) -> Result<Vec<TenantName>, VaultError> {
+    let entries = store.list(layout::TENANTS)?;
+    let folders = entries.iter().filter(|entry| entry.is_folder);
+    let mut names: Vec<_> = folders.filter_map(|entry| TenantName::from_key(&entry.name)).collect();
+    names.sort();
+    Ok(names)
+}
+
+/// Names and sizes of what a tenant has, from listings.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Holdings {
+    /// Each VM with its restore points that were not forgotten, the forgotten ones, and notes.
+    pub vms: Vec<VmHoldings>,
+    /// Packs of all generations.
+    pub packs: usize,
+    /// Bytes of all objects.
+    pub bytes: u64,
+    /// Keys of all objects but the tenant record.
+    keys: Vec<String>,
+}
+
+/// What a VM has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmHoldings {
+    pub name: VmName,
+    pub points: usize,
+    pub forgotten: usize,
+}
+
+impl Holdings {
+    /// Lists what a tenant has.
+    pub fn of(store: &dyn Store, tenant: &TenantName) -> Result<Holdings, VaultError> {
+        let mut holdings = Holdings::default();
+        let vms = layout::vms(tenant);
+        for entry in store.list(&vms)?.iter().filter(|entry| entry.is_folder) {
+            let Some(name) = VmName::from_key(&entry.name) else { continue };
+            let (mut points, mut forgotten) = (Vec::new(), Vec::new());
+            for (object, length) in holdings.add_all(store, &layout::vm(tenant, &name))? {
+                holdings.bytes += length;
+                match parse_point_file(&object) {
+                    Some(PointFile::Manifest(number)) => points.push(number),
+                    Some(PointFile::Tombstone(number)) => forgotten.push(number),
+                    None => {}
+                }
+            }
+            for (_, length) in holdings.add_all(store, &layout::notes(tenant, &name))? {
+                holdings.bytes += length;
+            }
+            points.retain(|number| !forgotten.contains(number));
+            holdings.vms.push(VmHoldings { name, points: points.len(), forgotten: forgotten.len() });
+        }
+        let packs = layout::packs(tenant);
+        for shelf in store.list(&packs)?.iter().filter(|entry| entry.is_folder) {
+            for (object, length) in holdings.add_all(store, &format!("{packs}{}/", shelf.name))? {
+                holdings.packs += usize::from(layout::parse_pack_file(&object).is_some());
+                holdings.bytes += length;
+            }
+        }
+        holdings.vms.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(holdings)
+    }
+
+    /// Restore points that were not forgotten.
+    pub fn points(&self) -> usize {
+        self.vms.iter().map(|vm| vm.points).sum()
+    }
+
+    /// Takes note of the objects directly in a folder; their names and lengths.
+    fn add_all(&mut self, store: &dyn Store, folder: &str) -> Result<Vec<(String, u64)>, VaultError> {
+        let mut found = Vec::new();
+        for entry in store.list(folder)?.into_iter().filter(|entry| !entry.is_folder) {
+            self.keys.push(format!("{folder}{}", entry.name));
+            found.push((entry.name, entry.length));
+        }
+        Ok(found)
+    }
+}
+
+impl Record {
+    /// Removes a tenant that has no restore points, with all that is left of it: what backups left unfinished, and what was
+    /// forgotten. The record goes last, so this may be repeated until it succeeds. No backup may run meanwhile.
+    ///
+    /// Of a tenant that was erased everything is removed, for nothing of it can be read.
+    pub fn remove(&self) -> Result<usize, VaultError> {
+        let store: &Arc<dyn Store> = &self.store;
+        let removed = {
+            let holdings = Holdings::of(&**store, &self.name)?;
+            self.check_empty(&holdings)?;
+            for key in &holdings.keys {
+                match store.delete(key) {
+                    Err(StoreError::NotFound(_)) => {}
+                    other => other?,
+                }
+            }
+            holdings.keys.len()
+        };
+        // What a backup has committed since would now be damaged; with its record it can at least be named.
+        self.check_empty(&Holdings::of(&**store, &self.name)?)?;
+        // Before the record: folders without it would look like a tenant whose record was lost.
+        store.remove_empty(&layout::tenant(&self.name))?;
+        if !self.is_current() {
+            return Err(StoreError::Changed(self.key()).into());
+        }
+        store.delete(&self.key())?;
+        store.remove_empty(&layout::tenant(&self.name))?;
+        Ok(removed + 1)
+    }
+
+    fn check_empty(&self, holdings: &Holdings) -> Result<(), VaultError> {
+        match holdings.points() {
+            0 => Ok(()),
+            _ if self.record.erased.is_some() => Ok(()),
+            points => Err(VaultError::NotEmptyTenant { tenant: self.name.clone(), points }),
+        }
+    }
+}
