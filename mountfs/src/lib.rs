@@ -6,7 +6,7 @@
 //! request → disk: leaf → blob → open → frames → bytes → reply       (disk, frame_cache, wipe)
 //!         → view: VM → restore point → file                         (inodes, files, catalog, view)
 //!         → at once, or by the pool under a deadline                (answer, pool, readahead, handles, fuse)
-//! mount → session → unmount                                         (mount, mounts, background, signals, umount)
+//! mount → session → unmount                                         (mount, mounts, background, signals, erasure, umount)
 //! restore: disk → clusters on all cores → file or block device      (restore)
 //! ```
 //!
@@ -31,6 +31,7 @@ pub mod pool;
 mod readahead;
 
 pub mod background;
+pub mod erasure;
 pub mod mount;
 mod mounts;
 pub mod signals;

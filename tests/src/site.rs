@@ -17,6 +17,8 @@ pub struct Site {
     pub vault: PathBuf,
     pub keyring: PathBuf,
     pub state: PathBuf,
+    /// The KMS configuration, where the site has one.
+    pub kms_config: Option<PathBuf>,
 }
 
 impl Site {
@@ -31,7 +33,8 @@ impl Site {
     pub fn bare() -> Site {
         let folder = tempfile::Builder::new().prefix("reseal-test-").tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
-        let site = Site { vault: at("vault"), keyring: at("keys/keyring.json"), state: at("state"), folder };
+        let site =
+            Site { vault: at("vault"), keyring: at("keys/keyring.json"), state: at("state"), kms_config: None, folder };
         for folder in ["home", "tmp", "disks"] {
             fs::create_dir(site.path(folder)).unwrap();
         }
@@ -58,6 +61,16 @@ impl Site {
         self.vault.join("tenants/default")
     }
 
+    /// The folder of a tenant with a name that needs no encoding.
+    pub fn folder_of(&self, tenant: &str) -> PathBuf {
+        self.vault.join("tenants").join(tenant)
+    }
+
+    /// The bytes of every object.
+    pub fn contents(&self) -> std::collections::BTreeMap<String, Vec<u8>> {
+        self.objects().into_iter().map(|key| (key.clone(), fs::read(self.vault.join(key)).unwrap())).collect()
+    }
+
     /// One of the programs with those arguments, in the environment of this site and no other.
     pub fn command<A: AsRef<OsStr>>(&self, name: &str, arguments: impl IntoIterator<Item = A>) -> Command {
         let mut command = Command::new(program(name));
@@ -65,6 +78,9 @@ impl Site {
         command.env("PATH", std::env::var_os("PATH").unwrap_or_default());
         command.env("HOME", self.path("home")).env("TMPDIR", self.path("tmp"));
         command.env("RESEAL_REPO", &self.vault).env("RESEAL_KEYRING", &self.keyring).env("RESEAL_STATE", &self.state);
+        if let Some(config) = &self.kms_config {
+            command.env("RESEAL_KMS_CONFIG", config);
+        }
         command
     }
 

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use reseal_cli::{CommonArgs, Failure, finish, harden};
 
-use commands::{backup, delegate, init, key, list, show, verify};
+use commands::{backup, delegate, init, key, list, rekey, show, tenant, verify};
 
 /// Backs up virtual machines so that whoever holds the backup can't read it without its keys
 #[derive(Parser)]
@@ -33,6 +33,10 @@ enum Command {
     Verify(verify::Args),
     /// Takes keys to another machine: the recovery kit
     Key(key::Args),
+    /// The customers of a vault, each with a key of its own: add, list, show, remove, erase
+    Tenant(tenant::Args),
+    /// Other keys for the same data
+    Rekey(rekey::Args),
     /// Shows restore points as files: every disk, decrypted, under VM/TIME/
     Mount(delegate::Args),
     /// Ends a mount
@@ -60,6 +64,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Verify(args) => verify::run(common, args),
         Command::Guardian => reseal_writer::guardian::run(),
         Command::Key(args) => key::run(common, args),
+        Command::Tenant(args) => tenant::run(common, args),
+        Command::Rekey(args) => rekey::run(common, args),
         Command::Mount(_) | Command::Umount(_) | Command::Restore(_) => Ok(()),
     }
 }

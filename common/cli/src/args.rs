@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use clap::Args;
 use reseal_format::names::{TenantName, VmName};
-use reseal_kms::Keyring;
+use reseal_kms::{Keyring, Kms};
 use reseal_store::Store;
 use reseal_vault::heads::Heads;
-use reseal_vault::{Chain, Tenant};
+use reseal_vault::{Chain, Record, Tenant};
 
+use crate::kms::of_tenant;
 use crate::{Failure, Output, Paths, Status, open_store, read_passphrase};
 
 /// Common arguments.
@@ -27,6 +28,10 @@ pub struct CommonArgs {
     /// Reads the keyring's passphrase from the first line of a file instead of asking
     #[arg(long, env = "RESEAL_KEYRING_PASSPHRASE_FILE", global = true, value_name = "FILE")]
     pub keyring_passphrase_file: Option<PathBuf>,
+    /// Which KMS keeps which tenant's key [default: /etc/reseal/kms.toml for root, otherwise in the user's configuration; a
+    /// tenant that it does not name uses the keyring]
+    #[arg(long, env = "RESEAL_KMS_CONFIG", global = true, value_name = "FILE")]
+    pub kms_config: Option<PathBuf>,
     /// What this machine remembers of vaults [default: /var/lib/reseal for root, otherwise in the user's state]
     #[arg(long, env = "RESEAL_STATE", global = true, value_name = "FOLDER")]
     pub state: Option<PathBuf>,
@@ -47,6 +52,14 @@ pub struct CommonArgs {
     pub verbose: u8,
 }
 
+/// A tenant whose record was read; no KMS was asked yet.
+pub struct Found {
+    pub record: Record,
+    pub heads: Heads,
+    pub paths: Paths,
+    pub repo: String,
+}
+
 /// A tenant that is ready to be used.
 pub struct Opened {
     pub tenant: Arc<Tenant>,
@@ -63,7 +76,7 @@ impl CommonArgs {
 
     /// Where keys and state are.
     pub fn paths(&self) -> Result<Paths, Failure> {
-        Paths::new(self.keyring.clone(), self.state.clone())
+        Paths::new(self.keyring.clone(), self.kms_config.clone(), self.state.clone())
     }
 
     /// The vault's name as given.
@@ -85,16 +98,37 @@ impl CommonArgs {
         })?)
     }
 
+    /// The vault as a store, and its name.
+    pub fn vault(&self) -> Result<(Arc<dyn Store>, String), Failure> {
+        let repo = self.repo()?;
+        Ok((open_store(&repo)?, repo))
+    }
+
+    /// Reads the record of a tenant, and refuses one that is older than what was seen.
+    pub fn find(&self, name: &TenantName) -> Result<Found, Failure> {
+        let (store, repo) = self.vault()?;
+        let paths = self.paths()?;
+        let record = Record::read(store, &repo, name)?;
+        let heads = Heads::new(&paths.state, &record.scope(), self.accept_rollback);
+        heads.check_generation(record.generation())?;
+        Ok(Found { record, heads, paths, repo })
+    }
+
     /// Opens the vault, unlocks the tenant, and checks that neither was rolled back.
     pub fn open(&self) -> Result<Opened, Failure> {
-        let repo = self.repo()?;
-        let paths = self.paths()?;
-        let name = self.tenant()?;
-        let store: Arc<dyn Store> = open_store(&repo)?;
-        let tenant = Arc::new(Tenant::open(store, &repo, &name, &self.open_keyring()?)?);
-        let heads = Heads::new(&paths.state, &tenant.keys().scope(), self.accept_rollback);
+        let found = self.find(&self.tenant()?)?;
+        let kms = self.kms_of(&found.record)?;
+        found.unlock(&*kms)
+    }
+}
+
+impl Found {
+    /// Unlocks the tenant.
+    pub fn unlock(self, kms: &dyn Kms) -> Result<Opened, Failure> {
+        let tenant = self.record.unlock(kms).map_err(|e| of_tenant(self.record.name(), e))?;
+        let Found { heads, paths, repo, .. } = self;
         heads.remember(tenant.keys().record_generation(), &[])?;
-        Ok(Opened { tenant, heads, paths, repo })
+        Ok(Opened { tenant: Arc::new(tenant), heads, paths, repo })
     }
 }
 

@@ -1,7 +1,7 @@
 //! What `reseal` and `reseal-mount` share on the command line.
 //!
 //! ```text
-//! arguments → paths → passphrases → an unlocked tenant      (args, paths, passphrase)
+//! arguments → paths → passphrases → KMS → an unlocked tenant (args, paths, passphrase, kms)
 //! result → one line for people, or JSON → exit status       (failure, output, progress)
 //! ```
 //!
@@ -10,14 +10,16 @@
 mod args;
 mod failure;
 mod harden;
+mod kms;
 mod output;
 mod passphrase;
 mod paths;
 mod progress;
 
-pub use args::{CommonArgs, Opened};
+pub use args::{CommonArgs, Found, Opened};
 pub use failure::{Failure, Status, finish};
 pub use harden::{harden, unlocked};
+pub use kms::of_tenant;
 pub use output::{Output, human_bytes, human_duration};
 pub use passphrase::{read_new_passphrase, read_passphrase};
 pub use paths::{Paths, open_store};

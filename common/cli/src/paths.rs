@@ -11,12 +11,18 @@ use crate::{Failure, Status};
 #[derive(Debug, Clone)]
 pub struct Paths {
     pub keyring: PathBuf,
+    /// The KMS configuration; none where the user has no folder for one.
+    pub kms_config: Option<PathBuf>,
     pub state: PathBuf,
 }
 
 impl Paths {
     /// Given paths, or the defaults: those of the system for root, those of the XDG base directories for others.
-    pub fn new(keyring: Option<PathBuf>, state: Option<PathBuf>) -> Result<Paths, Failure> {
+    pub fn new(
+        keyring: Option<PathBuf>,
+        kms_config: Option<PathBuf>,
+        state: Option<PathBuf>,
+    ) -> Result<Paths, Failure> {
         let root = rustix::process::geteuid().is_root();
         let or = |given: Option<PathBuf>, system: &str, variable: &str, below_home: &str, name: &str, option: &str| {
             if let Some(path) = given {
@@ -40,6 +46,15 @@ impl Paths {
                 "keyring.json",
                 "RESEAL_KEYRING",
             )?,
+            kms_config: or(
+                kms_config,
+                "/etc/reseal/kms.toml",
+                "XDG_CONFIG_HOME",
+                ".config",
+                "kms.toml",
+                "RESEAL_KMS_CONFIG",
+            )
+            .ok(),
             state: or(state, "/var/lib/reseal", "XDG_STATE_HOME", ".local/state", "", "RESEAL_STATE")?,
         })
     }

@@ -10,6 +10,7 @@ use reseal_cli::{CommonArgs, Failure, Status, finish, harden};
 use reseal_format::names::VmName;
 use reseal_mountfs::background::{Detach, Side, split};
 use reseal_mountfs::catalog::Shown;
+use reseal_mountfs::erasure;
 use reseal_mountfs::journal::Journal;
 use reseal_mountfs::mount::{MountError, Mounted, Options};
 use reseal_mountfs::signals::StopSignals;
@@ -91,10 +92,11 @@ fn serve(common: &CommonArgs, arguments: &MountArgs, detach: Option<Detach>) -> 
         io_timeout: Duration::from_secs(arguments.io_timeout.into()),
         allow_other: arguments.allow_other,
     };
-    let journal = Arc::new(Journal::new());
-    let mounted = Mounted::new(opened.tenant, Some(opened.heads), &arguments.mountpoint, &options, journal);
+    let (tenant, journal) = (opened.tenant, Arc::new(Journal::new()));
+    let mounted = Mounted::new(tenant.clone(), Some(opened.heads), &arguments.mountpoint, &options, journal.clone());
     let mounted = mounted.map_err(mount_failure)?;
     signals.on_signal(mounted.stopper()).map_err(failed)?;
+    erasure::watch(tenant, journal, mounted.stopper()).map_err(failed)?;
     let end = if detach.is_some() { "`reseal umount` ends it" } else { "Ctrl-C ends it" };
     common.output().say(format!("mounted at {}, decrypted as it is read; {end}", mounted.path().display()));
     if let Some(detach) = detach {

@@ -12,7 +12,8 @@ const EXPECT_VERSION: &str = "RESEAL_EXPECT_VERSION";
 const VERBS: [&str; 3] = ["mount", "umount", "restore"];
 
 /// Common options that are followed by a value.
-const TAKE_VALUES: [&str; 5] = ["--repo", "--tenant", "--keyring", "--keyring-passphrase-file", "--state"];
+const TAKE_VALUES: [&str; 6] =
+    ["--repo", "--tenant", "--keyring", "--keyring-passphrase-file", "--kms-config", "--state"];
 
 /// Whatever the other program takes.
 #[derive(clap::Args)]

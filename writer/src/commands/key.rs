@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use reseal_cli::Status;
 use reseal_cli::{CommonArgs, Failure, read_new_passphrase, read_passphrase};
 use reseal_kms::Keyring;
+use reseal_kms::config::KEYRING;
 use reseal_kms::kit::{read_kit, write_kit};
 use serde_json::json;
 
-use super::init::{kit_contents, refuse_inside};
+use super::new_tenant::{kit_contents, no_kit, refuse_inside};
 
 /// Arguments of `key`.
 #[derive(clap::Args)]
@@ -43,6 +44,10 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
 
 fn export(common: &CommonArgs, file: &File) -> Result<(), Failure> {
     let opened = common.open()?;
+    if opened.tenant.kms().kind != KEYRING {
+        let config = common.kms_config()?;
+        return Err(no_kit(opened.tenant.name(), config.kms_of(opened.tenant.name().as_str()), ""));
+    }
     let keyring = common.open_keyring()?;
     let tenant = &opened.tenant;
     let scope = tenant.keys().scope();

@@ -5,8 +5,11 @@ pub(crate) mod delegate;
 pub(crate) mod init;
 pub(crate) mod key;
 pub(crate) mod list;
+pub(crate) mod new_tenant;
+pub(crate) mod rekey;
 pub(crate) mod show;
 pub(crate) mod sources;
+pub(crate) mod tenant;
 pub(crate) mod verify;
 
 use std::thread::available_parallelism;

@@ -1,0 +1,195 @@
+//! `reseal rekey`: other keys for the same data.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use reseal_cli::{CommonArgs, Failure, Found, Status, human_duration, of_tenant};
+use reseal_format::names::TenantName;
+use reseal_kms::config::KEYRING;
+use reseal_kms::kit::write_kit;
+use reseal_kms::{Kms, Passphrase};
+use reseal_vault::Record;
+use serde_json::json;
+
+use super::new_tenant::{kit_contents, kit_passphrase, no_kit, open_or_make_keyring, refuse_inside};
+
+/// Arguments of `rekey`.
+#[derive(clap::Args)]
+#[command(group = clap::ArgGroup::new("what").required(true).args(["kek", "to_kms"]))]
+pub(crate) struct Args {
+    /// Makes new material for the tenant's key in its KMS, wraps the master anew, and retires the old. No data moves
+    #[arg(long)]
+    kek: bool,
+    /// Wraps the master under a new key in another KMS of the configuration, or in the keyring. No data moves
+    #[arg(long, value_name = "NAME|keyring")]
+    to_kms: Option<String>,
+    /// Destroys the key in the KMS that the tenant leaves
+    #[arg(long, requires = "to_kms")]
+    destroy_key: bool,
+    /// Where to write a recovery kit with the new key, if it is in the keyring
+    #[arg(long, value_name = "FILE")]
+    recovery: Option<PathBuf>,
+    /// Reads the kit's passphrase from the first line of a file instead of asking
+    #[arg(long, env = "RESEAL_RECOVERY_PASSPHRASE_FILE", value_name = "FILE")]
+    recovery_passphrase_file: Option<PathBuf>,
+}
+
+pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
+    let found = common.find(&common.tenant()?)?;
+    match &args.to_kms {
+        Some(target) => move_to(common, &found, target, &args),
+        None => rotate(common, &found, &args),
+    }
+}
+
+/// The passphrase of the kit that is asked for.
+fn wanted_kit(args: &Args, found: &Found, kms: &str) -> Result<Option<Passphrase>, Failure> {
+    match &args.recovery {
+        Some(_) if kms != KEYRING => Err(no_kit(found.record.name(), kms, ", and leave out --recovery")),
+        Some(path) => Ok(Some(kit_passphrase(&found.repo, path, args.recovery_passphrase_file.as_deref())?)),
+        None => Ok(None),
+    }
+}
+
+/// Writes the kit before the old key goes.
+fn write_new_kit(
+    common: &CommonArgs,
+    args: &Args,
+    found: &Found,
+    record: &Record,
+    passphrase: Option<&Passphrase>,
+) -> Result<(), Failure> {
+    let (Some(path), Some(passphrase)) = (&args.recovery, passphrase) else { return Ok(()) };
+    let keyring = common.open_keyring()?;
+    let kit = kit_contents(&found.repo, record.name().as_str(), &record.scope(), &keyring, &record.kms().key)?;
+    write_kit(path, &kit, passphrase).map_err(|e| {
+        let failure = Failure::from(e);
+        let hint = "the record is wrapped under the new key already; write the kit with `reseal key export`, then run this again";
+        Failure::new(failure.status, format!("{}; {hint}", failure.message))
+    })
+}
+
+fn rotate(common: &CommonArgs, found: &Found, args: &Args) -> Result<(), Failure> {
+    let began = Instant::now();
+    let (record, name) = (&found.record, found.record.name());
+    let kms = common.kms_of(record)?;
+    let passphrase = wanted_kit(args, found, common.kms_config()?.kms_of(name.as_str()))?;
+    let of = |e| of_tenant(name, e);
+    let rewrapped = record.rotate(&*kms).map_err(of)?;
+    let (new, old) = (&rewrapped.record, &rewrapped.old);
+    found.heads.remember(new.generation(), &[])?;
+    write_new_kit(common, args, found, new, passphrase.as_ref())?;
+    new.retire(old, &*kms).map_err(|e| not_retired(name, old.key.as_str(), of_tenant(name, e)))?;
+
+    let output = common.output();
+    let key = new.kms().key.as_str();
+    output.json(&json!({
+        "tenant": name, "kind": new.kms().kind, "old_key": old.key, "key": key, "generation": new.generation(),
+        "objects": [new.key()], "recovery_kit": args.recovery, "retired_before": rewrapped.finished,
+        "duration_ms": u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+    }));
+    output.say(match old.key == key {
+        true => format!("key         {key}: a new version wraps the master; older ones don't open it any more"),
+        false => format!("key         {key}, in the place of {}, which is destroyed", old.key),
+    });
+    output.say(format!("record      generation {}", new.generation()));
+    output.say(format!("replaced    1 object, {}, in {}", new.key(), human_duration(began.elapsed())));
+    if new.kms().kind == KEYRING && args.recovery.is_none() {
+        output.warn(format!(
+            "recovery kits of tenant {name} from before open nothing now: write another with `reseal key export FILE`"
+        ));
+    }
+    Ok(())
+}
+
+fn not_retired(tenant: &TenantName, old: &str, failure: Failure) -> Failure {
+    let message = format!(
+        "{}; the master of tenant {tenant} is wrapped anew already, but the old key {old} is not retired: run `reseal rekey \
+         --kek` again",
+        failure.message
+    );
+    Failure::new(failure.status, message)
+}
+
+fn move_to(common: &CommonArgs, found: &Found, target: &str, args: &Args) -> Result<(), Failure> {
+    let began = Instant::now();
+    let (record, name) = (&found.record, found.record.name());
+    let config = common.kms_config()?;
+    let from = config.kms_of(name.as_str()).to_owned();
+    if from == target {
+        return Err(Failure::new(Status::Usage, format!("tenant {name} uses the KMS {target} already")));
+    }
+    record.check_live()?;
+    let passphrase = wanted_kit(args, found, target)?;
+    let to: Box<dyn Kms> = match target {
+        KEYRING => {
+            let path = common.paths()?.keyring;
+            refuse_inside(&found.repo, &path, "the keyring", "RESEAL_KEYRING")?;
+            Box::new(open_or_make_keyring(common, &path, false)?)
+        }
+        _ => config.open(target)?,
+    };
+    let entry = entry(name, target);
+    let finish = format!("[tenants] in {} to have:\n\n    {entry}\n", config.path().display());
+    // An earlier call may have been interrupted, or the configuration not been changed since.
+    if record.kms().kind == to.kind() && record.unlock(&*to).is_ok() {
+        common.output().json(&json!({
+            "tenant": name, "kms": target, "kind": to.kind(), "key": record.kms().key, "generation": record.generation(),
+            "objects": [], "config": entry,
+        }));
+        common.output().say(format!("tenant {name} was moved to the KMS {target} already. Change {finish}"));
+        return Ok(());
+    }
+    let kms = common.kms_of(record)?;
+    let of = |e| of_tenant(name, e);
+    let rewrapped = record.move_to(&*kms, &*to).map_err(of)?;
+    let (new, old) = (&rewrapped.record, &rewrapped.old);
+    found.heads.remember(new.generation(), &[])?;
+    write_new_kit(common, args, found, new, passphrase.as_ref())?;
+    let destroyed = args.destroy_key.then(|| kms.destroy(&old.key));
+    let output = common.output();
+    output.json(&json!({
+        "tenant": name, "kms": target, "kind": new.kms().kind, "key": new.kms().key, "generation": new.generation(),
+        "objects": [new.key()], "config": entry, "old_kms": from, "old_kind": old.kind, "old_key": old.key,
+        "old_key_destroyed": matches!(destroyed, Some(Ok(()))), "recovery_kit": args.recovery,
+        "duration_ms": u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+    }));
+    output.say(format!("key         {} in the KMS {target} ({})", new.kms().key, new.kms().kind));
+    output.say(format!("record      generation {}", new.generation()));
+    output.say(format!("replaced    1 object, {}, in {}", new.key(), human_duration(began.elapsed())));
+    output.say(format!("\nNothing opens until you change {finish}"));
+    let there = format!("the key {} in the KMS {from}", old.key);
+    match destroyed {
+        Some(Ok(())) => output.say(format!("destroyed {there}")),
+        Some(Err(e)) => {
+            let failure = of(e.into());
+            let message = format!("{}; the tenant is moved, destroy {there} yourself", failure.message);
+            return Err(Failure::new(failure.status, message));
+        }
+        None => {
+            output.say(format!("{there} opens older copies of the record still: destroy it when nothing needs them"))
+        }
+    }
+    Ok(())
+}
+
+/// The line of the configuration that gives a tenant this KMS.
+fn entry(tenant: &TenantName, kms: &str) -> String {
+    let is_bare = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+    let quoted = || serde_json::to_string(tenant).unwrap_or_default();
+    let key = if tenant.as_str().chars().all(is_bare) { tenant.to_string() } else { quoted() };
+    format!("{key} = \"{kms}\"")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_to_write_is_toml() {
+        let line = |name: &str| entry(&TenantName::new(name).unwrap(), "hsm");
+        assert_eq!(line("acme"), "acme = \"hsm\"");
+        assert_eq!(line("acme & co"), "\"acme & co\" = \"hsm\"");
+        assert_eq!(line("a\"b\\"), r#""a\"b\\" = "hsm""#);
+    }
+}

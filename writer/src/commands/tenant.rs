@@ -1,0 +1,263 @@
+//! `reseal tenant`: the customers of a vault.
+
+use std::io::{BufRead, IsTerminal, Read, Write};
+use std::sync::Arc;
+
+use reseal_cli::{CommonArgs, Failure, Status, human_bytes, of_tenant};
+use reseal_format::names::TenantName;
+use reseal_store::Store;
+use reseal_vault::heads::tenant_folder;
+use reseal_vault::{Holdings, Record, VaultError, VmHoldings, tenants};
+use serde_json::{Value, json};
+
+use super::init::report_tenant;
+use super::new_tenant::{KitArgs, NewTenant, now};
+
+/// Longest line that is read as a confirmation.
+const MAX_LINE: u64 = 1024;
+
+/// Arguments of `tenant`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(clap::Subcommand)]
+enum Action {
+    /// Makes a tenant in the vault, with a key of its own in the KMS that the configuration gives it
+    Add {
+        /// Its name, which the storage can see
+        name: String,
+        #[command(flatten)]
+        kit: KitArgs,
+    },
+    /// Lists the tenants; no KMS is asked
+    List,
+    /// Shows a tenant's key, epochs, VMs and sizes
+    Show {
+        /// Its name [default: the one of --tenant]
+        name: Option<String>,
+    },
+    /// Removes a tenant that has no restore points, or that was erased. No backup of it may run
+    Remove {
+        name: String,
+        /// Destroys its key in the KMS as well
+        #[arg(long)]
+        destroy_key: bool,
+    },
+    /// Destroys a tenant's key in its KMS for good: nobody can read its restore points any more
+    Erase {
+        name: String,
+        /// The tenant's name once more, instead of typing it when asked
+        #[arg(long, value_name = "NAME")]
+        yes: Option<String>,
+        /// Goes on where the KMS has no such key, because it was destroyed elsewhere
+        #[arg(long)]
+        key_is_gone: bool,
+    },
+}
+
+pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
+    let named = |name: &str| TenantName::new(name).map_err(|e| Failure::of(Status::Usage, &e));
+    match args.action {
+        Action::Add { name, kit } => add(common, named(&name)?, &kit),
+        Action::List => list(common),
+        Action::Show { name } => show(common, name.as_deref().map_or_else(|| common.tenant(), named)?),
+        Action::Remove { name, destroy_key } => remove(common, &named(&name)?, destroy_key),
+        Action::Erase { name, yes, key_is_gone } => erase(common, &named(&name)?, yes.as_deref(), key_is_gone),
+    }
+}
+
+fn add(common: &CommonArgs, name: TenantName, kit: &KitArgs) -> Result<(), Failure> {
+    let (store, repo) = common.vault()?;
+    let made = NewTenant::prepare(common, &repo, name.clone(), kit, false)?.make(&*store, &repo)?;
+    common.output().json(&json!({
+        "tenant": name, "kms": made.kms, "kind": made.kind, "key": made.key, "keyring": made.keyring,
+        "recovery_kit": kit.recovery,
+    }));
+    report_tenant(common, name.as_str(), &made, kit.recovery.as_deref());
+    Ok(())
+}
+
+/// What can be said of a tenant without its keys.
+fn summary(record: &Record, holdings: &Holdings) -> Value {
+    json!({
+        "tenant": record.name(),
+        "tenant_id": record.scope().tenant,
+        "kind": record.kms().kind,
+        "key": record.kms().key,
+        "generation": record.generation(),
+        "erased": record.erased().map(|when| when.to_rfc3339()),
+        "vms": holdings.vms.len(),
+        "points": holdings.points(),
+        "packs": holdings.packs,
+        "bytes": holdings.bytes,
+    })
+}
+
+fn list(common: &CommonArgs) -> Result<(), Failure> {
+    let output = common.output();
+    let (store, repo) = common.vault()?;
+    let config = common.kms_config()?;
+    let mut failed: Option<Failure> = None;
+    let mut shown = 0;
+    for name in tenants(&*store)? {
+        let read =
+            Record::read(store.clone(), &repo, &name).and_then(|record| Ok((Holdings::of(&*store, &name)?, record)));
+        let (holdings, record) = match read {
+            Ok(read) => read,
+            // A folder in which nothing is any more.
+            Err(VaultError::NoTenant { .. }) => continue,
+            // Each is named; the last one ends the command.
+            Err(e) => {
+                if let Some(before) = failed.replace(e.into()) {
+                    output.warn(before.message);
+                }
+                continue;
+            }
+        };
+        if shown == 0 {
+            let header = ["TENANT", "KMS", "KEY", "VMS", "POINTS", "SIZE"];
+            output.say(row(header.map(str::to_owned)));
+        }
+        shown += 1;
+        let kms = config.kms_of(name.as_str());
+        let mut document = summary(&record, &holdings);
+        document["kms"] = json!(kms);
+        output.json(&document);
+        let key = match record.erased() {
+            Some(when) => format!("erased {when}"),
+            None => record.kms().key.clone(),
+        };
+        let (vms, points) = (holdings.vms.len().to_string(), holdings.points().to_string());
+        output.say(row([name.to_string(), kms.to_owned(), key, vms, points, human_bytes(holdings.bytes)]));
+    }
+    if shown == 0 && failed.is_none() {
+        output.say("no tenants yet; make one with `reseal tenant add NAME`");
+    }
+    failed.map_or(Ok(()), Err)
+}
+
+fn row([tenant, kms, key, vms, points, size]: [String; 6]) -> String {
+    format!("{tenant:<24} {kms:<16} {key:<32} {vms:>6} {points:>7} {size:>10}")
+}
+
+fn show(common: &CommonArgs, name: TenantName) -> Result<(), Failure> {
+    let output = common.output();
+    let found = common.find(&name)?;
+    let kms = common.kms_of(&found.record)?;
+    let tenant = found.record.unlock(&*kms).map_err(|e| of_tenant(&name, e))?;
+    found.heads.remember(found.record.generation(), &[])?;
+    let holdings = Holdings::of(&**tenant.store(), &name)?;
+    let keys = tenant.keys();
+    let config = common.kms_config()?;
+    let epochs: Vec<u32> = keys.epochs().collect();
+    let mut document = summary(&found.record, &holdings);
+    document["kms"] = json!(config.kms_of(name.as_str()));
+    document["vault_id"] = json!(found.record.scope().vault);
+    document["epoch"] = json!(keys.current_epoch());
+    document["epochs"] = json!(epochs);
+    let vm = |vm: &VmHoldings| json!({ "vm": vm.name, "points": vm.points, "forgotten": vm.forgotten });
+    document["vm_list"] = holdings.vms.iter().map(vm).collect();
+    output.json(&document);
+    output.say(format!("tenant      {name}"));
+    output.say(format!("id          {}", found.record.scope().tenant));
+    let reference = tenant.kms();
+    output.say(format!("KMS         {} ({}), key {}", config.kms_of(name.as_str()), reference.kind, reference.key));
+    output.say(format!("record      generation {}", found.record.generation()));
+    let all = epochs.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+    output.say(format!("DEK epochs  {all}; new objects under {}", keys.current_epoch()));
+    for vm in &holdings.vms {
+        output.say(format!("VM          {}: {} points, {} forgotten", vm.name, vm.points, vm.forgotten));
+    }
+    output.say(format!("points      {}", holdings.points()));
+    output.say(format!("stored      {} in {} packs", human_bytes(holdings.bytes), holdings.packs));
+    Ok(())
+}
+
+fn remove(common: &CommonArgs, name: &TenantName, destroy_key: bool) -> Result<(), Failure> {
+    let found = common.find(name)?;
+    let (record, state) = (&found.record, tenant_folder(&found.paths.state, &found.record.scope()));
+    let key = record.kms().key.clone();
+    let kms = match record.erased() {
+        Some(_) => None,
+        None => {
+            let kms = common.kms_of(record)?;
+            // It must be this tenant's key, not one whose name somebody wrote there.
+            record.unlock(&*kms).map_err(|e| of_tenant(name, e))?;
+            Some(kms)
+        }
+    };
+    let objects = record.remove()?;
+    let _ = std::fs::remove_dir_all(state);
+    let destroyed = match kms.filter(|_| destroy_key) {
+        Some(kms) => {
+            kms.destroy(&key).map_err(|e| {
+                let failure = of_tenant(name, e.into());
+                let hint = format!("the tenant is removed; destroy its key {key} in the KMS yourself");
+                Failure::new(failure.status, format!("{}; {hint}", failure.message))
+            })?;
+            true
+        }
+        None => false,
+    };
+    let output = common.output();
+    output.json(&json!({ "tenant": name, "objects": objects, "key": key, "key_destroyed": destroyed }));
+    output.say(format!("removed tenant {name}: {objects} objects"));
+    if record.erased().is_none() {
+        output.say(match destroyed {
+            true => format!("destroyed its key {key}"),
+            false => format!("its key {key} is still in the KMS; nothing needs it now"),
+        });
+    }
+    Ok(())
+}
+
+fn erase(common: &CommonArgs, name: &TenantName, yes: Option<&str>, key_is_gone: bool) -> Result<(), Failure> {
+    let output = common.output();
+    let found = common.find(name)?;
+    let kms = common.kms_of(&found.record)?;
+    let store: Arc<dyn Store> = common.vault()?.0;
+    confirm(name, &Holdings::of(&*store, name)?, yes)?;
+    let erased = found.record.erase(&*kms, &found.heads, now(), key_is_gone).map_err(|e| of_tenant(name, e))?;
+    // Keyed ids only, which nothing can use any more. What was seen stays, so that an old record is noticed.
+    let _ = std::fs::remove_dir_all(tenant_folder(&found.paths.state, &found.record.scope()).join("lookup"));
+    output.json(&json!({ "tenant": name, "keys_destroyed": erased.keys, "generation": erased.generation }));
+    output.say(format!("erased tenant {name}: the KMS has shown that it does not open its keys any more"));
+    for key in &erased.keys {
+        output.say(format!("destroyed key {key}"));
+    }
+    output.say(
+        "\nCopies of the key open it still: recovery kits, backups of the KMS or of the keyring. Mounts of it end by themselves; \
+         a backup\nthat runs holds its keys until it ends. Its objects stay until `reseal tenant remove`.",
+    );
+    Ok(())
+}
+
+/// The name has to be typed: there is no way back.
+fn confirm(name: &TenantName, holdings: &Holdings, yes: Option<&str>) -> Result<(), Failure> {
+    let usage = |what: String| Failure::new(Status::Usage, what);
+    let typed = match yes {
+        Some(yes) => yes.to_owned(),
+        None if std::io::stdin().is_terminal() => {
+            let points = holdings.points();
+            let mut stderr = std::io::stderr().lock();
+            let _ = write!(
+                stderr,
+                "This destroys the keys of tenant {name}, so that its {points} restore points can never be read again.\n\
+                 Type the tenant's name to go on: "
+            );
+            let _ = stderr.flush();
+            let mut line = String::new();
+            let read = std::io::stdin().lock().take(MAX_LINE).read_line(&mut line);
+            read.map_err(|e| usage(format!("can't read from the terminal: {e}; nothing was erased")))?;
+            line.trim_end_matches(['\n', '\r']).to_owned()
+        }
+        None => return Err(usage(format!("to erase tenant {name} for good, repeat with --yes and its name"))),
+    };
+    match typed == name.as_str() {
+        true => Ok(()),
+        false => Err(usage(format!("that is not the name of tenant {name}; nothing was erased"))),
+    }
+}
