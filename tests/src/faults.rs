@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use reseal_store::{Entry, Store, StoreError, Upload};
+use reseal_store::{Entry, Lease, Store, StoreError, Upload};
 
 /// What a store is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +21,8 @@ pub enum Operation {
     Delete,
     Settle,
     Sweep,
+    Lease,
+    IsHeld,
 }
 
 impl Operation {
@@ -170,6 +172,14 @@ impl Store for Watched {
 
     fn sweep(&self) -> Result<(), StoreError> {
         self.shared.apply(Operation::Sweep, "", || self.inner.sweep())
+    }
+
+    fn lease(&self, key: &str, bytes: &[u8]) -> Result<Box<dyn Lease>, StoreError> {
+        self.shared.apply(Operation::Lease, key, || self.inner.lease(key, bytes))
+    }
+
+    fn is_held(&self, key: &str) -> Result<bool, StoreError> {
+        self.shared.apply(Operation::IsHeld, key, || self.inner.is_held(key))
     }
 }
 

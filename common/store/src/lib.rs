@@ -78,7 +78,17 @@ pub trait Store: Send + Sync {
 
     /// Removes what writers that died have left behind.
     fn sweep(&self) -> Result<(), StoreError>;
+
+    /// Makes an object that says that this process is at work. It goes when the lease is dropped; where the process dies
+    /// before, it stays, but [`Store::is_held`] tells the difference. It is not durable: nor is the process.
+    fn lease(&self, key: &str, bytes: &[u8]) -> Result<Box<dyn Lease>, StoreError>;
+
+    /// Whether the process that made a lease still has it. What is left of one that nobody has is removed.
+    fn is_held(&self, key: &str) -> Result<bool, StoreError>;
 }
+
+/// A lease that this process has, until this is dropped.
+pub trait Lease: Send + Sync {}
 
 /// An object in the making. Dropped unfinished, it never existed.
 pub trait Upload: Send {
@@ -111,6 +121,11 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Whether the place refuses to change or remove the object, as a lock on it makes it: trying again changes nothing.
+    pub fn is_refused(&self) -> bool {
+        matches!(self, StoreError::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied)
+    }
+
     /// The key of the object that it is about.
     pub fn key(&self) -> &str {
         match self {

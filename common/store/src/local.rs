@@ -4,6 +4,8 @@
 //! synced. So an object exists whole and durable, or not; and whoever finds an unlocked file under `tmp/` may delete it.
 //!
 //! An object is replaced by a rename, after its content was compared under a lock that all replacements in the folder take.
+//!
+//! A lease is a file that its process keeps locked, so that it ends with the process, whatever becomes of that.
 
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
@@ -21,7 +23,7 @@ use rustix::fs::{Advice, AtFlags, CWD, FlockOperation, Mode, OFlags, fadvise, fl
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use rustix::process::{Resource, getrlimit};
 
-use crate::{Entry, Store, StoreError, Upload};
+use crate::{Entry, Lease, Store, StoreError, Upload};
 
 /// Folder of unfinished objects.
 const TMP: &str = "tmp";
@@ -372,6 +374,53 @@ impl Store for Local {
         }
         Ok(())
     }
+
+    fn lease(&self, key: &str, bytes: &[u8]) -> Result<Box<dyn Lease>, StoreError> {
+        let mut upload = self.begin(key)?;
+        upload.append(bytes)?;
+        let linked = || -> io::Result<()> {
+            let folder = upload.target.parent().ok_or(io::ErrorKind::InvalidInput)?;
+            self.shared.ensure_folder(folder)?;
+            std::fs::hard_link(&upload.path, &upload.target)
+        };
+        linked().map_err(|e| io_error(key, "make", e))?;
+        Ok(Box::new(LocalLease(upload)))
+    }
+
+    fn is_held(&self, key: &str) -> Result<bool, StoreError> {
+        let path = self.shared.path(key)?;
+        // Opened for writing, because network file systems take no exclusive lock otherwise; and never a link or a pipe.
+        let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+        let file = match OpenOptions::new().read(true).write(true).custom_flags(flags).open(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+            other => other.map_err(|e| io_error(key, "open", e))?,
+        };
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => return Ok(true),
+            other => other.map_err(|e| io_error(key, "lock", e.into()))?,
+        }
+        // Its name may have been taken by another lease since it was opened. Who removes one has it locked, so what has
+        // the name now is this file, or has a process.
+        let remove = || match is_same_file(&file, &path)? {
+            true => std::fs::remove_file(&path).map(|()| false),
+            false => Ok(path.symlink_metadata().is_ok()),
+        };
+        match remove() {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+            other => other.map_err(|e| io_error(key, "delete", e)),
+        }
+    }
+}
+
+/// The locked file. Its first name, under `tmp/`, goes with it too.
+struct LocalLease(LocalUpload);
+
+impl Lease for LocalLease {}
+
+impl Drop for LocalLease {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0.target);
+    }
 }
 
 struct LocalUpload {
@@ -417,9 +466,13 @@ impl LocalUpload {
     }
 
     fn is_linked(&self) -> io::Result<bool> {
-        let (ours, theirs) = (self.file.metadata()?, std::fs::metadata(&self.target)?);
-        Ok((ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()))
+        is_same_file(&self.file, &self.target)
     }
+}
+
+fn is_same_file(file: &File, path: &Path) -> io::Result<bool> {
+    let (ours, theirs) = (file.metadata()?, std::fs::metadata(path)?);
+    Ok((ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()))
 }
 
 impl Upload for LocalUpload {
@@ -455,6 +508,23 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = Local::new(folder.path().join("vault"));
         (folder, store)
+    }
+
+    #[test]
+    fn a_lease_is_held_until_it_is_dropped_or_its_process_is_gone() {
+        let (_folder, store) = store();
+        let lease = store.lease("t/leases/1.lease", b"who").unwrap();
+        assert!(store.is_held("t/leases/1.lease").unwrap());
+        assert!(matches!(store.lease("t/leases/1.lease", b"other"), Err(StoreError::Exists(_))));
+        store.sweep().unwrap();
+        assert_eq!(store.get("t/leases/1.lease", 9).unwrap(), b"who");
+        drop(lease);
+        assert!(!store.is_held("t/leases/1.lease").unwrap());
+        assert_eq!((store.list("t/leases").unwrap(), store.list(TMP).unwrap()), (vec![], vec![]));
+        // What a process that was killed leaves: the file, without a lock.
+        store.create("t/leases/2.lease", b"who").unwrap();
+        assert!(!store.is_held("t/leases/2.lease").unwrap());
+        assert_eq!(store.list("t/leases").unwrap(), []);
     }
 
     #[test]
