@@ -1,6 +1,6 @@
 //! Keys of the objects of a vault. See `docs/FORMAT.md`, "Objects".
 
-use crate::ids::{NoteId, PackId};
+use crate::ids::{LeaseId, NoteId, PackId};
 use crate::names::{TenantName, VmName};
 
 /// Highest number of a restore point: eight digits, so that keys sort by number.
@@ -52,6 +52,21 @@ pub fn note(tenant: &TenantName, vm_name: &VmName, number: u32, id: NoteId) -> S
     format!("{}{number:08}-{id}.note", notes(tenant, vm_name))
 }
 
+/// Folder of what says who is at work.
+pub fn leases(tenant: &TenantName) -> String {
+    format!("tenants/{}/leases/", tenant.to_key())
+}
+
+/// What one process says of itself while it is at work.
+pub fn lease(tenant: &TenantName, id: LeaseId) -> String {
+    format!("{}{id}.lease", leases(tenant))
+}
+
+/// What the one process says of itself that changes the data keys.
+pub fn rekey_lease(tenant: &TenantName) -> String {
+    format!("{}rekey.lease", leases(tenant))
+}
+
 /// Folder of a tenant's packs.
 pub fn packs(tenant: &TenantName) -> String {
     format!("tenants/{}/packs/", tenant.to_key())
@@ -97,6 +112,11 @@ pub fn parse_point_file(name: &str) -> Option<PointFile> {
 pub fn parse_note_file(name: &str) -> Option<(u32, NoteId)> {
     let (digits, id) = name.strip_suffix(".note")?.split_once('-')?;
     Some((parse_number(digits)?, NoteId::from_hex(id)?))
+}
+
+/// Parses the last part of a lease's key.
+pub fn parse_lease_file(name: &str) -> Option<LeaseId> {
+    LeaseId::from_hex(name.strip_suffix(".lease")?)
 }
 
 /// Parses the last part of a pack's key: its id and generation.

@@ -164,9 +164,27 @@ pub struct PackSealer {
 impl PackSealer {
     /// Starts generation 0 of a pack under the tenant's current DEK. `id` and `salt` must be fresh random bytes.
     pub fn new(keys: &TenantKeys, kind: Kind, id: PackId, salt: [u8; KEY]) -> Result<PackSealer, FormatError> {
+        PackSealer::of_generation(keys, kind, id, 0, salt)
+    }
+
+    /// Starts the generation after that of `old`, under the tenant's current DEK. Each blob takes the ordinal that it had,
+    /// or [`PackSealer::empty`] does. `salt` must be fresh random bytes.
+    pub fn next(keys: &TenantKeys, old: &Trailer, salt: [u8; KEY]) -> Result<PackSealer, FormatError> {
+        let next =
+            old.generation.checked_add(1).ok_or(FormatError::Malformed("its generation is the highest there is"));
+        PackSealer::of_generation(keys, old.kind, old.id, next?, salt)
+    }
+
+    fn of_generation(
+        keys: &TenantKeys,
+        kind: Kind,
+        id: PackId,
+        generation: u32,
+        salt: [u8; KEY],
+    ) -> Result<PackSealer, FormatError> {
         let trailer = Trailer {
             kind,
-            generation: 0,
+            generation,
             id,
             epoch: keys.current_epoch(),
             count: 0,
@@ -182,6 +200,11 @@ impl PackSealer {
     /// The pack.
     pub fn id(&self) -> PackId {
         self.trailer.id
+    }
+
+    /// Its generation.
+    pub fn generation(&self) -> u32 {
+        self.trailer.generation
     }
 
     /// Blobs so far.
@@ -214,6 +237,17 @@ impl PackSealer {
         self.trailer.count += 1;
         self.trailer.blob_bytes += content.len() as u64;
         ordinal
+    }
+
+    /// Leaves the next ordinal to a blob that was emptied: nothing stands there.
+    ///
+    /// # Panics
+    /// If the pack has as many blobs as it may.
+    pub fn empty(&mut self) {
+        assert!(self.trailer.count < MAX_BLOBS, "a full pack takes no more blobs");
+        self.lengths.extend([0; LENGTH]);
+        self.ids.extend([0; BlobId::LENGTH]);
+        self.trailer.count += 1;
     }
 
     /// The rest of the object, after the blobs: both tables and the trailer.
@@ -362,6 +396,28 @@ mod tests {
         let object = pack(&[b"one", b"two", &[7; 5000]]);
         assert_eq!(open_all(&object, &keys(1)).unwrap(), [b"one".to_vec(), b"two".to_vec(), vec![7; 5000]]);
         assert_eq!(trailer(&object).unwrap().digest, Digest::of(&object[..object.len() - 40]));
+    }
+
+    #[test]
+    fn the_next_generation_has_the_same_ordinals_under_another_key() {
+        let keys = keys(1);
+        let old = pack(&[b"one", b"two", b"three"]);
+        let mut sealer = PackSealer::next(&keys, &trailer(&old).unwrap(), [5; 32]).unwrap();
+        let (mut one, mut three) = (b"one".to_vec(), b"three".to_vec());
+        assert_eq!(sealer.seal(keys.dedup().id_of(b"one"), &mut one), 0);
+        sealer.empty();
+        assert_eq!(sealer.seal(keys.dedup().id_of(b"three"), &mut three), 2);
+        let object = [one, three, sealer.finish()].concat();
+        let new = trailer(&object).unwrap();
+        assert_eq!((new.generation, new.count, new.id), (1, 3, trailer(&old).unwrap().id));
+        let opener = PackOpener::new(&keys, new.clone()).unwrap();
+        let lengths_at = usize::try_from(new.blob_bytes).unwrap() + new.id_table_bytes();
+        let lengths = opener.open_lengths(object[lengths_at..lengths_at + new.length_table_bytes()].to_vec()).unwrap();
+        assert_eq!([0, 1, 2].map(|ordinal| lengths.place(ordinal)), [Some((0, 19)), None, Some((19, 21))]);
+        assert_eq!(opener.open_blob(2, &mut object[19..40].to_vec()).unwrap(), b"three");
+        assert_ne!(object[..19], old[..19], "another salt, so another key");
+        let last = Trailer { generation: u32::MAX, ..new };
+        assert!(PackSealer::next(&keys, &last, [6; 32]).is_err());
     }
 
     #[test]

@@ -124,6 +124,21 @@ pub fn open(keys: &TenantKeys, kind: Kind, object: &[u8]) -> Result<(Header, Zer
     Ok((header, Zeroizing::new(plain.map_err(|_| FormatError::Authentication)?)))
 }
 
+/// The epoch of the DEK that an object is sealed under, as its header says.
+pub fn epoch(object: &[u8]) -> Result<u32, FormatError> {
+    let clear = object.first_chunk::<HEADER>().ok_or(FormatError::Malformed("shorter than its header"))?;
+    Ok(Header::decode(clear)?.0.epoch)
+}
+
+/// Seals an object of any kind again, under the current DEK, with the same plaintext, byte for byte. `salt` must be fresh
+/// random bytes.
+pub fn reseal(keys: &TenantKeys, object: &[u8], salt: [u8; KEY]) -> Result<Vec<u8>, FormatError> {
+    let clear = object.first_chunk::<HEADER>().ok_or(FormatError::Malformed("shorter than its header"))?;
+    let (header, plain) = open(keys, Header::decode(clear)?.0.kind, object)?;
+    let header = Header { epoch: keys.current_epoch(), record_generation: keys.record_generation(), ..header };
+    seal(keys, &header, salt, &plain)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -158,10 +173,28 @@ mod tests {
         assert!(open(&keys(2), Kind::Note, &object).is_err(), "another vault and tenant");
     }
 
+    #[test]
+    fn what_is_sealed_again_is_the_same_under_another_key() {
+        let (old, new) = (keys(1), crate::tenant::tests::keys_of_next_epoch(1));
+        let object = seal(&old, &header(), [5; 32], b"content").unwrap();
+        let again = reseal(&new, &object, [6; 32]).unwrap();
+        assert_eq!((epoch(&object), epoch(&again)), (Ok(1), Ok(2)));
+        let (back, plain) = open(&new, Kind::Note, &again).unwrap();
+        assert_eq!(&plain[..], b"content");
+        assert_eq!(back, Header { epoch: 2, record_generation: 2, ..header() });
+        assert_eq!(open(&old, Kind::Note, &again).unwrap_err(), FormatError::UnknownEpoch(2));
+        for at in HEADER..object.len() {
+            let mut damaged = object.clone();
+            damaged[at] ^= 1;
+            assert_eq!(reseal(&new, &damaged, [7; 32]), Err(FormatError::Authentication), "byte {at}");
+        }
+    }
+
     proptest! {
         #[test]
         fn hostile_objects_never_panic(mut bytes in prop::collection::vec(any::<u8>(), 0..300)) {
             let _ = open(&keys(1), Kind::Manifest, &bytes);
+            let _ = (epoch(&bytes), reseal(&keys(1), &bytes, [5; 32]));
             let real = seal(&keys(1), &header(), [5; 32], b"content").unwrap();
             let known = bytes.len().min(11);
             bytes[..known].copy_from_slice(&real[..known]);

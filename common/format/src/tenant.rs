@@ -6,8 +6,8 @@
 //! sealed  = AES-256-GCM(HKDF(master, salt), JSON { name, features, DEKs by epoch, current epoch, dedup secret })
 //! ```
 //!
-//! A record is replaced by its [`Successor`], of the next generation: the same master wrapped anew, the same secrets sealed
-//! anew, and every field that this version does not know. An erased tenant's record holds neither.
+//! A record is replaced by its [`Successor`], of the next generation: its master wrapped anew, its secrets sealed anew, and
+//! every field that this version does not know. An erased tenant's record holds neither.
 
 use std::collections::BTreeMap;
 
@@ -183,8 +183,10 @@ struct Secrets {
     previous_kek: Option<String>,
 }
 
-/// Name of the field, for whoever changes the sealed part as text.
+/// Names of fields, for whoever changes the sealed part as text.
 const PREVIOUS_KEK: &str = "previous_kek";
+const CURRENT_EPOCH: &str = "current_epoch";
+const DEKS: &str = "deks";
 
 #[derive(Serialize, Deserialize)]
 struct SecretDek {
@@ -415,6 +417,35 @@ pub struct Successor<'a> {
 }
 
 impl Successor<'_> {
+    /// With another master, and a DEK of the next epoch, under which all is sealed from then on. What older epochs have
+    /// sealed still opens.
+    pub fn with_next_epoch(self, master: Master, dek: &Dek) -> Result<Self, FormatError> {
+        let secrets: Secrets = parse_secrets(&self.plain)?;
+        let exhausted = || FormatError::Malformed("it has as many DEK epochs as a record may hold");
+        let highest = secrets.deks.iter().map(|dek| dek.epoch).max().unwrap_or(0);
+        let epoch = highest.checked_add(1).filter(|_| secrets.deks.len() < MAX_EPOCHS).ok_or_else(exhausted)?;
+        let fields: Borrowed<'_> = parse_secrets(&self.plain)?;
+        let mut deks: Vec<&RawValue> = parse_secrets(fields.get(DEKS).map_or("[]", |deks| deks.get()).as_bytes())?;
+        let new = secret_json(&SecretDek { epoch, key: SecretHex::of(dek.expose()) })?;
+        deks.push(parse_secrets(&new)?);
+        let (deks, epoch) = (secret_json(&deks)?, secret_json(&epoch)?);
+        let changed = [(DEKS, Some(parse_secrets(&deks)?)), (CURRENT_EPOCH, Some(parse_secrets(&epoch)?))];
+        let plain = with_fields(&self.plain, &changed)?;
+        Ok(Successor { master, plain, ..self })
+    }
+
+    /// Without the DEKs of all epochs but the current one: nothing may need them any more.
+    pub fn without_old_epochs(self) -> Result<Self, FormatError> {
+        let secrets: Secrets = parse_secrets(&self.plain)?;
+        let fields: Borrowed<'_> = parse_secrets(&self.plain)?;
+        let all: Vec<&RawValue> = parse_secrets(fields.get(DEKS).map_or("[]", |deks| deks.get()).as_bytes())?;
+        // The same list, so in the same order.
+        let kept = all.into_iter().zip(&secrets.deks).filter(|(_, dek)| dek.epoch == secrets.current_epoch);
+        let deks = secret_json(&kept.map(|(text, _)| text).collect::<Vec<_>>())?;
+        let plain = with_fields(&self.plain, &[(DEKS, Some(parse_secrets(&deks)?))])?;
+        Ok(Successor { plain, ..self })
+    }
+
     /// What the KMS is to wrap.
     pub fn payload(&self) -> Zeroizing<Vec<u8>> {
         master_payload(&self.scope, self.generation, &self.master)
@@ -430,20 +461,39 @@ impl Successor<'_> {
         previous_kek: Option<&str>,
     ) -> Result<TenantRecord, FormatError> {
         let malformed = |_| FormatError::Malformed("the record's secrets do not parse");
-        let mut fields: Borrowed<'_> = serde_json::from_slice(&self.plain).map_err(malformed)?;
         let previous = previous_kek.map(serde_json::value::to_raw_value).transpose().map_err(malformed)?;
-        match previous.as_deref() {
-            Some(previous) => fields.insert(PREVIOUS_KEK.to_owned(), previous),
-            None => fields.remove(PREVIOUS_KEK),
-        };
-        // With its whole capacity reserved, so that no part of it is moved and left behind unwiped.
-        let mut plain = Zeroizing::new(Vec::with_capacity(2 * self.plain.len() + 1024));
-        serde_json::to_writer(&mut *plain, &fields).map_err(malformed)?;
+        let plain = with_fields(&self.plain, &[(PREVIOUS_KEK, previous.as_deref())])?;
         let mut record =
             TenantRecord { generation: self.generation, kms, wrapped, salt, sealed: Vec::new(), ..self.record.clone() };
         record.seal(&self.scope, &self.master, &plain);
         Ok(record)
     }
+}
+
+/// Parses what is sealed, or a part of it.
+fn parse_secrets<'a, T: Deserialize<'a>>(plain: &'a [u8]) -> Result<T, FormatError> {
+    serde_json::from_slice(plain).map_err(|_| FormatError::Malformed("the record's secrets do not parse"))
+}
+
+/// JSON that is wiped.
+fn secret_json(value: &impl Serialize) -> Result<Zeroizing<Vec<u8>>, FormatError> {
+    // With its whole capacity reserved, so that no part of it is moved and left behind unwiped.
+    let mut json = Zeroizing::new(Vec::with_capacity(MAX_RECORD));
+    serde_json::to_writer(&mut *json, value)
+        .map_err(|_| FormatError::Malformed("the record's secrets do not parse"))?;
+    Ok(json)
+}
+
+/// The sealed part with other values of these fields, or without them. All others stay as they were written.
+fn with_fields(plain: &[u8], changed: &[(&str, Option<&RawValue>)]) -> Result<Zeroizing<Vec<u8>>, FormatError> {
+    let mut fields: Borrowed<'_> = parse_secrets(plain)?;
+    for (name, value) in changed {
+        match value {
+            Some(value) => fields.insert((*name).to_owned(), value),
+            None => fields.remove(*name),
+        };
+    }
+    secret_json(&fields)
 }
 
 /// Refuses features that a program must know: this version knows none.
@@ -468,6 +518,13 @@ pub(crate) mod tests {
         let scope = Scope { vault: VaultId::from_bytes([nth; 16]), tenant: TenantId::from_bytes([nth + 100; 16]) };
         let dek = Dek::from_bytes(Zeroizing::new([0xD1; KEY]));
         TenantKeys::new(scope, dek, DedupSecret::from_bytes(Zeroizing::new([0xD2; KEY])))
+    }
+
+    /// Those keys after the DEK was changed: the old one is still there.
+    pub(crate) fn keys_of_next_epoch(nth: u8) -> TenantKeys {
+        let mut keys = keys(nth);
+        keys.deks.insert(2, Dek::from_bytes(Zeroizing::new([0xD3; KEY])));
+        TenantKeys { current: 2, record_generation: 2, ..keys }
     }
 
     fn record(keys: &TenantKeys) -> (TenantRecord, Zeroizing<Vec<u8>>) {
@@ -570,6 +627,36 @@ pub(crate) mod tests {
         let payload = moved.payload();
         let moved = moved.record(kms, vec![6], [0xDD; KEY], None).unwrap();
         assert_eq!(moved.unlock(keys.scope.vault, &acme(), &payload).unwrap().previous_kek(), None);
+    }
+
+    #[test]
+    fn a_new_epoch_has_a_new_master_and_the_old_one_goes_when_it_is_told_to() {
+        let keys = keys(1);
+        let payload = record(&keys).1;
+        let old = changed(&keys, |secrets| secrets["deks"][0]["made"] = serde_json::json!("2026"));
+        let (vault, kms) = (keys.scope.vault, KmsRef { kind: "keyring".into(), key: "k".into() });
+        let next = old.successor(vault, &acme(), &payload).unwrap();
+        let master = || Master::from_bytes(Zeroizing::new([0xAB; KEY]));
+        let next = next.with_next_epoch(master(), &Dek::from_bytes(Zeroizing::new([0xD3; KEY]))).unwrap();
+        let both_payload = next.payload();
+        assert_eq!(both_payload[48..], [0xAB; KEY]);
+        let both = next.record(kms.clone(), vec![4], [0xCC; KEY], None).unwrap();
+        let unlocked = both.unlock(vault, &acme(), &both_payload).unwrap();
+        assert_eq!((unlocked.current_epoch(), unlocked.epochs().collect::<Vec<_>>()), (2, vec![1, 2]));
+        assert_eq!(
+            (unlocked.dek(1).unwrap().expose(), unlocked.dek(2).unwrap().expose()),
+            (&[0xD1; KEY], &[0xD3; KEY])
+        );
+        let with_old_master = master_payload(&keys.scope, 2, &Master::from_bytes(Zeroizing::new([0xAA; KEY])));
+        assert!(both.unlock(vault, &acme(), &with_old_master).is_err(), "the old master");
+        let text = String::from_utf8(both.open_sealed(&keys.scope, &master()).unwrap().to_vec()).unwrap();
+        assert!(text.contains("\"made\":\"2026\""), "{text}");
+
+        let next = both.successor(vault, &acme(), &both_payload).unwrap().without_old_epochs().unwrap();
+        let payload = next.payload();
+        let one = next.record(kms, vec![5], [0xDD; KEY], None).unwrap().unlock(vault, &acme(), &payload).unwrap();
+        assert_eq!((one.current_epoch(), one.epochs().collect::<Vec<_>>(), one.record_generation()), (2, vec![2], 3));
+        assert_eq!(one.dek(1).unwrap_err(), FormatError::UnknownEpoch(1));
     }
 
     #[test]
