@@ -100,6 +100,7 @@ fn vault_errno(error: &VaultError) -> Errno {
         | VaultError::StillOpens { .. }
         | VaultError::NotWrapped { .. }
         | VaultError::NotEmptyTenant { .. }
+        | VaultError::Busy { .. }
         | VaultError::Kms(_)
         | VaultError::State { .. }
         | VaultError::Random => Errno::EIO,

@@ -82,6 +82,8 @@ pub enum VaultError {
         "tenant {tenant} has {points} restore points, so it is not removed; `reseal tenant erase` destroys its keys"
     )]
     NotEmptyTenant { tenant: TenantName, points: usize },
+    #[error("tenant {tenant}: {who} is at work; wait for its end, or end it")]
+    Busy { tenant: TenantName, who: String },
     #[error(transparent)]
     Kms(#[from] KmsError),
     #[error(transparent)]
@@ -110,6 +112,7 @@ impl VaultError {
             | VaultError::StillOpens { .. }
             | VaultError::NotWrapped { .. }
             | VaultError::NotEmptyTenant { .. }
+            | VaultError::Busy { .. }
             | VaultError::State { .. }
             | VaultError::NotEmpty(_)
             | VaultError::Random => Class::Failed,

@@ -7,6 +7,7 @@ use reseal_format::names::{TenantName, VmName};
 use reseal_store::{Store, StoreError};
 
 use crate::VaultError;
+use crate::leases::leases;
 use crate::record::Record;
 
 /// The tenants that have a folder, sorted by name. What is no name of a tenant is nobody's.
@@ -90,11 +91,15 @@ impl Holdings {
 
 impl Record {
     /// Removes a tenant that has no restore points, with all that is left of it: what backups left unfinished, and what was
-    /// forgotten. The record goes last, so this may be repeated until it succeeds. No backup may run meanwhile.
+    /// forgotten. The record goes last, so this may be repeated until it succeeds. It is refused while a backup is at work.
     ///
     /// Of a tenant that was erased everything is removed, for nothing of it can be read.
     pub fn remove(&self) -> Result<usize, VaultError> {
         let store: &Arc<dyn Store> = &self.store;
+        // What backups that died have left goes with this.
+        if let Some(at_work) = leases(&**store, &self.name)?.first() {
+            return Err(VaultError::Busy { tenant: self.name.clone(), who: at_work.to_string() });
+        }
         let removed = {
             let holdings = Holdings::of(&**store, &self.name)?;
             self.check_empty(&holdings)?;

@@ -5,6 +5,7 @@
 //! read:   chain → manifest → index node → leaf → pack table → blob → frames     (points, tree, packs)
 //! commit: blobs → packs, finished durable → manifest, created last              (pack_writer, points)
 //! keys:   unwrap → wrap anew → replace the record; or destroy the key           (rekey, erase)
+//!         who is at work, and what is sealed under which DEK                    (leases, epochs)
 //! tidy:   what a tenant has; removing one that has nothing                      (holdings)
 //! ```
 //!
@@ -15,10 +16,12 @@
 //! durable before it was created. Nothing is served that was not authenticated.
 
 pub mod cache;
+mod epochs;
 mod erase;
 mod error;
 pub mod heads;
 mod holdings;
+mod leases;
 mod pack_writer;
 mod packs;
 mod points;
@@ -27,13 +30,15 @@ mod rekey;
 mod tenant;
 mod tree;
 
+pub use epochs::{Count, Epochs, ObjectSeal, PackSeal};
 pub use erase::Erased;
 pub use error::{Class, VaultError};
 pub use holdings::{Holdings, VmHoldings, tenants};
+pub use leases::{Held, Holder};
 pub use pack_writer::{FinishingPack, PackWriter};
-pub use packs::{PackFile, PackHandle, Packs, Wait};
+pub use packs::{PackFile, PackHandle, Packs, Wait, Window};
 pub use points::{Chain, Point, PointSpec, State, Which};
 pub use record::Record;
 pub use rekey::Rewrapped;
-pub use tenant::{Tenant, create_tenant, create_vault, random};
+pub use tenant::{Tenant, create_tenant, create_vault, random, random_master};
 pub use tree::Tree;

@@ -5,6 +5,7 @@
 //! its generations are listed once, and the highest is tried before anything is called damage.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::Arc;
 
 use reseal_format::ids::{BlobId, PackId};
@@ -42,6 +43,16 @@ impl Weigh for PackHandle {
     }
 }
 
+/// A stretch of a pack that begins and ends with a blob.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Window {
+    /// The blobs in it, emptied ones too.
+    pub ordinals: Range<u32>,
+    pub offset: u64,
+    /// Bytes; 0 if all its blobs were emptied.
+    pub length: usize,
+}
+
 impl PackHandle {
     /// Key of the object in the store.
     pub fn key(&self) -> &str {
@@ -56,6 +67,24 @@ impl PackHandle {
     /// Where its blobs are.
     pub fn lengths(&self) -> &BlobLengths {
         &self.lengths
+    }
+
+    /// All its blobs, in stretches of about so many bytes.
+    pub fn windows(&self, bytes: usize) -> impl Iterator<Item = Window> + '_ {
+        let count = self.lengths.count();
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            let mut window = Window { ordinals: next..next, offset: 0, length: 0 };
+            while next < count && window.length < bytes {
+                if let Some((offset, length)) = self.lengths.place(next) {
+                    window.offset = if window.length == 0 { offset } else { window.offset };
+                    window.length += length;
+                }
+                next += 1;
+            }
+            window.ordinals.end = next;
+            (!window.ordinals.is_empty()).then_some(window)
+        })
     }
 
     /// Opens a sealed blob in place.
@@ -80,6 +109,21 @@ pub struct PackFile {
     pub length: u64,
 }
 
+/// All packs that a tenant has, of every generation, from a listing.
+pub(crate) fn list_packs(tenant: &Tenant) -> Result<Vec<PackFile>, VaultError> {
+    let folder = layout::packs(&tenant.name);
+    let mut found = Vec::new();
+    let is_shelf = |name: &str| name.len() == 2 && name.bytes().all(|b| b.is_ascii_hexdigit());
+    let shelves = tenant.store.list(&folder)?;
+    for shelf in shelves.iter().filter(|entry| entry.is_folder && is_shelf(&entry.name)) {
+        for entry in tenant.store.list(&format!("{folder}{}/", shelf.name))? {
+            let Some((id, generation)) = layout::parse_pack_file(&entry.name) else { continue };
+            found.push(PackFile { id, generation, length: entry.length });
+        }
+    }
+    Ok(found)
+}
+
 /// The packs of a tenant.
 pub struct Packs {
     tenant: Arc<Tenant>,
@@ -100,17 +144,7 @@ impl Packs {
 
     /// All packs there are, of every generation, from a listing.
     pub fn list(&self) -> Result<Vec<PackFile>, VaultError> {
-        let folder = layout::packs(&self.tenant.name);
-        let mut found = Vec::new();
-        let is_shelf = |name: &str| name.len() == 2 && name.bytes().all(|b| b.is_ascii_hexdigit());
-        let shelves = self.tenant.store.list(&folder)?;
-        for shelf in shelves.iter().filter(|entry| entry.is_folder && is_shelf(&entry.name)) {
-            for entry in self.tenant.store.list(&format!("{folder}{}/", shelf.name))? {
-                let Some((id, generation)) = layout::parse_pack_file(&entry.name) else { continue };
-                found.push(PackFile { id, generation, length: entry.length });
-            }
-        }
-        Ok(found)
+        list_packs(&self.tenant)
     }
 
     /// Makes durable that these packs are in the vault: they were found by a listing, and their writers may have died

@@ -1,20 +1,26 @@
-//! Rotating the KEK of a tenant, and moving the tenant to another KMS. Both wrap the master anew and replace the record;
-//! nothing else in the vault changes.
+//! Other keys for a tenant: each step replaces its record.
+//!
+//! Rotating the KEK, and moving the tenant to another KMS, wrap the master anew; nothing else in the vault changes.
 //!
 //! ```text
 //! rotate: unwrap old → new key → wrap → replace the record ┃ remember the generation → retire the old key
 //! ```
 //!
-//! It may be interrupted anywhere: left of ┃ the old record stands and the old key opens it; right of ┃ the new record
+//! That may be interrupted anywhere: left of ┃ the old record stands and the old key opens it; right of ┃ the new record
 //! stands and names, sealed, the key that is still to be retired. The next rotation retires that first.
+//!
+//! Changing the data keys begins with a new master and a DEK of the next epoch, and ends without the older DEKs. In between
+//! everything is sealed again (`writer/rekey.rs`); a record with more than one epoch says that this is not done.
 
-use reseal_format::tenant::KmsRef;
+use reseal_format::FormatError;
+use reseal_format::keys::{Dek, Master};
+use reseal_format::tenant::{KmsRef, Successor};
 use reseal_kms::{KeyName, Kms};
 use reseal_store::StoreError;
 
 use crate::VaultError;
 use crate::record::Record;
-use crate::tenant::random;
+use crate::tenant::{random, random_key};
 
 /// What wrapping anew did.
 pub struct Rewrapped {
@@ -67,7 +73,7 @@ impl Record {
         made: bool,
         previous: Option<&str>,
     ) -> Result<Record, VaultError> {
-        let result = self.replaced(payload, kms, new, previous);
+        let result = self.replaced(payload, kms, new, previous, |next| Ok(next));
         let not_replaced = |e: &VaultError| matches!(e, VaultError::Store(StoreError::Changed(_))) || self.is_current();
         if made && result.as_ref().is_err_and(not_replaced) {
             // Nothing needs the new key. If it can't be destroyed, what counts is the error that led here.
@@ -82,9 +88,10 @@ impl Record {
         kms: &dyn Kms,
         new: &KeyName,
         previous: Option<&str>,
+        change: impl FnOnce(Successor<'_>) -> Result<Successor<'_>, FormatError>,
     ) -> Result<Record, VaultError> {
         let damaged = || VaultError::damaged(self.key());
-        let next = self.record.successor(self.vault, &self.name, payload).map_err(damaged())?;
+        let next = self.record.successor(self.vault, &self.name, payload).and_then(change).map_err(damaged())?;
         let (context, payload) = (self.context(), next.payload());
         let wrapped = kms.wrap(new.as_str(), &context, &payload)?;
         if *kms.unwrap(new.as_str(), &context, &wrapped)? != *payload {
@@ -92,6 +99,31 @@ impl Record {
         }
         let reference = KmsRef { kind: kms.kind().into(), key: new.to_string() };
         self.replace(next.record(reference, wrapped, random()?, previous).map_err(damaged())?)
+    }
+
+    /// Replaces what the master seals, and perhaps the master; the KEK stays, and so does the name of one that is still to be
+    /// retired.
+    fn change(
+        &self,
+        kms: &dyn Kms,
+        change: impl FnOnce(Successor<'_>) -> Result<Successor<'_>, FormatError>,
+    ) -> Result<Record, VaultError> {
+        let payload = self.unwrap(kms)?;
+        let keys = self.record.unlock(self.vault, &self.name, &payload).map_err(VaultError::damaged(self.key()))?;
+        self.replaced(&payload, kms, &self.kek()?, keys.previous_kek(), change)
+    }
+
+    /// Begins to change the data keys: from now on all is sealed under a DEK of the next epoch, and another master seals
+    /// that. What older epochs have sealed still opens.
+    pub fn next_epoch(&self, kms: &dyn Kms, master: Master) -> Result<Record, VaultError> {
+        let dek = Dek::from_bytes(random_key()?);
+        self.change(kms, |next| next.with_next_epoch(master, &dek))
+    }
+
+    /// Ends a change of the data keys: destroys the DEKs of all epochs but the current one. What they have sealed does not
+    /// open any more, so nothing may be left that is needed.
+    pub fn end_old_epochs(&self, kms: &dyn Kms) -> Result<Record, VaultError> {
+        self.change(kms, |next| next.without_old_epochs())
     }
 
     /// Ends a rotation: from now on the old key, or its old versions, opens no record before this one. It may be repeated.

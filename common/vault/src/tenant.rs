@@ -23,10 +23,15 @@ pub fn random<const N: usize>() -> Result<[u8; N], VaultError> {
     Ok(bytes)
 }
 
-fn random_key() -> Result<Zeroizing<[u8; 32]>, VaultError> {
+pub(crate) fn random_key() -> Result<Zeroizing<[u8; 32]>, VaultError> {
     let mut key = Zeroizing::new([0; 32]);
     getrandom::fill(key.as_mut()).map_err(|_| VaultError::Random)?;
     Ok(key)
+}
+
+/// The master of a tenant that is to be.
+pub fn random_master() -> Result<Master, VaultError> {
+    Ok(Master::from_bytes(random_key()?))
 }
 
 /// Refuses to go on without a record that must have been there, for what it is the head of still is.
@@ -121,7 +126,7 @@ pub fn create_tenant(
 
 /// The record of a new tenant, with fresh keys.
 fn first_record(scope: Scope, tenant: &TenantName, kms: &dyn Kms, key: &KeyName) -> Result<TenantRecord, VaultError> {
-    let master = Master::from_bytes(random_key()?);
+    let master = random_master()?;
     let keys = TenantKeys::new(scope, Dek::from_bytes(random_key()?), DedupSecret::from_bytes(random_key()?));
     let payload = master_payload(&scope, keys.record_generation(), &master);
     let wrapped = kms.wrap(key.as_str(), &kms_context(&scope), &payload)?;

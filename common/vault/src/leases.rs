@@ -1,0 +1,142 @@
+//! Who is at work on a tenant's objects.
+//!
+//! Whoever seals objects takes a lease first and reads the tenant record then. So who changes the record, and looks at the
+//! leases after that, knows all who may still seal as the record before it said: those who have one of these leases.
+//! No clock is in it: a lease ends with its process.
+
+use std::fmt;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use reseal_format::ids::LeaseId;
+use reseal_format::layout;
+use reseal_format::names::TenantName;
+use reseal_format::time::Timestamp;
+use reseal_store::{Lease, Store, StoreError};
+use serde::{Deserialize, Serialize};
+
+use crate::tenant::random;
+use crate::{Tenant, VaultError};
+
+/// Longest lease that is read.
+const MAX_LEASE: usize = 4096;
+/// As much of a text in it as is shown.
+const SHOWN: usize = 120;
+
+/// What a process says of itself, in clear and for people: nothing is concluded from it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// What it does, such as `backup of web01`.
+    pub what: String,
+    pub host: String,
+    pub pid: u32,
+    pub since: Timestamp,
+}
+
+impl Holder {
+    /// What this process says.
+    pub fn this_process(what: String) -> Holder {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Holder {
+            what,
+            host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            pid: std::process::id(),
+            since: Timestamp(i64::try_from(since.as_millis()).unwrap_or(0)),
+        }
+    }
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Whoever can write to the storage can write anything here.
+        let shown = |text: &str| text.chars().filter(|c| !c.is_control()).take(SHOWN).collect::<String>();
+        write!(f, "{} (process {} on {}, since {})", shown(&self.what), self.pid, shown(&self.host), self.since)
+    }
+}
+
+/// A lease that some process has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Held {
+    id: LeaseId,
+    /// `None` if it says nothing that can be read.
+    pub holder: Option<Holder>,
+}
+
+impl fmt::Display for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.holder {
+            Some(holder) => holder.fmt(f),
+            None => write!(f, "a process that says nothing of itself (lease {})", self.id),
+        }
+    }
+}
+
+/// The leases that are held now. What processes that died have left is removed.
+pub(crate) fn leases(store: &dyn Store, tenant: &TenantName) -> Result<Vec<Held>, VaultError> {
+    let mut held = Vec::new();
+    for entry in store.list(&layout::leases(tenant))? {
+        let Some(id) = layout::parse_lease_file(&entry.name) else { continue };
+        let key = layout::lease(tenant, id);
+        // Read before it is asked for: it may go in between, but not come.
+        let text = store.get(&key, MAX_LEASE);
+        if store.is_held(&key)? {
+            let holder = text.ok().and_then(|text| serde_json::from_slice(&text).ok());
+            held.push(Held { id, holder });
+        }
+    }
+    Ok(held)
+}
+
+impl Tenant {
+    /// Takes a lease, before the record is read on which the work relies.
+    pub fn lease(&self, holder: &Holder) -> Result<Box<dyn Lease>, VaultError> {
+        // What those that died have left goes when somebody else comes.
+        self.leases()?;
+        let key = layout::lease(&self.name, LeaseId::from_bytes(random()?));
+        let text = serde_json::to_vec(holder).unwrap_or_default();
+        Ok(self.store.lease(&key, &text)?)
+    }
+
+    /// Takes the one lease of who changes the data keys. It stands beside the others, and is not one of [`Tenant::leases`].
+    pub fn rekey_lease(&self, holder: &Holder) -> Result<Box<dyn Lease>, VaultError> {
+        let key = layout::rekey_lease(&self.name);
+        let text = serde_json::to_vec(holder).unwrap_or_default();
+        loop {
+            match self.store.lease(&key, &text) {
+                Err(StoreError::Exists(_)) => {}
+                other => return Ok(other?),
+            }
+            let said = self.store.get(&key, MAX_LEASE).ok().and_then(|text| serde_json::from_slice(&text).ok());
+            if self.store.is_held(&key)? {
+                let who = said.map_or("another process".to_owned(), |holder: Holder| holder.to_string());
+                return Err(VaultError::Busy { tenant: self.name.clone(), who });
+            }
+        }
+    }
+
+    /// The leases that are held now. What processes that died have left is removed.
+    pub fn leases(&self) -> Result<Vec<Held>, VaultError> {
+        leases(&*self.store, &self.name)
+    }
+
+    /// Whether a lease is still held.
+    pub fn is_held(&self, lease: &Held) -> Result<bool, VaultError> {
+        match self.store.is_held(&layout::lease(&self.name, lease.id)) {
+            Err(StoreError::NotFound(_)) => Ok(false),
+            other => Ok(other?),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_lease_says_is_shown_without_control_characters_and_cut() {
+        let holder =
+            Holder { what: "x\u{1b}[2J\n".repeat(99), host: "h\r".into(), pid: 7, since: Timestamp(1_795_501_907_123) };
+        let shown = holder.to_string();
+        assert!(shown.starts_with("x[2Jx[2J") && shown.contains("(process 7 on h, since 2026-"), "{shown}");
+        assert!(shown.len() < 300 && !shown.contains(|c: char| c.is_control()), "{shown}");
+    }
+}
