@@ -1,4 +1,4 @@
-//! `--background`: the command returns when the mount is ready, and a process of its own goes on.
+//! `--background`: the command returns when the work has begun, and a process of its own goes on.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -12,11 +12,11 @@ use rustix::process::{Pid, WaitOptions, setsid, waitpid};
 pub enum Side {
     /// The command that the user started: it waits, and this is its exit status.
     Command(u8),
-    /// The process that serves.
+    /// The process that goes on.
     Server(Detach),
 }
 
-/// What the serving process does when it is ready.
+/// What the process that goes on does when it is ready.
 pub struct Detach {
     ready: OwnedFd,
     log: Option<File>,
@@ -60,8 +60,9 @@ impl Detach {
         setsid()?;
         let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
         replace(&null, libc::STDIN_FILENO)?;
-        replace(&null, libc::STDOUT_FILENO)?;
-        replace(self.log.as_ref().unwrap_or(&null), libc::STDERR_FILENO)?;
+        let said = self.log.as_ref().unwrap_or(&null);
+        replace(said, libc::STDOUT_FILENO)?;
+        replace(said, libc::STDERR_FILENO)?;
         File::from(self.ready).write_all(&[1])
     }
 }

@@ -8,6 +8,7 @@
 //! [`harden`] is called first thing: it keeps keys and plaintext out of core dumps and swap.
 
 mod args;
+mod background;
 mod failure;
 mod harden;
 mod kms;
@@ -17,6 +18,7 @@ mod paths;
 mod progress;
 
 pub use args::{CommonArgs, Found, Opened};
+pub use background::{Detach, Side, split};
 pub use failure::{Failure, Status, finish};
 pub use harden::{harden, unlocked};
 pub use kms::of_tenant;

@@ -6,9 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
-use reseal_cli::{CommonArgs, Failure, Status, finish, harden};
+use reseal_cli::{CommonArgs, Detach, Failure, Side, Status, finish, harden, split};
 use reseal_format::names::VmName;
-use reseal_mountfs::background::{Detach, Side, split};
 use reseal_mountfs::catalog::Shown;
 use reseal_mountfs::erasure;
 use reseal_mountfs::journal::Journal;
