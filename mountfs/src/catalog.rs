@@ -17,7 +17,7 @@ use reseal_format::time::Timestamp;
 use reseal_format::vaultfile::MAX_VAULT_FILE;
 use reseal_vault::cache::{Cache, Weigh};
 use reseal_vault::heads::Heads;
-use reseal_vault::{Chain, Class, Tenant, VaultError, Wait};
+use reseal_vault::{Chain, Tenant, VaultError, Wait};
 
 use crate::files::OpenPoint;
 use crate::inodes::{MAX_VMS, VmIndex};
@@ -261,7 +261,7 @@ impl Catalog {
 
     fn learn_times(&self, vm: VmIndex, numbers: &[u32]) -> Result<(), VaultError> {
         let learn = |number| match self.time(vm, number, Wait::May) {
-            Err(error) if error.class() == Class::Damaged => {
+            Err(error) if error.damaged_object().is_some() => {
                 self.journal.say(&format!("{}@{number} is left out: {error}", self.known(vm)?.name));
                 Ok(())
             }
@@ -293,7 +293,7 @@ impl Catalog {
             return Ok(live.binary_search(&number).is_ok().then_some(number));
         }
         match self.search(vm, &live, time, wait) {
-            Err(error) if error.class() == Class::Damaged && wait == Wait::May => {
+            Err(error) if error.damaged_object().is_some() && wait == Wait::May => {
                 // Whether it is the damaged one that was asked for can't be known: not found would be a guess.
                 let found = self.listing(vm)?.into_iter().find(|(_, other)| *other == time);
                 found.map(|(number, _)| Some(number)).ok_or(error)

@@ -95,6 +95,8 @@ fn vault_errno(error: &VaultError) -> Errno {
         | VaultError::TenantExists { .. }
         | VaultError::LostRace { .. }
         | VaultError::OtherKms { .. }
+        | VaultError::MovedKms { .. }
+        | VaultError::NoNewKeys { .. }
         | VaultError::Erased { .. }
         | VaultError::NotErased { .. }
         | VaultError::StillOpens { .. }

@@ -6,7 +6,7 @@
 //! request → disk: leaf → blob → open → frames → bytes → reply       (disk, frame_cache, wipe)
 //!         → view: VM → restore point → file                         (inodes, files, catalog, view)
 //!         → at once, or by the pool under a deadline                (answer, pool, readahead, handles, fuse)
-//! mount → session → unmount                                         (mount, mounts, signals, erasure, umount)
+//! mount → session → unmount                                         (mount, mounts, signals, record_watch, umount)
 //! restore: disk → clusters on all cores → file or block device      (restore)
 //! ```
 //!
@@ -30,9 +30,9 @@ mod handles;
 pub mod pool;
 mod readahead;
 
-pub mod erasure;
 pub mod mount;
 mod mounts;
+pub mod record_watch;
 pub mod signals;
 pub mod umount;
 

@@ -153,7 +153,7 @@ impl Frozen {
         let keyring = Keyring::open(&self.keyring(), |_| unreachable!("it has no passphrase")).unwrap();
         let name = TenantName::new(&self.expected.tenant).unwrap();
         let store = Arc::new(Local::new(self.vault()));
-        let tenant = Arc::new(Tenant::open(store, "frozen", &name, &keyring).unwrap());
+        let tenant = Arc::new(Tenant::open(store, "frozen", &name, Arc::new(keyring)).unwrap());
         let tree = Tree::new(Arc::new(Packs::new(tenant.clone(), 8 << 20)), 8 << 20);
         Thawed { folder: self.folder, expected: self.expected, tenant, tree }
     }
@@ -183,7 +183,7 @@ impl Thawed {
         let open = |name: &str| {
             let (number, id) = layout::parse_note_file(name).unwrap();
             let object = self.tenant.store().get(&format!("{folder}{name}"), MAX_OBJECT).unwrap();
-            let note = Note::open(self.tenant.keys(), vm, number, id, &object).unwrap();
+            let note = Note::open(&self.tenant.keys(), vm, number, id, &object).unwrap();
             assert_eq!(note.point_id, self.tenant.point(vm, number).unwrap().manifest.point_id);
             ExpectedNote { vm: vm.to_string(), number, note_id: note.note_id, kind: note.kind, content: note.content }
         };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use reseal_format::manifest::{Disk, Manifest};
 use reseal_format::names::{DiskName, TenantName, VmName};
-use reseal_kms::Keyring;
+use reseal_kms::{Keyring, Kms};
 use reseal_mountfs::disk::{DiskReader, Tools};
 use reseal_store::{Local, Store};
 use reseal_vault::heads::Heads;
@@ -39,8 +39,13 @@ impl Site {
     /// Opens the tenant in that store, which holds this site's vault.
     pub fn tenant_in(&self, store: Arc<dyn Store>) -> Result<Arc<Tenant>, VaultError> {
         let keyring = Keyring::open(&self.keyring, |_| Err(std::io::ErrorKind::NotFound.into()))?;
+        self.tenant_of(store, Arc::new(keyring))
+    }
+
+    /// The same with that KMS.
+    pub fn tenant_of(&self, store: Arc<dyn Store>, kms: Arc<dyn Kms>) -> Result<Arc<Tenant>, VaultError> {
         let name = TenantName::new("default").unwrap();
-        Ok(Arc::new(Tenant::open(store, "vault", &name, &keyring)?))
+        Ok(Arc::new(Tenant::open(store, "vault", &name, kms)?))
     }
 
     /// What this site remembers.

@@ -178,7 +178,7 @@ impl Backup<'_> {
             }
         };
         // The point exists, whatever becomes of the memory of it.
-        let remembered = self.heads.remember(self.tenant.keys().record_generation(), &[(self.vm, manifest.number)]);
+        let remembered = self.heads.remember(self.tenant.record_generation(), &[(self.vm, manifest.number)]);
         Ok(Backed { manifest, digest, not_remembered: remembered.err() })
     }
 

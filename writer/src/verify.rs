@@ -8,9 +8,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use parking_lot::Mutex;
 use reseal_format::ids::{Digest, PackId, VmId};
 use reseal_format::layout;
-use reseal_format::manifest::{Manifest, Note};
+use reseal_format::manifest::Manifest;
 use reseal_format::names::VmName;
-use reseal_format::seal::MAX_OBJECT;
 use reseal_vault::heads::Heads;
 use reseal_vault::{PackFile, Packs, Point, State, Tenant, Tree, VaultError};
 use serde::Serialize;
@@ -138,7 +137,7 @@ impl<'a> Verify<'a> {
                 self.notes(&vm)?;
             }
             if let Some((number, ..)) = previous {
-                self.heads.remember(self.tenant.keys().record_generation(), &[(vm, number)])?;
+                self.heads.remember(self.tenant.record_generation(), &[(vm, number)])?;
             }
         }
         if let What::Point(vm, number) = what
@@ -205,13 +204,8 @@ impl<'a> Verify<'a> {
         for entry in self.tenant.store().list(&folder).map_err(VaultError::from)? {
             let key = format!("{folder}{}", entry.name);
             let Some((number, id)) = layout::parse_note_file(&entry.name) else { continue };
-            match self.tenant.store().get(&key, MAX_OBJECT) {
-                Err(e) => self.damage(key, e.to_string(), Vec::new()),
-                Ok(object) => {
-                    if let Err(e) = Note::open(self.tenant.keys(), vm, number, id, &object) {
-                        self.damage(key, e.to_string(), Vec::new());
-                    }
-                }
+            if let Err(e) = self.tenant.note(vm, number, id) {
+                self.damage(key, e.to_string(), Vec::new());
             }
         }
         Ok(())

@@ -180,7 +180,8 @@ impl<'a> PackVerifier<'a> {
     /// Opened bytes are what was sealed; that they also decode, and to the plaintext of their id, shows that what was
     /// sealed was right.
     fn content(&mut self, kind: Kind, content: &[u8], id: Option<BlobId>) -> Result<(), FormatError> {
-        let dedup = self.packs.tenant().keys().dedup();
+        let keys = self.packs.tenant().keys();
+        let dedup = keys.dedup();
         let found = if kind == Kind::DataPack {
             self.decoder.decode(content, &mut self.cluster)?;
             dedup.id_of(&self.cluster)

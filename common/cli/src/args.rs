@@ -118,16 +118,16 @@ impl CommonArgs {
     pub fn open(&self) -> Result<Opened, Failure> {
         let found = self.find(&self.tenant()?)?;
         let kms = self.kms_of(&found.record)?;
-        found.unlock(&*kms)
+        found.unlock(kms)
     }
 }
 
 impl Found {
     /// Unlocks the tenant.
-    pub fn unlock(self, kms: &dyn Kms) -> Result<Opened, Failure> {
+    pub fn unlock(self, kms: Arc<dyn Kms>) -> Result<Opened, Failure> {
         let tenant = self.record.unlock(kms).map_err(|e| of_tenant(self.record.name(), e))?;
         let Found { heads, paths, repo, .. } = self;
-        heads.remember(tenant.keys().record_generation(), &[])?;
+        heads.remember(tenant.record_generation(), &[])?;
         Ok(Opened { tenant: Arc::new(tenant), heads, paths, repo })
     }
 }

@@ -1,5 +1,7 @@
 //! Which KMS keeps a tenant's key, as the operator's configuration says: one of those it describes, or the keyring.
 
+use std::sync::Arc;
+
 use reseal_format::names::TenantName;
 use reseal_kms::config::KEYRING;
 use reseal_kms::{Kms, KmsConfig};
@@ -19,16 +21,16 @@ impl CommonArgs {
 
     /// The KMS that the configuration gives a tenant. One of another kind than the record names is refused before anything
     /// is sent to it, and before a passphrase is asked.
-    pub fn kms_of(&self, record: &Record) -> Result<Box<dyn Kms>, Failure> {
+    pub fn kms_of(&self, record: &Record) -> Result<Arc<dyn Kms>, Failure> {
         record.check_live()?;
         match self.kms_config()?.for_tenant(record.name().as_str())? {
             Some(kms) => {
                 record.check_kind(kms.kind())?;
-                Ok(kms)
+                Ok(kms.into())
             }
             None => {
                 record.check_kind(KEYRING)?;
-                Ok(Box::new(self.open_keyring()?))
+                Ok(Arc::new(self.open_keyring()?))
             }
         }
     }

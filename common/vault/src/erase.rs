@@ -10,9 +10,9 @@
 use reseal_format::time::Timestamp;
 use reseal_kms::Kms;
 
+use crate::VaultError;
 use crate::heads::Heads;
 use crate::record::Record;
-use crate::{Tenant, VaultError};
 
 /// How an erasure went.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,9 +36,9 @@ impl Record {
     ) -> Result<Erased, VaultError> {
         let key = self.kek()?.to_string();
         let mut keys = vec![key.clone()];
-        match self.unlock(kms) {
-            Ok(tenant) => {
-                keys.extend(previous(&tenant));
+        match self.unlock_keys(kms) {
+            Ok(unlocked) => {
+                keys.extend(unlocked.previous_kek().map(str::to_owned));
                 heads.begin_erasure(&keys)?;
             }
             Err(VaultError::Kms(e)) if e.is_key_missing() => {
@@ -73,8 +73,4 @@ impl Record {
             Ok(_) => Err(VaultError::StillOpens { tenant: self.name.clone(), key: key.to_owned() }),
         }
     }
-}
-
-fn previous(tenant: &Tenant) -> Option<String> {
-    tenant.keys().previous_kek().map(str::to_owned)
 }

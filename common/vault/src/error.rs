@@ -1,6 +1,7 @@
 //! What can go wrong with a vault; each error names its object, and what to do where that is known.
 
 use std::io::ErrorKind;
+use std::sync::Arc;
 
 use reseal_format::FormatError;
 use reseal_format::names::{TenantName, VmName};
@@ -62,6 +63,14 @@ pub enum VaultError {
     )]
     OtherKms { tenant: TenantName, wanted: String, given: String },
     #[error(
+        "the keys of tenant {tenant} are wrapped by a KMS of kind {wanted:?} now, but this process began with one of kind \
+         {given:?}: nothing was asked there. Start it anew when the KMS configuration names the tenant's new KMS"
+    )]
+    MovedKms { tenant: TenantName, wanted: String, given: String },
+    /// Shared by all that needed them at that moment.
+    #[error("tenant {tenant} has new keys, which can't be had: {source}")]
+    NoNewKeys { tenant: TenantName, source: Arc<VaultError> },
+    #[error(
         "tenant {tenant} was erased at {when}: its keys are destroyed, and its restore points can't be read any more. If \
          nobody erased it, restore tenant.json from a copy of the vault"
     )]
@@ -108,6 +117,7 @@ impl VaultError {
             | VaultError::NoPoint { .. }
             | VaultError::LostRace { .. }
             | VaultError::OtherKms { .. }
+            | VaultError::MovedKms { .. }
             | VaultError::NotErased { .. }
             | VaultError::StillOpens { .. }
             | VaultError::NotWrapped { .. }
@@ -120,6 +130,7 @@ impl VaultError {
             VaultError::Damaged { .. } | VaultError::Missing { .. } => Class::Damaged,
             VaultError::Rollback { .. } | VaultError::Erased { .. } => Class::Damaged,
             VaultError::WouldBlock => Class::Unreachable,
+            VaultError::NoNewKeys { source, .. } => source.class(),
             VaultError::Kms(error) => match error.class() {
                 reseal_kms::Class::Unreachable => Class::Unreachable,
                 reseal_kms::Class::Damaged => Class::Damaged,

@@ -177,7 +177,7 @@ impl Heads {
     }
 }
 
-fn record_rollback(seen: u64, now: u64) -> VaultError {
+pub(crate) fn record_rollback(seen: u64, now: u64) -> VaultError {
     VaultError::Rollback { what: "the generation of the tenant record".to_owned(), seen, now }
 }
 

@@ -6,6 +6,7 @@
 //! commit: blobs → packs, finished durable → manifest, created last              (pack_writer, points)
 //! keys:   unwrap → wrap anew → replace the record; or destroy the key           (rekey, erase)
 //!         who is at work, and what is sealed under which DEK                    (leases, epochs)
+//!         record replaced → unwrap again, in processes that go on               (refresh)
 //! tidy:   what a tenant has; removing one that has nothing                      (holdings)
 //! ```
 //!
@@ -26,6 +27,7 @@ mod pack_writer;
 mod packs;
 mod points;
 mod record;
+mod refresh;
 mod rekey;
 mod tenant;
 mod tree;

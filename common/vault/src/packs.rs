@@ -2,19 +2,23 @@
 //!
 //! A blob is found through its pack's table of lengths, which is read once and cached. Where the generation that an index
 //! remembers is gone or does not authenticate, the pack may have been rewritten since: what is cached of it is dropped,
-//! its generations are listed once, and the highest is tried before anything is called damage.
+//! its generations are listed, and the highest is tried before anything is called damage. Only where that one is gone too,
+//! or its key is, they are listed again.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
+use reseal_format::FormatError;
 use reseal_format::ids::{BlobId, PackId};
 use reseal_format::index::BlobRef;
 use reseal_format::keys::Kind;
 use reseal_format::layout;
 use reseal_format::pack::{BlobLengths, PackOpener, TRAILER, Trailer};
+use reseal_store::{Entry, StoreError};
 
 use crate::cache::{Cache, Weigh};
+use crate::refresh::ROUNDS;
 use crate::{Tenant, VaultError};
 
 /// How much of a pack's tail is read at first: the trailer, and the table of lengths of up to 8,000 blobs.
@@ -154,11 +158,32 @@ impl Packs {
         Ok(shelves.iter().try_for_each(|shelf| self.tenant.store.settle(shelf))?)
     }
 
+    /// The generations of a pack that the store has. A listing that is made while one takes the place of another may show
+    /// neither, so one that shows none is made again.
+    fn generations(&self, id: PackId) -> Result<Vec<PackFile>, VaultError> {
+        let shelf = layout::pack_shelf(&self.tenant.name, id);
+        let list = || -> Result<Vec<PackFile>, VaultError> {
+            let entries = self.tenant.store.list(&shelf)?;
+            let of_pack = |entry: &Entry| match layout::parse_pack_file(&entry.name) {
+                Some((other, generation)) if other == id => Some(PackFile { id, generation, length: entry.length }),
+                _ => None,
+            };
+            Ok(entries.iter().filter_map(of_pack).collect())
+        };
+        let found = list()?;
+        if found.is_empty() { list() } else { Ok(found) }
+    }
+
     /// The highest generation of a pack that the store has.
-    fn newest_generation(&self, id: PackId) -> Result<Option<u32>, VaultError> {
-        let entries = self.tenant.store.list(&layout::pack_shelf(&self.tenant.name, id))?;
-        let generations = entries.iter().filter_map(|entry| layout::parse_pack_file(&entry.name));
-        Ok(generations.filter(|(other, _)| *other == id).map(|(_, generation)| generation).max())
+    pub fn newest(&self, id: PackId) -> Result<Option<PackFile>, VaultError> {
+        Ok(self.generations(id)?.into_iter().max())
+    }
+
+    /// What has taken the place of a generation that is gone; `None` where it is still there, or nothing has.
+    pub fn successor(&self, of: PackFile) -> Result<Option<PackFile>, VaultError> {
+        let found = self.generations(of.id)?;
+        let is_there = found.iter().any(|file| file.generation == of.generation);
+        Ok(found.into_iter().max().filter(|newest| !is_there && newest.generation > of.generation))
     }
 
     /// Reads the tail of one generation of a pack.
@@ -167,10 +192,10 @@ impl Packs {
         let store = &self.tenant.store;
         let (mut tail, length) = store.read_tail(&key, TAIL)?;
         let damaged = |source| VaultError::Damaged { object: key.clone(), source };
-        let cut = || damaged(reseal_format::FormatError::Malformed("shorter than a trailer; it is cut off"));
+        let cut = || damaged(FormatError::Malformed("shorter than a trailer; it is cut off"));
         let trailer = Trailer::decode(tail.last_chunk::<TRAILER>().ok_or_else(cut)?, length).map_err(damaged)?;
         if (trailer.id, trailer.generation) != (id, generation) {
-            return Err(damaged(reseal_format::FormatError::Mismatch("its trailer names another pack")));
+            return Err(damaged(FormatError::Mismatch("its trailer names another pack")));
         }
         let wanted = trailer.length_table_bytes() + TRAILER;
         if tail.len() < wanted {
@@ -179,7 +204,7 @@ impl Packs {
         }
         tail.truncate(tail.len() - TRAILER);
         let table = tail.split_off(tail.len() - trailer.length_table_bytes());
-        let opener = PackOpener::new(&self.tenant.keys, trailer).map_err(damaged)?;
+        let opener = self.tenant.with_keys(&key, |keys| PackOpener::new(keys, trailer.clone()))?;
         let lengths = opener.open_lengths(table).map_err(damaged)?;
         Ok(PackHandle { key: key.clone(), opener, lengths })
     }
@@ -192,8 +217,12 @@ impl Packs {
         if wait == Wait::MustNot {
             return Err(VaultError::WouldBlock);
         }
-        let handle = Arc::new(self.open_generation(blob.pack, blob.generation)?);
-        self.handles.put(blob.pack, handle.clone());
+        self.open_and_keep(blob.pack, blob.generation)
+    }
+
+    fn open_and_keep(&self, id: PackId, generation: u32) -> Result<Arc<PackHandle>, VaultError> {
+        let handle = Arc::new(self.open_generation(id, generation)?);
+        self.handles.put(id, handle.clone());
         Ok(handle)
     }
 
@@ -202,10 +231,10 @@ impl Packs {
         &self,
         blob: BlobRef,
         wait: Wait,
-        mut read: impl FnMut(&PackHandle) -> Result<T, VaultError>,
+        mut read: impl FnMut(&Arc<PackHandle>) -> Result<T, VaultError>,
     ) -> Result<T, VaultError> {
         let first = self.handle(blob, wait).and_then(|handle| read(&handle));
-        let Err(error) = first else { return first };
+        let Err(mut error) = first else { return first };
         if error.damaged_object().is_none() {
             return Err(error);
         }
@@ -214,19 +243,30 @@ impl Packs {
         }
         self.handles.remove(&blob.pack);
         self.ids.remove(&blob.pack);
-        match self.newest_generation(blob.pack)? {
-            Some(generation) => read(&*self.handle(BlobRef { generation, ..blob }, wait)?),
-            None => Err(VaultError::Missing {
+        let mut tried = None;
+        for _ in 0..ROUNDS {
+            let newest = self.newest(blob.pack)?.ok_or_else(|| VaultError::Missing {
                 object: layout::pack(&self.tenant.name, blob.pack, blob.generation),
                 why: "no generation of this pack is in the vault; restore it from a copy",
-            }),
+            })?;
+            if tried == Some(newest.generation) {
+                break;
+            }
+            tried = Some(newest.generation);
+            // Not from the cache, where another thread may just have put the one that failed.
+            match self.open_and_keep(blob.pack, newest.generation).and_then(|handle| read(&handle)) {
+                Err(e) if may_be_replaced(&e) => error = e,
+                other => return other,
+            }
         }
+        Err(error)
     }
 
     /// Which object a blob is in, and at which offset, as far as is known: the pack may have been rewritten since.
     pub fn place(&self, blob: BlobRef, wait: Wait) -> Result<Option<(Arc<PackHandle>, u64)>, VaultError> {
-        let handle = self.handle(blob, wait)?;
-        Ok(handle.lengths.place(blob.ordinal).map(|(offset, _)| (handle, offset)))
+        self.with_fallback(blob, wait, |handle| {
+            Ok(handle.lengths.place(blob.ordinal).map(|(offset, _)| (handle.clone(), offset)))
+        })
     }
 
     /// Reads a blob of a pack of that kind and opens it: its content replaces what is in `buf`.
@@ -235,7 +275,7 @@ impl Packs {
             let object = || format!("{} blob {}", handle.key, blob.ordinal);
             let malformed = |what| VaultError::Damaged { object: object(), source: what };
             if handle.trailer().kind != kind {
-                return Err(malformed(reseal_format::FormatError::Mismatch("it is in a pack of another kind")));
+                return Err(malformed(FormatError::Mismatch("it is in a pack of another kind")));
             }
             let place = handle.lengths.place(blob.ordinal);
             let (offset, length) = place.ok_or_else(|| VaultError::Missing {
@@ -275,4 +315,13 @@ impl Packs {
         self.tenant.store.read_at(&handle.key, trailer.blob_bytes, &mut table)?;
         handle.opener.open_ids(table).map_err(VaultError::damaged(format!("{} id table", handle.key)))
     }
+}
+
+/// Whether this may be because a generation that was listed a moment ago was replaced since: it is gone, or so is the key
+/// that it was sealed under.
+fn may_be_replaced(error: &VaultError) -> bool {
+    matches!(
+        error,
+        VaultError::Store(StoreError::NotFound(_)) | VaultError::Damaged { source: FormatError::UnknownEpoch(_), .. }
+    )
 }

@@ -3,11 +3,10 @@
 use std::collections::BTreeMap;
 
 use reseal_format::geometry::MAX_DISK;
-use reseal_format::ids::Digest;
+use reseal_format::ids::{Digest, NoteId};
 use reseal_format::layout::{self, PointFile, parse_point_file};
-use reseal_format::manifest::{Manifest, Parent, Tombstone};
+use reseal_format::manifest::{Manifest, Note, Parent, Tombstone};
 use reseal_format::names::VmName;
-use reseal_format::seal::MAX_OBJECT;
 use reseal_format::time::Timestamp;
 use reseal_store::StoreError;
 
@@ -133,19 +132,26 @@ impl Tenant {
     /// Opens a manifest.
     pub fn point(&self, vm: &VmName, number: u32) -> Result<Point, VaultError> {
         let key = layout::manifest(&self.name, vm, number);
-        let object = self.store.get(&key, MAX_OBJECT).map_err(|e| match e {
-            StoreError::NotFound(_) => VaultError::NoPoint { vm: vm.clone(), point: format!("{vm}@{number}") },
-            other => other.into(),
+        let opened = self.open_sealed(&key, |keys, object| Manifest::open(keys, vm, number, object));
+        let (manifest, digest) = opened.map_err(|e| match e {
+            VaultError::Store(StoreError::NotFound(_)) => {
+                VaultError::NoPoint { vm: vm.clone(), point: format!("{vm}@{number}") }
+            }
+            other => other,
         })?;
-        let opened = Manifest::open(&self.keys, vm, number, &object).map_err(VaultError::damaged(&key))?;
-        Ok(Point { manifest: opened.0, digest: opened.1 })
+        Ok(Point { manifest, digest })
     }
 
     /// Opens a tombstone.
     pub fn tombstone(&self, vm: &VmName, number: u32) -> Result<Tombstone, VaultError> {
         let key = layout::tombstone(&self.name, vm, number);
-        let object = self.store.get(&key, MAX_OBJECT)?;
-        Tombstone::open(&self.keys, vm, number, &object).map_err(VaultError::damaged(&key))
+        self.open_sealed(&key, |keys, object| Tombstone::open(keys, vm, number, object))
+    }
+
+    /// Opens a note.
+    pub fn note(&self, vm: &VmName, number: u32, id: NoteId) -> Result<Note, VaultError> {
+        let key = layout::note(&self.name, vm, number, id);
+        self.open_sealed(&key, |keys, object| Note::open(keys, vm, number, id, object))
     }
 
     /// Opens the point that a user named.
@@ -192,10 +198,7 @@ impl Tenant {
             let middle = low + (high - low) / 2;
             let point = match self.point(vm, numbers[middle]) {
                 // One that is damaged says nothing about the others: then each is looked at.
-                Err(e) if e.damaged_object().is_some() => {
-                    let mut points = numbers.iter().filter_map(|&number| self.point(vm, number).ok());
-                    return Ok(points.find(|point| point.manifest.created == time));
-                }
+                Err(e) if e.damaged_object().is_some() => return self.whole_point_at(vm, &numbers, time),
                 other => other?,
             };
             match point.manifest.created.cmp(&time) {
@@ -207,11 +210,24 @@ impl Tenant {
         Ok(None)
     }
 
+    /// The same among numbers of which some are damaged.
+    fn whole_point_at(&self, vm: &VmName, numbers: &[u32], time: Timestamp) -> Result<Option<Point>, VaultError> {
+        for &number in numbers {
+            match self.point(vm, number) {
+                Ok(point) if point.manifest.created == time => return Ok(Some(point)),
+                Ok(_) | Err(VaultError::NoPoint { .. }) => {}
+                Err(e) if e.damaged_object().is_some() => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(None)
+    }
+
     /// Makes a restore point exist. All that it leads to must be durable already.
     pub fn commit(&self, manifest: &Manifest) -> Result<Digest, VaultError> {
         debug_assert!(manifest.disks.iter().all(|disk| disk.length <= MAX_DISK));
         let key = layout::manifest(&self.name, &manifest.vm, manifest.number);
-        let (object, digest) = manifest.seal(&self.keys, random()?).map_err(VaultError::damaged(&key))?;
+        let (object, digest) = manifest.seal(&self.keys(), random()?).map_err(VaultError::damaged(&key))?;
         let lost = || VaultError::LostRace { vm: manifest.vm.clone(), number: manifest.number };
         match self.store.create(&key, &object) {
             Ok(()) => Ok(digest),

@@ -9,11 +9,12 @@ use reseal_format::ids::VaultId;
 use reseal_format::keys::Scope;
 use reseal_format::layout;
 use reseal_format::names::TenantName;
-use reseal_format::tenant::{KmsRef, MAX_RECORD, TenantRecord};
+use reseal_format::tenant::{KmsRef, MAX_RECORD, TenantKeys, TenantRecord};
 use reseal_format::time::Timestamp;
 use reseal_kms::{KeyName, Kms, Secret};
 use reseal_store::{Store, StoreError};
 
+use crate::refresh::Unlocked;
 use crate::tenant::{expect_no_tenant, kms_context, vault_id};
 use crate::{Tenant, VaultError};
 
@@ -31,6 +32,11 @@ impl Record {
     /// Reads the record, also of a tenant that was erased.
     pub fn read(store: Arc<dyn Store>, repo: &str, name: &TenantName) -> Result<Record, VaultError> {
         let vault = vault_id(&*store, repo)?;
+        Record::in_vault(store, vault, name)
+    }
+
+    /// The same where the vault is known already.
+    pub(crate) fn in_vault(store: Arc<dyn Store>, vault: VaultId, name: &TenantName) -> Result<Record, VaultError> {
         let key = layout::tenant_record(name);
         let bytes = match store.get(&key, MAX_RECORD) {
             Err(StoreError::NotFound(_)) => {
@@ -111,11 +117,16 @@ impl Record {
     }
 
     /// Has the KMS unwrap the master, and opens the tenant's keys.
-    pub fn unlock(&self, kms: &dyn Kms) -> Result<Tenant, VaultError> {
+    pub fn unlock_keys(&self, kms: &dyn Kms) -> Result<TenantKeys, VaultError> {
         let payload = self.unwrap(kms)?;
-        let keys = self.record.unlock(self.vault, &self.name, &payload).map_err(VaultError::damaged(self.key()))?;
-        let (store, name, kms) = (self.store.clone(), self.name.clone(), self.record.kms.clone());
-        Ok(Tenant { store, name, keys: Arc::new(keys), kms })
+        self.record.unlock(self.vault, &self.name, &payload).map_err(VaultError::damaged(self.key()))
+    }
+
+    /// The same for a tenant that is used for a while: the KMS is asked again when its record was replaced.
+    pub fn unlock(&self, kms: Arc<dyn Kms>) -> Result<Tenant, VaultError> {
+        let keys = Arc::new(self.unlock_keys(&*kms)?);
+        let unlocked = Unlocked { keys, kms: self.record.kms.clone() };
+        Ok(Tenant::new(self.store.clone(), self.name.clone(), kms, unlocked))
     }
 
     /// Puts the next generation in the place of this one, if this one is what the vault holds.

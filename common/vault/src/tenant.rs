@@ -1,13 +1,13 @@
-//! Making a vault and its tenants, and unlocking one.
+//! Making a vault and its tenants; a tenant that is unlocked.
 
 use std::sync::Arc;
 
+use parking_lot::{Mutex, RwLock};
 use reseal_format::ids::{TenantId, VaultId};
 use reseal_format::keys::{DedupSecret, Dek, Master, Scope};
 use reseal_format::layout;
 use reseal_format::names::TenantName;
 use reseal_format::tenant::{KmsRef, MAX_RECORD, TenantKeys, TenantRecord, master_payload};
-use reseal_format::time::Timestamp;
 use reseal_format::vaultfile::{MAX_VAULT_FILE, VaultFile};
 use reseal_kms::{KeyName, Kms};
 use reseal_store::{Store, StoreError};
@@ -15,6 +15,7 @@ use zeroize::Zeroizing;
 
 use crate::VaultError;
 use crate::record::Record;
+use crate::refresh::{Failure, Unlocked};
 
 /// Random bytes from the system.
 pub fn random<const N: usize>() -> Result<[u8; N], VaultError> {
@@ -134,18 +135,32 @@ fn first_record(scope: Scope, tenant: &TenantName, kms: &dyn Kms, key: &KeyName)
     Ok(TenantRecord::new(&keys, tenant, &master, random()?, reference, wrapped))
 }
 
-/// A tenant whose keys are unlocked.
+/// A tenant whose keys are unlocked. They are replaced when the tenant gets others: see [`Tenant::refresh`].
 pub struct Tenant {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) name: TenantName,
-    pub(crate) keys: Arc<TenantKeys>,
-    pub(crate) kms: KmsRef,
+    /// What unwrapped the master, and is asked again for the next one.
+    pub(crate) kms: Arc<dyn Kms>,
+    pub(crate) unlocked: RwLock<Arc<Unlocked>>,
+    /// Held by the one thread that asks the KMS.
+    pub(crate) turn: Mutex<()>,
+    /// What became of that, if it was not good.
+    pub(crate) failure: Mutex<Option<Failure>>,
 }
 
 impl Tenant {
     /// Reads the tenant's record and has the KMS unwrap its master.
-    pub fn open(store: Arc<dyn Store>, repo: &str, name: &TenantName, kms: &dyn Kms) -> Result<Tenant, VaultError> {
+    pub fn open(store: Arc<dyn Store>, repo: &str, name: &TenantName, kms: Arc<dyn Kms>) -> Result<Tenant, VaultError> {
         Record::read(store, repo, name)?.unlock(kms)
+    }
+
+    pub(crate) fn new(store: Arc<dyn Store>, name: TenantName, kms: Arc<dyn Kms>, unlocked: Unlocked) -> Tenant {
+        let unlocked = RwLock::new(Arc::new(unlocked));
+        Tenant { store, name, kms, unlocked, turn: Mutex::default(), failure: Mutex::default() }
+    }
+
+    pub(crate) fn unlocked(&self) -> Arc<Unlocked> {
+        self.unlocked.read().clone()
     }
 
     /// Its name.
@@ -153,17 +168,14 @@ impl Tenant {
         &self.name
     }
 
-    /// Its keys.
-    pub fn keys(&self) -> &Arc<TenantKeys> {
-        &self.keys
+    /// Its keys, as they are now.
+    pub fn keys(&self) -> Arc<TenantKeys> {
+        self.unlocked.read().keys.clone()
     }
 
-    /// When the tenant was erased, if that happened since it was opened: whoever holds its keys lets go of them then.
-    pub fn erased(&self) -> Result<Option<Timestamp>, VaultError> {
-        let key = layout::tenant_record(&self.name);
-        let bytes = self.store.get(&key, MAX_RECORD)?;
-        let record = TenantRecord::decode(&bytes).map_err(VaultError::damaged(&key))?;
-        Ok(record.erased.filter(|_| record.tenant_id == self.keys.scope().tenant))
+    /// Generation of the record that the keys came from.
+    pub fn record_generation(&self) -> u64 {
+        self.unlocked.read().keys.record_generation()
     }
 
     /// Where its objects are.
@@ -172,7 +184,7 @@ impl Tenant {
     }
 
     /// Which KMS key wraps its master.
-    pub fn kms(&self) -> &KmsRef {
-        &self.kms
+    pub fn kms(&self) -> KmsRef {
+        self.unlocked.read().kms.clone()
     }
 }

@@ -9,9 +9,9 @@ use clap::Args;
 use reseal_cli::{CommonArgs, Detach, Failure, Side, Status, finish, harden, split};
 use reseal_format::names::VmName;
 use reseal_mountfs::catalog::Shown;
-use reseal_mountfs::erasure;
 use reseal_mountfs::journal::Journal;
 use reseal_mountfs::mount::{MountError, Mounted, Options};
+use reseal_mountfs::record_watch;
 use reseal_mountfs::signals::StopSignals;
 use reseal_mountfs::umount;
 use reseal_vault::{PointSpec, Tenant, VaultError};
@@ -91,11 +91,11 @@ fn serve(common: &CommonArgs, arguments: &MountArgs, detach: Option<Detach>) -> 
         io_timeout: Duration::from_secs(arguments.io_timeout.into()),
         allow_other: arguments.allow_other,
     };
-    let (tenant, journal) = (opened.tenant, Arc::new(Journal::new()));
-    let mounted = Mounted::new(tenant.clone(), Some(opened.heads), &arguments.mountpoint, &options, journal.clone());
+    let (tenant, heads, journal) = (opened.tenant, opened.heads, Arc::new(Journal::new()));
+    let mounted = Mounted::new(tenant.clone(), Some(heads.clone()), &arguments.mountpoint, &options, journal.clone());
     let mounted = mounted.map_err(mount_failure)?;
     signals.on_signal(mounted.stopper()).map_err(failed)?;
-    erasure::watch(tenant, journal, mounted.stopper()).map_err(failed)?;
+    record_watch::watch(tenant, heads, journal, mounted.stopper()).map_err(failed)?;
     let end = if detach.is_some() { "`reseal umount` ends it" } else { "Ctrl-C ends it" };
     common.output().say(format!("mounted at {}, decrypted as it is read; {end}", mounted.path().display()));
     if let Some(detach) = detach {

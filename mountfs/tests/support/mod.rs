@@ -51,7 +51,7 @@ impl Vault {
         create_vault(&store, "vault").unwrap();
         let keyring = Keyring::create(&folder.path().join("keyring.json"), None).unwrap();
         create_tenant(&store, "vault", &name, &keyring).unwrap();
-        let tenant = Arc::new(Tenant::open(Arc::new(store), "vault", &name, &keyring).unwrap());
+        let tenant = Arc::new(Tenant::open(Arc::new(store), "vault", &name, Arc::new(keyring)).unwrap());
         Vault { folder, tenant, shift: FrameShift::DEFAULT }
     }
 
@@ -63,7 +63,7 @@ impl Vault {
     pub fn tenant_over(&self, store: Arc<dyn Store>) -> Arc<Tenant> {
         let path = self.folder.path().join("keyring.json");
         let keyring = Keyring::open(&path, |_| unreachable!("it has no passphrase")).unwrap();
-        Arc::new(Tenant::open(store, "vault", &TenantName::new("default").unwrap(), &keyring).unwrap())
+        Arc::new(Tenant::open(store, "vault", &TenantName::new("default").unwrap(), Arc::new(keyring)).unwrap())
     }
 
     /// An empty folder to mount at.

@@ -171,7 +171,7 @@ impl Freezer {
         let store = Arc::new(Local::new(self.path("vault")));
         let name = TenantName::new(TENANT).unwrap();
         let keyring = Keyring::open(&self.path("keyring.json"), |_| unreachable!("it has no passphrase")).unwrap();
-        let tenant = Tenant::open(store, "vault", &name, &keyring).unwrap();
+        let tenant = Tenant::open(store, "vault", &name, Arc::new(keyring)).unwrap();
         let vm = VmName::new(WEB).unwrap();
         let gone = tenant.point(&vm, 2).unwrap();
         let later = |ms| Timestamp(gone.manifest.created.0 + ms);
@@ -185,7 +185,7 @@ impl Freezer {
             reason: "frozen".into(),
             created: later(60_000),
         };
-        let object = tombstone.seal(tenant.keys(), random().unwrap()).unwrap();
+        let object = tombstone.seal(&tenant.keys(), random().unwrap()).unwrap();
         tenant.store().create(&layout::tombstone(&name, &vm, 2), &object).unwrap();
         tenant.store().delete(&layout::manifest(&name, &vm, 2)).unwrap();
         self.points.retain(|point| (point.vm.as_str(), point.number) != (WEB, 2));
@@ -201,7 +201,7 @@ impl Freezer {
             kind: "boot-verdict".into(),
             content: serde_json::json!({ "booted": true, "seconds": 31 }),
         };
-        let object = note.seal(tenant.keys(), random().unwrap()).unwrap();
+        let object = note.seal(&tenant.keys(), random().unwrap()).unwrap();
         tenant.store().create(&layout::note(&name, &vm, 3, note.note_id), &object).unwrap();
 
         let expected = Expected {

@@ -76,7 +76,7 @@ impl Victim {
             created: point.manifest.created,
         };
         let name = TenantName::new("default").unwrap();
-        let object = tombstone.seal(tenant.keys(), reseal_vault::random().unwrap()).unwrap();
+        let object = tombstone.seal(&tenant.keys(), reseal_vault::random().unwrap()).unwrap();
         tenant.store().create(&layout::tombstone(&name, &vm("vm"), FORGOTTEN), &object).unwrap();
         tenant.store().delete(&layout::manifest(&name, &vm("vm"), FORGOTTEN)).unwrap();
     }
@@ -95,7 +95,7 @@ impl Victim {
             content: serde_json::json!({ "boots": true }),
         };
         let name = TenantName::new("default").unwrap();
-        let object = note.seal(tenant.keys(), reseal_vault::random().unwrap()).unwrap();
+        let object = note.seal(&tenant.keys(), reseal_vault::random().unwrap()).unwrap();
         tenant.store().create(&layout::note(&name, &vm("vm"), 2, note.note_id), &object).unwrap();
     }
 

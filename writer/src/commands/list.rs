@@ -87,7 +87,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
                 if manifest.warnings.is_empty() { "" } else { "  see `reseal show`" },
             ));
         }
-        opened.heads.remember(tenant.keys().record_generation(), &[(vm, authenticated)])?;
+        opened.heads.remember(tenant.record_generation(), &[(vm, authenticated)])?;
     }
     if shown == 0 && damaged.is_none() {
         output.say("no restore points yet; make one with `reseal backup VM DISK`");

@@ -132,7 +132,7 @@ fn move_to(common: &CommonArgs, found: &Found, target: &str, args: &Args) -> Res
     let entry = entry(name, target);
     let finish = format!("[tenants] in {} to have:\n\n    {entry}\n", config.path().display());
     // An earlier call may have been interrupted, or the configuration not been changed since.
-    if record.kms().kind == to.kind() && record.unlock(&*to).is_ok() {
+    if record.kms().kind == to.kind() && record.unlock_keys(&*to).is_ok() {
         common.output().json(&json!({
             "tenant": name, "kms": target, "kind": to.kind(), "key": record.kms().key, "generation": record.generation(),
             "objects": [], "config": entry,

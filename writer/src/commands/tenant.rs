@@ -147,10 +147,9 @@ fn show(common: &CommonArgs, name: TenantName) -> Result<(), Failure> {
     let output = common.output();
     let found = common.find(&name)?;
     let kms = common.kms_of(&found.record)?;
-    let tenant = found.record.unlock(&*kms).map_err(|e| of_tenant(&name, e))?;
+    let keys = found.record.unlock_keys(&*kms).map_err(|e| of_tenant(&name, e))?;
     found.heads.remember(found.record.generation(), &[])?;
-    let holdings = Holdings::of(&**tenant.store(), &name)?;
-    let keys = tenant.keys();
+    let holdings = Holdings::of(&*common.vault()?.0, &name)?;
     let config = common.kms_config()?;
     let epochs: Vec<u32> = keys.epochs().collect();
     let mut document = summary(&found.record, &holdings);
@@ -163,7 +162,7 @@ fn show(common: &CommonArgs, name: TenantName) -> Result<(), Failure> {
     output.json(&document);
     output.say(format!("tenant      {name}"));
     output.say(format!("id          {}", found.record.scope().tenant));
-    let reference = tenant.kms();
+    let reference = found.record.kms();
     output.say(format!("KMS         {} ({}), key {}", config.kms_of(name.as_str()), reference.kind, reference.key));
     output.say(format!("record      generation {}", found.record.generation()));
     let all = epochs.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
@@ -185,7 +184,7 @@ fn remove(common: &CommonArgs, name: &TenantName, destroy_key: bool) -> Result<(
         None => {
             let kms = common.kms_of(record)?;
             // It must be this tenant's key, not one whose name somebody wrote there.
-            record.unlock(&*kms).map_err(|e| of_tenant(name, e))?;
+            record.unlock_keys(&*kms).map_err(|e| of_tenant(name, e))?;
             Some(kms)
         }
     };
