@@ -1,11 +1,12 @@
 //! Stores around a real one: one operation fails, stalls or lies; and all are written down.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use reseal_store::{Entry, Lease, Store, StoreError, Upload};
+use reseal_store::{Entry, Lease, Local, Store, StoreError, Upload};
 
 /// What a store is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,10 +56,14 @@ pub struct Plan {
     pub fault: Fault,
 }
 
+/// What somebody else does just before an operation.
+type Meanwhile = Box<dyn FnMut(Operation, &str) + Send>;
+
 #[derive(Default)]
 struct Shared {
     log: Mutex<Vec<(Operation, String)>>,
     plan: Mutex<Option<Plan>>,
+    meanwhile: Mutex<Option<Meanwhile>>,
 }
 
 /// A store that is watched.
@@ -78,6 +83,11 @@ impl Watched {
         *self.shared.plan.lock().unwrap() = plan;
     }
 
+    /// From now on, that happens before each operation. It must not use this store.
+    pub fn meanwhile(&self, what: impl FnMut(Operation, &str) + Send + 'static) {
+        *self.shared.meanwhile.lock().unwrap() = Some(Box::new(what));
+    }
+
     /// Whether what was planned has happened.
     pub fn happened(&self) -> bool {
         self.shared.plan.lock().unwrap().is_none_or(|plan| plan.after == 0 && plan.lasting)
@@ -92,6 +102,9 @@ impl Watched {
 impl Shared {
     fn due(&self, operation: Operation, key: &str) -> Option<Fault> {
         self.log.lock().unwrap().push((operation, key.to_owned()));
+        if let Some(meanwhile) = self.meanwhile.lock().unwrap().as_mut() {
+            meanwhile(operation, key);
+        }
         let mut guard = self.plan.lock().unwrap();
         let plan = guard.as_mut().filter(|plan| plan.operation.is_none_or(|only| only == operation))?;
         if plan.after > 0 {
@@ -180,6 +193,69 @@ impl Store for Watched {
 
     fn is_held(&self, key: &str) -> Result<bool, StoreError> {
         self.shared.apply(Operation::IsHeld, key, || self.inner.is_held(key))
+    }
+}
+
+/// A folder whose files are opened anew for each operation: what was removed can't be read on.
+pub struct Forgetful(PathBuf);
+
+impl Forgetful {
+    pub fn new(root: impl Into<PathBuf>) -> Forgetful {
+        Forgetful(root.into())
+    }
+
+    fn local(&self) -> Local {
+        Local::new(&self.0)
+    }
+}
+
+impl Store for Forgetful {
+    fn get(&self, key: &str, limit: usize) -> Result<Vec<u8>, StoreError> {
+        self.local().get(key, limit)
+    }
+
+    fn read_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<(), StoreError> {
+        self.local().read_at(key, offset, buf)
+    }
+
+    fn try_read_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<bool, StoreError> {
+        self.local().try_read_at(key, offset, buf)
+    }
+
+    fn read_tail(&self, key: &str, want: usize) -> Result<(Vec<u8>, u64), StoreError> {
+        self.local().read_tail(key, want)
+    }
+
+    fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
+        self.local().upload(key)
+    }
+
+    fn replace(&self, key: &str, expected: &[u8], new: &[u8]) -> Result<(), StoreError> {
+        self.local().replace(key, expected, new)
+    }
+
+    fn list(&self, folder: &str) -> Result<Vec<Entry>, StoreError> {
+        self.local().list(folder)
+    }
+
+    fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.local().delete(key)
+    }
+
+    fn settle(&self, folder: &str) -> Result<(), StoreError> {
+        self.local().settle(folder)
+    }
+
+    fn sweep(&self) -> Result<(), StoreError> {
+        self.local().sweep()
+    }
+
+    fn lease(&self, key: &str, bytes: &[u8]) -> Result<Box<dyn Lease>, StoreError> {
+        self.local().lease(key, bytes)
+    }
+
+    fn is_held(&self, key: &str) -> Result<bool, StoreError> {
+        self.local().is_held(key)
     }
 }
 

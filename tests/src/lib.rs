@@ -1,7 +1,7 @@
 //! What the end-to-end tests are made of: a [`site`] with the real programs ([`process`]), disks as they should be
 //! ([`model`], [`random`]), the same work through the libraries ([`library`]) over stores that fail or count
-//! ([`faults`]), and what ends with a test: mounts of a vault ([`mounting`]), other file systems and devices
-//! ([`loops`]), a guest that runs ([`guest`], as a [`domain`] of libvirt too, watched by [`qmp`]).
+//! ([`faults`]) and a KMS that does so too ([`moody`]), while the tenant's keys are replaced step by step ([`rekeying`]); and
+//! what ends with a test: mounts of a vault ([`mounting`]), other file systems and devices ([`loops`]), a guest that runs ([`guest`], as a [`domain`] of libvirt too, watched by [`qmp`]).
 #![allow(clippy::unwrap_used)] // all of it is test code: it ends where it meets what it did not expect
 
 pub mod domain;
@@ -12,8 +12,10 @@ pub mod library;
 pub mod libvirtd;
 pub mod loops;
 pub mod model;
+pub mod moody;
 pub mod mounting;
 pub mod process;
 pub mod qmp;
 pub mod random;
+pub mod rekeying;
 pub mod site;

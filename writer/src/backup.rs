@@ -1,5 +1,6 @@
 //! A backup from its sources to its manifest.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -427,8 +428,11 @@ impl Backup<'_> {
                 return Ok((Known { packs, tree, lookup: None, damaged: HashSet::new() }, Some(warning)));
             }
         };
-        // What it held before the listing and is not in it is gone; what others learnt meanwhile is not.
-        let present = packs.list()?;
+        // What it held before the listing and is not in it is gone; what others learnt meanwhile is not. Of a pack that is
+        // being rewritten only the newest generation counts, for the other is about to go.
+        let mut present = packs.list()?;
+        present.sort_by_key(|pack| (pack.id, Reverse(pack.generation)));
+        present.dedup_by_key(|pack| pack.id);
         let names: BTreeSet<_> = present.iter().map(|pack| (pack.id, pack.generation)).collect();
         let gone: Vec<_> = held.difference(&names).map(|(id, _)| *id).collect();
         let unknown: Vec<_> = present.into_iter().filter(|pack| !held.contains(&(pack.id, pack.generation))).collect();
@@ -437,16 +441,21 @@ impl Backup<'_> {
         }
         packs.settle(&unknown)?;
         for pack in unknown {
-            learn(&packs, &lookup, pack);
+            learn(&packs, &lookup, pack)?;
         }
         Ok((Known { packs, tree, lookup: Some(lookup), damaged }, None))
     }
 }
 
 /// Lets the lookup learn a pack that it does not know: one of another machine, or one that an aborted backup left.
-fn learn(packs: &Packs, lookup: &Lookup, pack: PackFile) {
-    // A damaged pack is nothing to deduplicate against; `verify` reports it.
-    let Ok(handle) = packs.open_generation(pack.id, pack.generation) else { return };
+fn learn(packs: &Packs, lookup: &Lookup, pack: PackFile) -> Result<(), VaultError> {
+    let handle = match packs.open_generation(pack.id, pack.generation) {
+        Ok(handle) => handle,
+        // A backup without the tenant's new keys would go on sealing under the old.
+        Err(e @ VaultError::NoNewKeys { .. }) => return Err(e),
+        // A damaged pack is nothing to deduplicate against; `verify` reports it.
+        Err(_) => return Ok(()),
+    };
     let ids = match handle.trailer().kind {
         Kind::DataPack => packs.read_ids(&handle),
         _ => Ok(Vec::new()),
@@ -455,6 +464,7 @@ fn learn(packs: &Packs, lookup: &Lookup, pack: PackFile) {
         // What it does not learn now, the next backup will.
         let _ = lookup.learn(pack.id, pack.generation, &ids);
     }
+    Ok(())
 }
 
 /// The time, in milliseconds since 1970.

@@ -16,10 +16,14 @@ use crate::walk::Need;
 const EIO: i32 = libc::EIO;
 /// Bytes that are read at once.
 const WINDOW: usize = 4 << 20;
+/// How often a pack may be rewritten while it is verified.
+const MAX_REWRITTEN: u32 = 4;
 
 /// What is wrong with a pack.
 #[derive(Default)]
 pub(crate) struct Findings {
+    /// Which generation they are about.
+    pub generation: u32,
     /// What is wrong with the pack as a whole.
     pub whole: Option<String>,
     /// Whether no blob of it can be read because of that.
@@ -30,6 +34,12 @@ pub(crate) struct Findings {
     pub good: u64,
     /// Bytes read.
     pub bytes: u64,
+}
+
+impl Findings {
+    pub(crate) fn is_bad(&self) -> bool {
+        self.whole.is_some() || !self.blobs.is_empty()
+    }
 }
 
 /// Verifies packs one after the other; one a thread.
@@ -44,14 +54,30 @@ impl<'a> PackVerifier<'a> {
         Ok(PackVerifier { packs, decoder: FrameDecoder::new()?, cluster: Zeroizing::new(vec![0; CLUSTER]) })
     }
 
-    /// Verifies a pack: everything in it, or only what is needed. What is needed must also be there.
+    /// Verifies a pack: everything in it, or only what is needed. What is needed must also be there. Where it was rewritten
+    /// since it was listed, the generation that took its place is what counts.
     pub(crate) fn verify(
         &mut self,
-        file: PackFile,
+        mut file: PackFile,
         need: Option<&Need>,
         everything: bool,
     ) -> Result<Findings, VaultError> {
-        let mut findings = Findings::default();
+        let mut rewritten = 0;
+        loop {
+            let findings = self.generation(file, need, everything)?;
+            if !findings.is_bad() || rewritten == MAX_REWRITTEN {
+                return Ok(findings);
+            }
+            match self.packs.successor(file)? {
+                Some(successor) => file = successor,
+                None => return Ok(findings),
+            }
+            rewritten += 1;
+        }
+    }
+
+    fn generation(&mut self, file: PackFile, need: Option<&Need>, everything: bool) -> Result<Findings, VaultError> {
+        let mut findings = Findings { generation: file.generation, ..Findings::default() };
         let handle = match self.packs.open_generation(file.id, file.generation) {
             Ok(handle) => handle,
             Err(e) => {

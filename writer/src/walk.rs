@@ -60,9 +60,11 @@ pub(crate) struct Collector {
 }
 
 impl Collector {
-    pub(crate) fn disk(&mut self, tree: &Tree, disk: &Disk) {
-        if let Some(root) = disk.root {
-            self.node(tree, root.into(), root_level(disk.length));
+    /// Fails only where keys can't be had.
+    pub(crate) fn disk(&mut self, tree: &Tree, disk: &Disk) -> Result<(), VaultError> {
+        match disk.root {
+            Some(root) => self.node(tree, root.into(), root_level(disk.length)),
+            None => Ok(()),
         }
     }
 
@@ -79,22 +81,27 @@ impl Collector {
         need.ordinals.insert(blob.ordinal);
     }
 
-    fn node(&mut self, tree: &Tree, blob: BlobRef, level: u8) {
+    fn node(&mut self, tree: &Tree, blob: BlobRef, level: u8) -> Result<(), VaultError> {
         self.need(blob, Kind::IndexPack);
         let place = (blob.pack, blob.ordinal);
         if !self.seen.insert(place) {
-            return;
+            return Ok(());
         }
         let node = match tree.node(blob, level, Wait::May) {
             Ok(node) => node,
-            Err(e) => return drop(self.broken.insert(place, e)),
+            Err(e @ VaultError::NoNewKeys { .. }) => return Err(e),
+            Err(e) => {
+                self.broken.insert(place, e);
+                return Ok(());
+            }
         };
         for child in (0..FANOUT).filter_map(|slot| node.get(slot)) {
             match level {
                 0 => self.need(child, Kind::DataPack),
-                _ => self.node(tree, child, level - 1),
+                _ => self.node(tree, child, level - 1)?,
             }
         }
+        Ok(())
     }
 }
 
