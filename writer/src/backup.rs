@@ -13,7 +13,7 @@ use reseal_format::manifest::{Claim, Definition, Disk, MAX_TEXT, Manifest, Paren
 use reseal_format::names::{DiskName, VmName};
 use reseal_format::time::Timestamp;
 use reseal_vault::heads::Heads;
-use reseal_vault::{PackFile, Packs, Tenant, Tree, VaultError, random};
+use reseal_vault::{Holder, PackFile, Packs, Tenant, Tree, VaultError, random};
 
 use crate::BackupError;
 use crate::assemble::Assembler;
@@ -155,6 +155,9 @@ impl Backup<'_> {
     /// Makes one restore point.
     pub fn run(mut self) -> Result<Backed, BackupError> {
         let began = Instant::now();
+        // Before the record is read on which all that follows relies.
+        let _lease = self.tenant.lease(&Holder::this_process(format!("backup of {}", self.vm)))?;
+        self.tenant.refresh()?;
         self.tenant.store().sweep().map_err(VaultError::from)?;
         let position = self.position().map_err(|e| match e {
             BackupError::Vault(source) if source.damaged_object().is_some() => BackupError::Newest { source },

@@ -5,7 +5,7 @@
 //!         (source)  (plan)   (worker)   (known, lookup)          (assemble, index_writer)  (backup)
 //! ```
 //!
-//! [`pipeline`] joins the stages; [`verify`] reads everything back.
+//! [`pipeline`] joins the stages; [`verify`] reads everything back; [`rekey`] seals everything again under another key.
 //!
 //! Architecture invariant: what is right of ┃ happens where the keys are, on the target's side; a remote backup cuts the
 //! pipeline there. The lookup is a hint: nothing is deduplicated against before the pack's own id table confirms it.
@@ -26,6 +26,7 @@ pub mod nbd;
 mod pipeline;
 mod plan;
 pub mod qemu;
+pub mod rekey;
 pub mod source;
 pub mod throttle;
 pub mod verify;

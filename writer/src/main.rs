@@ -5,7 +5,7 @@ mod commands;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use reseal_cli::{CommonArgs, Failure, finish, harden};
+use reseal_cli::{CommonArgs, Detach, Failure, Side, finish, harden};
 
 use commands::{backup, delegate, init, key, list, rekey, show, tenant, verify};
 
@@ -36,7 +36,7 @@ enum Command {
     /// The customers of a vault, each with a key of its own: add, list, show, remove, erase
     Tenant(tenant::Args),
     /// Other keys for the same data
-    Rekey(rekey::Args),
+    Rekey(Box<rekey::Args>),
     /// Shows restore points as files: every disk, decrypted, under VM/TIME/
     Mount(delegate::Args),
     /// Ends a mount
@@ -48,7 +48,7 @@ enum Command {
     Guardian,
 }
 
-fn run(cli: Cli) -> Result<(), Failure> {
+fn run(cli: Cli, detach: Option<Detach>) -> Result<(), Failure> {
     let common = &cli.common;
     match cli.command {
         Command::Mount(_) => return delegate::run("mount"),
@@ -65,7 +65,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Guardian => reseal_writer::guardian::run(),
         Command::Key(args) => key::run(common, args),
         Command::Tenant(args) => tenant::run(common, args),
-        Command::Rekey(args) => rekey::run(common, args),
+        Command::Rekey(args) => rekey::run(common, &args, detach),
         Command::Mount(_) | Command::Umount(_) | Command::Restore(_) => Ok(()),
     }
 }
@@ -75,5 +75,15 @@ fn main() -> ExitCode {
     if let Some(result) = delegate::early(std::env::args_os()) {
         return finish("reseal", result);
     }
-    finish("reseal", run(Cli::parse()))
+    let cli = Cli::parse();
+    let side = match &cli.command {
+        Command::Rekey(args) if args.background => rekey::split_off(args).map(Some),
+        _ => Ok(None),
+    };
+    match side {
+        Ok(Some(Side::Command(status))) => ExitCode::from(status),
+        Ok(Some(Side::Server(detach))) => finish("reseal", run(cli, Some(detach))),
+        Ok(None) => finish("reseal", run(cli, None)),
+        Err(failure) => finish("reseal", Err(failure)),
+    }
 }

@@ -7,6 +7,7 @@ pub(crate) mod key;
 pub(crate) mod list;
 pub(crate) mod new_tenant;
 pub(crate) mod rekey;
+mod rekey_data;
 pub(crate) mod show;
 pub(crate) mod sources;
 pub(crate) mod tenant;

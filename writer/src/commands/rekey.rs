@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use reseal_cli::{CommonArgs, Failure, Found, Status, human_duration, of_tenant};
+use reseal_cli::{CommonArgs, Detach, Failure, Found, Side, Status, human_duration, of_tenant, split};
 use reseal_format::names::TenantName;
 use reseal_kms::config::KEYRING;
 use reseal_kms::kit::write_kit;
@@ -12,14 +12,29 @@ use reseal_vault::Record;
 use serde_json::json;
 
 use super::new_tenant::{kit_contents, kit_passphrase, no_kit, open_or_make_keyring, refuse_inside};
+use super::rekey_data;
+use super::sources::parse_size;
 
 /// Arguments of `rekey`.
 #[derive(clap::Args)]
-#[command(group = clap::ArgGroup::new("what").required(true).args(["kek", "to_kms"]))]
+#[command(group = clap::ArgGroup::new("what").required(true).args(["kek", "data", "to_kms"]))]
 pub(crate) struct Args {
     /// Makes new material for the tenant's key in its KMS, wraps the master anew, and retires the old. No data moves
     #[arg(long)]
     kek: bool,
+    /// Makes a new master and a new data key, seals everything again under them, and destroys the old ones. Mounts and
+    /// backups go on. May be interrupted at any time; the next call goes on
+    #[arg(long)]
+    data: bool,
+    /// Seals at most so many bytes a second again, as 50M or 1G
+    #[arg(long, value_name = "BYTES", value_parser = parse_size, requires = "data")]
+    pub(crate) limit_rate: Option<u64>,
+    /// Returns when the new keys are in use, and goes on in the background
+    #[arg(long, requires = "data")]
+    pub(crate) background: bool,
+    /// Where a rekey in the background says how it ended, and what went wrong
+    #[arg(long, value_name = "FILE", requires = "background")]
+    pub(crate) log: Option<PathBuf>,
     /// Wraps the master under a new key in another KMS of the configuration, or in the keyring. No data moves
     #[arg(long, value_name = "NAME|keyring")]
     to_kms: Option<String>,
@@ -34,11 +49,19 @@ pub(crate) struct Args {
     recovery_passphrase_file: Option<PathBuf>,
 }
 
-pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
+/// With `--background`, the process that goes on is split off before anything else is done.
+pub(crate) fn split_off(args: &Args) -> Result<Side, Failure> {
+    // SAFETY: `main` calls this before anything starts a thread.
+    unsafe { split(args.log.as_deref()) }
+        .map_err(|e| Failure::new(Status::Failed, format!("can't go to the background: {e}")))
+}
+
+pub(crate) fn run(common: &CommonArgs, args: &Args, detach: Option<Detach>) -> Result<(), Failure> {
     let found = common.find(&common.tenant()?)?;
     match &args.to_kms {
-        Some(target) => move_to(common, &found, target, &args),
-        None => rotate(common, &found, &args),
+        Some(target) => move_to(common, &found, target, args),
+        None if args.data => rekey_data::run(common, &found, args, detach),
+        None => rotate(common, &found, args),
     }
 }
 

@@ -1,5 +1,6 @@
 //! `reseal tenant`: the customers of a vault.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, IsTerminal, Read, Write};
 use std::sync::Arc;
 
@@ -7,7 +8,7 @@ use reseal_cli::{CommonArgs, Failure, Status, human_bytes, of_tenant};
 use reseal_format::names::TenantName;
 use reseal_store::Store;
 use reseal_vault::heads::tenant_folder;
-use reseal_vault::{Holdings, Record, VaultError, VmHoldings, tenants};
+use reseal_vault::{Count, Epochs, Holdings, Record, VaultError, VmHoldings, tenants};
 use serde_json::{Value, json};
 
 use super::init::report_tenant;
@@ -39,7 +40,7 @@ enum Action {
         /// Its name [default: the one of --tenant]
         name: Option<String>,
     },
-    /// Removes a tenant that has no restore points, or that was erased. No backup of it may run
+    /// Removes a tenant that has no restore points, or that was erased
     Remove {
         name: String,
         /// Destroys its key in the KMS as well
@@ -157,6 +158,16 @@ fn show(common: &CommonArgs, name: TenantName) -> Result<(), Failure> {
     document["vault_id"] = json!(found.record.scope().vault);
     document["epoch"] = json!(keys.current_epoch());
     document["epochs"] = json!(epochs);
+    // More than one epoch: a change of the data keys was begun, and is not done.
+    let rekey = match epochs.len() {
+        0 | 1 => None,
+        _ => Some(Epochs::of(&found.record.unlock(kms).map_err(|e| of_tenant(&name, e))?)?.counts()),
+    };
+    if let Some(counts) = &rekey {
+        let count =
+            |(epoch, count): (&u32, &Count)| json!({ "epoch": epoch, "objects": count.objects, "bytes": count.bytes });
+        document["rekey"] = counts.iter().map(count).collect();
+    }
     let vm = |vm: &VmHoldings| json!({ "vm": vm.name, "points": vm.points, "forgotten": vm.forgotten });
     document["vm_list"] = holdings.vms.iter().map(vm).collect();
     output.json(&document);
@@ -167,12 +178,29 @@ fn show(common: &CommonArgs, name: TenantName) -> Result<(), Failure> {
     output.say(format!("record      generation {}", found.record.generation()));
     let all = epochs.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
     output.say(format!("DEK epochs  {all}; new objects under {}", keys.current_epoch()));
+    if let Some(counts) = &rekey {
+        output.say(format!(
+            "rekey       {}; `reseal rekey --data` goes on with it",
+            how_far(counts, keys.current_epoch())
+        ));
+    }
     for vm in &holdings.vms {
         output.say(format!("VM          {}: {} points, {} forgotten", vm.name, vm.points, vm.forgotten));
     }
     output.say(format!("points      {}", holdings.points()));
     output.say(format!("stored      {} in {} packs", human_bytes(holdings.bytes), holdings.packs));
     Ok(())
+}
+
+/// How much of a tenant is sealed under the newest DEK.
+fn how_far(counts: &BTreeMap<u32, Count>, newest: u32) -> String {
+    let all: u64 = counts.values().map(|count| count.bytes).sum();
+    let done = counts.get(&newest).copied().unwrap_or_default();
+    let left = counts.iter().filter(|(epoch, _)| **epoch != newest).map(|(_, count)| count.objects).sum::<u64>();
+    // Per cent of bytes: what takes the time.
+    let percent = (u128::from(done.bytes) * 100).checked_div(all.into()).unwrap_or(100);
+    let (done, all) = (human_bytes(done.bytes), human_bytes(all));
+    format!("{percent} % done ({done} of {all}), {left} objects left under older keys")
 }
 
 fn remove(common: &CommonArgs, name: &TenantName, destroy_key: bool) -> Result<(), Failure> {

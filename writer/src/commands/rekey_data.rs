@@ -1,0 +1,127 @@
+//! `reseal rekey --data`: a new master and a new data key, under which everything is sealed again.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use reseal_cli::{
+    CommonArgs, Detach, Failure, Found, Output, Progress, Status, human_bytes, human_duration, of_tenant,
+};
+use reseal_kms::Kms;
+use reseal_store::StoreError;
+use reseal_vault::{Holder, Record, Tenant, VaultError, random_master};
+use reseal_writer::rekey::{Rekey, Resealed};
+use reseal_writer::throttle::Throttle;
+use serde_json::json;
+
+use super::cores;
+use super::rekey::Args;
+
+/// How often the end is tried where the record is replaced by others at the same time.
+const TRIES: u32 = 5;
+
+pub(crate) fn run(common: &CommonArgs, found: &Found, args: &Args, detach: Option<Detach>) -> Result<(), Failure> {
+    let began = Instant::now();
+    let output = common.output();
+    let name = found.record.name();
+    let kms = common.kms_of(&found.record)?;
+    let of = |e| of_tenant(name, e);
+    let before = found.record.unlock(kms.clone()).map_err(of)?;
+    // One at a time: of two, one could destroy the key that the other still seals under.
+    let _alone = before.rekey_lease(&Holder::this_process("rekey --data".to_owned()))?;
+    // Only now it is sure that nobody else begins or ends one.
+    let record = common.find(name)?.record;
+    let is_resumed = record.unlock_keys(&*kms).map_err(of)?.epochs().count() > 1;
+    let record = match is_resumed {
+        true => record,
+        false => begin(&record, &*kms).map_err(of)?,
+    };
+    found.heads.remember(record.generation(), &[])?;
+    let tenant = Arc::new(record.unlock(kms.clone()).map_err(of)?);
+    let epoch = tenant.keys().current_epoch();
+    output.say(match is_resumed {
+        true => format!("tenant {name}: goes on with the change to the data key of epoch {epoch}"),
+        false => format!("tenant {name}: new objects are sealed under the data key of epoch {epoch}"),
+    });
+    if let Some(detach) = detach {
+        output.say("everything else is sealed again in the background; `reseal tenant show` tells how far it is");
+        detach.detach().map_err(|e| Failure::new(Status::Failed, format!("can't go to the background: {e}")))?;
+    }
+    let progress = Progress::bytes(output, name.as_str(), 0);
+    let rekey = Rekey {
+        tenant: tenant.clone(),
+        workers: cores(),
+        throttle: args.limit_rate.map(Throttle::new),
+        expect: &|bytes| progress.expect(bytes),
+        progress: &|bytes| progress.add(bytes),
+        say: &|text| output.warn(text),
+    };
+    let resealed = rekey.run();
+    progress.finish();
+    let resealed = resealed?;
+    if !resealed.is_complete() {
+        return Err(incomplete(output, &tenant, &resealed));
+    }
+    let record = end(common, &tenant, &*kms)?;
+    found.heads.remember(record.generation(), &[])?;
+    output.json(&json!({
+        "tenant": name, "epoch": epoch, "generation": record.generation(), "resumed": is_resumed, "resealed": resealed,
+        "duration_ms": u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+    }));
+    let (packs, objects, took) = (resealed.packs, resealed.objects, human_duration(began.elapsed()));
+    output.say(format!(
+        "sealed again  {packs} packs and {objects} manifests, tombstones and notes, {}, in {took}",
+        human_bytes(resealed.bytes)
+    ));
+    output.say(format!("data key      epoch {epoch}; the older ones are destroyed"));
+    output.say(format!("record        generation {}", record.generation()));
+    for (object, why) in &resealed.held_back {
+        output.warn(format!(
+            "{object} is replaced, but the storage does not let go of it ({why}): it opens with the old key, which only copies \
+             of the old record have. Remove it when its lock ends"
+        ));
+    }
+    Ok(())
+}
+
+/// From here on, everything new is sealed under the new key.
+fn begin(record: &Record, kms: &dyn Kms) -> Result<Record, VaultError> {
+    record.next_epoch(kms, random_master()?)
+}
+
+/// Destroys the old keys. Others may replace the record at the same time, for another KEK or quota.
+fn end(common: &CommonArgs, tenant: &Tenant, kms: &dyn Kms) -> Result<Record, Failure> {
+    let name = tenant.name();
+    for _ in 1..TRIES {
+        match common.find(name)?.record.end_old_epochs(kms) {
+            Err(VaultError::Store(StoreError::Changed(_))) => {}
+            other => return other.map_err(|e| of_tenant(name, e)),
+        }
+    }
+    common.find(name)?.record.end_old_epochs(kms).map_err(|e| of_tenant(name, e))
+}
+
+/// What is in the way, and what to do about it.
+fn incomplete(output: Output, tenant: &Tenant, resealed: &Resealed) -> Failure {
+    let name = tenant.name();
+    output.json(&json!({ "tenant": name, "epoch": tenant.keys().current_epoch(), "resealed": resealed }));
+    for (object, why) in resealed.damaged.iter().chain(&resealed.refused) {
+        output.warn(format!("{object}: {why}"));
+    }
+    let old = "so the old data key is not destroyed; all else is sealed under the new one";
+    match resealed.damaged.len() {
+        0 => Failure::new(
+            Status::Failed,
+            format!(
+                "the storage does not let {} objects of tenant {name} be replaced, {old}. When their locks end, run this again",
+                resealed.refused.len()
+            ),
+        ),
+        damaged => Failure::new(
+            Status::Damaged,
+            format!(
+                "{damaged} objects of tenant {name} are damaged and can't be sealed again, {old}. Put them back from a copy of \
+                 the vault, then run this again; `reseal verify` tells which restore points they hurt"
+            ),
+        ),
+    }
+}

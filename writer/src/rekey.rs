@@ -1,0 +1,320 @@
+//! Everything that a tenant has is sealed again under its newest DEK, while mounts and backups go on.
+//!
+//! ```text
+//! the record has a DEK of a new epoch → who may still seal under an old one? → packs: next generation, then the old one goes
+//!   → manifests, tombstones, notes: replaced → those who were at work have ended → what they sealed → nothing is left
+//! ```
+//!
+//! What is done is seen in the objects themselves, so whoever goes on after an interruption needs no other memory.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use reseal_format::layout;
+use reseal_format::pack::{MAX_SEALED, PackSealer};
+use reseal_format::seal::{MAX_OBJECT, reseal};
+use reseal_store::StoreError;
+use reseal_vault::{Epochs, Held, ObjectSeal, PackFile, PackSeal, Packs, Tenant, VaultError, random};
+use serde::Serialize;
+use zeroize::Zeroizing;
+
+use crate::BackupError;
+use crate::throttle::Throttle;
+
+/// Bytes of a pack that are read, and written, at once.
+const WINDOW: usize = 4 << 20;
+/// How often is looked whether a process that may still seal under an old DEK has ended.
+const NAP: Duration = Duration::from_millis(500);
+
+/// What seals everything again.
+pub struct Rekey<'a> {
+    pub tenant: Arc<Tenant>,
+    pub workers: usize,
+    /// For what is read.
+    pub throttle: Option<Throttle>,
+    /// Told how many bytes there will be more than was known before.
+    pub expect: &'a (dyn Fn(u64) + Sync),
+    /// Told of bytes that are sealed again.
+    pub progress: &'a (dyn Fn(u64) + Sync),
+    /// Told what the administrator should know meanwhile.
+    pub say: &'a (dyn Fn(&str) + Sync),
+}
+
+/// What was done, and what could not be.
+#[derive(Debug, Default, Serialize)]
+pub struct Resealed {
+    pub packs: u64,
+    /// Manifests, tombstones and notes.
+    pub objects: u64,
+    /// Bytes of both.
+    pub bytes: u64,
+    /// Old generations of packs that were removed.
+    pub removed: u64,
+    /// Old generations that the storage does not let go of, as an object lock does: nothing reads them any more.
+    pub held_back: BTreeMap<String, String>,
+    /// What is in use and could not be replaced, for the storage refuses.
+    pub refused: BTreeMap<String, String>,
+    /// What is damaged, so that it can't be sealed again.
+    pub damaged: BTreeMap<String, String>,
+}
+
+impl Resealed {
+    /// Whether nothing that is in use needs a DEK of an older epoch.
+    pub fn is_complete(&self) -> bool {
+        self.refused.is_empty() && self.damaged.is_empty()
+    }
+}
+
+/// One thing to be done.
+#[derive(Clone, Copy)]
+enum Job<'a> {
+    Pack(&'a PackSeal),
+    Object(&'a ObjectSeal),
+    /// An old generation of a pack, of which there is a higher one.
+    Remove(PackFile, &'a PackSeal),
+}
+
+/// What several threads work off.
+struct Round<'a> {
+    jobs: Vec<Job<'a>>,
+    next: AtomicUsize,
+    stop: AtomicBool,
+    done: AtomicUsize,
+}
+
+impl Rekey<'_> {
+    /// Seals again what is not sealed under the newest DEK. When it returns, nobody can seal under an older one any more.
+    pub fn run(&self) -> Result<Resealed, BackupError> {
+        // After the record was changed: who is not among these reads it as it is now.
+        let mut at_work = self.tenant.leases()?;
+        let mut all = Resealed::default();
+        self.round(&mut all)?;
+        self.wait_for(&mut at_work)?;
+        while self.round(&mut all)? > 0 {}
+        Ok(all)
+    }
+
+    /// Waits until all of these have ended.
+    fn wait_for(&self, at_work: &mut Vec<Held>) -> Result<(), BackupError> {
+        let mut said = false;
+        loop {
+            let mut held = Vec::new();
+            for lease in at_work.drain(..) {
+                if self.tenant.is_held(&lease)? {
+                    held.push(lease);
+                }
+            }
+            *at_work = held;
+            if at_work.is_empty() {
+                return Ok(());
+            }
+            if !said {
+                for lease in at_work.iter() {
+                    (self.say)(&format!("waiting for the end of what began with the old keys: {lease}"));
+                }
+                said = true;
+            }
+            thread::sleep(NAP);
+        }
+    }
+
+    /// Goes through all there is once; how much of it was done.
+    fn round(&self, all: &mut Resealed) -> Result<usize, BackupError> {
+        let keys = self.tenant.keys();
+        let epochs = Epochs::of(&self.tenant)?;
+        let packs = Packs::new(self.tenant.clone(), 0);
+        let newest: BTreeMap<_, _> = epochs.packs.iter().map(|pack| (pack.file.id, pack)).collect();
+        let older = epochs.superseded.iter().filter_map(|old| Some(Job::Remove(*old, newest.get(&old.id)?)));
+        let old_packs = epochs.packs.iter().filter(|pack| pack.epoch != keys.current_epoch()).map(Job::Pack);
+        let old_objects = epochs.objects.iter().filter(|object| object.epoch != keys.current_epoch()).map(Job::Object);
+        let jobs: Vec<_> = older.chain(old_packs).chain(old_objects).collect();
+        let bytes = jobs.iter().map(|job| match job {
+            Job::Pack(pack) => pack.file.length,
+            Job::Object(object) => object.length,
+            Job::Remove(..) => 0,
+        });
+        (self.expect)(bytes.sum());
+        // What the round before could not do, this one tries again.
+        (all.held_back, all.refused, all.damaged) = Default::default();
+        for error in &epochs.unknown {
+            if let Some(object) = error.damaged_object() {
+                all.damaged.insert(object.to_owned(), error.to_string());
+            }
+        }
+        let round = Round { jobs, next: AtomicUsize::new(0), stop: AtomicBool::new(false), done: AtomicUsize::new(0) };
+        let shared = Mutex::new(all);
+        let threads = self.workers.clamp(1, round.jobs.len().max(1));
+        thread::scope(|scope| {
+            let threads: Vec<_> = (0..threads).map(|_| scope.spawn(|| self.work(&packs, &round, &shared))).collect();
+            let results: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
+            results.into_iter().try_for_each(|result| result.unwrap_or(Err(BackupError::Thread)))
+        })?;
+        Ok(round.done.into_inner())
+    }
+
+    fn work(&self, packs: &Packs, round: &Round<'_>, all: &Mutex<&mut Resealed>) -> Result<(), BackupError> {
+        while !round.stop.load(Ordering::Relaxed) {
+            let Some(job) = round.jobs.get(round.next.fetch_add(1, Ordering::Relaxed)) else { break };
+            let done = match job {
+                Job::Pack(pack) => self.pack(packs, pack, round, all),
+                Job::Object(object) => self.object(object, round, all),
+                Job::Remove(old, newest) => match is_whole(packs, newest.file, all) {
+                    Ok(true) => self.remove(*old, all),
+                    other => other,
+                },
+            };
+            match done {
+                Ok(true) => drop(round.done.fetch_add(1, Ordering::Relaxed)),
+                Ok(false) => {}
+                Err(e) => {
+                    round.stop.store(true, Ordering::Relaxed);
+                    return Err(e.into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Seals a pack again as its next generation, and removes the old one.
+    fn pack(
+        &self,
+        packs: &Packs,
+        pack: &PackSeal,
+        round: &Round<'_>,
+        all: &Mutex<&mut Resealed>,
+    ) -> Result<bool, VaultError> {
+        let generation = match self.next_generation(packs, pack.file, round) {
+            Ok(Some(generation)) => generation,
+            Ok(None) => return Ok(false),
+            Err(e) => return note(e, all),
+        };
+        // Whoever reads the pack finds the next generation before this one is gone.
+        if !is_whole(packs, PackFile { generation, ..pack.file }, all)? {
+            return Ok(false);
+        }
+        {
+            let mut all = all.lock();
+            all.packs += 1;
+            all.bytes += pack.file.length;
+        }
+        self.remove(pack.file, all)?;
+        Ok(true)
+    }
+
+    /// Writes the next generation of a pack; its number, or `None` if another thread failed meanwhile.
+    fn next_generation(&self, packs: &Packs, file: PackFile, round: &Round<'_>) -> Result<Option<u32>, VaultError> {
+        let handle = packs.open_generation(file.id, file.generation)?;
+        let ids = packs.read_ids(&handle)?;
+        let keys = self.tenant.keys();
+        let damaged = |source| VaultError::Damaged { object: handle.key().to_owned(), source };
+        let mut sealer = PackSealer::next(&keys, handle.trailer(), random()?).map_err(damaged)?;
+        let next = sealer.generation();
+        let key = layout::pack(self.tenant.name(), file.id, next);
+        let mut upload = self.tenant.store().upload(&key)?;
+        // With all the room that they may need, so that no plaintext is moved and left behind.
+        let mut window = Zeroizing::new(Vec::with_capacity(WINDOW + MAX_SEALED));
+        let mut content = Vec::with_capacity(MAX_SEALED);
+        let mut sealed = Vec::with_capacity(WINDOW + MAX_SEALED);
+        for part in handle.windows(WINDOW) {
+            if let Some(throttle) = &self.throttle {
+                throttle.take(part.length as u64, &round.stop);
+            }
+            if round.stop.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            window.resize(part.length, 0);
+            self.tenant.store().read_at(handle.key(), part.offset, &mut window)?;
+            for ordinal in part.ordinals {
+                let Some((offset, length)) = handle.lengths().place(ordinal) else {
+                    sealer.empty();
+                    continue;
+                };
+                let at = usize::try_from(offset - part.offset).unwrap_or(usize::MAX);
+                content.extend_from_slice(handle.open(ordinal, &mut window[at..at + length])?);
+                // In place: from here on it is ciphertext.
+                sealer.seal(ids[ordinal as usize], &mut content);
+                sealed.append(&mut content);
+            }
+            upload.append(&sealed)?;
+            sealed.clear();
+            (self.progress)(part.length as u64);
+        }
+        upload.append(&sealer.finish())?;
+        match upload.finish() {
+            // Somebody was interrupted between this and what follows; it is looked at before the old one goes.
+            Err(StoreError::Exists(_)) => Ok(Some(next)),
+            other => other.map(|()| Some(next)).map_err(VaultError::from),
+        }
+    }
+
+    /// Removes a generation of a pack that another one has replaced; whether it is gone.
+    fn remove(&self, old: PackFile, all: &Mutex<&mut Resealed>) -> Result<bool, VaultError> {
+        let key = layout::pack(self.tenant.name(), old.id, old.generation);
+        match self.tenant.store().delete(&key) {
+            Err(StoreError::NotFound(_)) => Ok(false),
+            Err(e) if e.is_refused() => {
+                all.lock().held_back.insert(key, e.to_string());
+                Ok(false)
+            }
+            Err(e) => Err(e.into()),
+            Ok(()) => {
+                all.lock().removed += 1;
+                Ok(true)
+            }
+        }
+    }
+
+    /// Seals a manifest, tombstone or note again, in its place.
+    fn object(&self, object: &ObjectSeal, round: &Round<'_>, all: &Mutex<&mut Resealed>) -> Result<bool, VaultError> {
+        let ObjectSeal { key, length, .. } = object;
+        if let Some(throttle) = &self.throttle {
+            throttle.take(*length, &round.stop);
+        }
+        let store = self.tenant.store();
+        let resealed = store.get(key, MAX_OBJECT).map_err(VaultError::from).and_then(|old| {
+            let new = reseal(&self.tenant.keys(), &old, random()?);
+            let new = new.map_err(|source| VaultError::Damaged { object: key.clone(), source })?;
+            Ok(store.replace(key, &old, &new)?)
+        });
+        (self.progress)(*length);
+        match resealed {
+            // Somebody else was faster; the next round sees what it is now. One that is gone was forgotten.
+            Err(VaultError::Store(StoreError::Changed(_) | StoreError::NotFound(_))) => Ok(true),
+            Err(VaultError::Store(e)) if e.is_refused() => {
+                all.lock().refused.insert(key.clone(), e.to_string());
+                Ok(false)
+            }
+            Err(e) => note(e, all),
+            Ok(()) => {
+                let mut all = all.lock();
+                all.objects += 1;
+                all.bytes += length;
+                Ok(true)
+            }
+        }
+    }
+}
+
+/// Before an old generation goes, both tables of the new one must open.
+fn is_whole(packs: &Packs, new: PackFile, all: &Mutex<&mut Resealed>) -> Result<bool, VaultError> {
+    let opened = packs.open_generation(new.id, new.generation).and_then(|handle| packs.read_ids(&handle));
+    match opened {
+        Ok(_) => Ok(true),
+        Err(e) => note(e, all),
+    }
+}
+
+/// Damage is reported, and does not stop the rest; what else went wrong does.
+fn note(error: VaultError, all: &Mutex<&mut Resealed>) -> Result<bool, VaultError> {
+    match error.damaged_object() {
+        Some(object) => {
+            all.lock().damaged.insert(object.to_owned(), error.to_string());
+            Ok(false)
+        }
+        None => Err(error),
+    }
+}
