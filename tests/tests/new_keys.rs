@@ -243,6 +243,39 @@ fn a_rotation_while_the_kms_is_asked_is_no_failure() {
     assert_reads(&victim, &tenant);
 }
 
+/// A reader that was slow: what it holds was sealed anew since, and its keys were replaced by another thread.
+#[test]
+fn what_was_read_before_its_key_went_is_read_again() {
+    let victim = Victim::new();
+    let store = Arc::new(Watched::new(victim.site.store()));
+    let tenant = victim.site.tenant_in(store.clone()).unwrap();
+    let sealed: Vec<_> = victim.sealed().into_iter().map(|key| (victim.read(&key), key)).collect();
+    Rekeying::all(&victim.site);
+    assert!(tenant.refresh().unwrap());
+    let mut renewed = Vec::new();
+    for (old, key) in sealed {
+        renewed.push((key.clone(), victim.read(&key)));
+        victim.write(&key, &old);
+    }
+    let (vault, asked) = (victim.site.vault.clone(), Arc::new(AtomicUsize::new(0)));
+    let count = asked.clone();
+    let mut before = String::new();
+    store.meanwhile(move |_, key| {
+        // The second time in a row, for what is read anew in between is the record.
+        if before == key
+            && let Some((_, new)) = renewed.iter().find(|(other, _)| other == key)
+        {
+            fs::write(vault.join(key), new).unwrap();
+            count.fetch_add(1, Ordering::SeqCst);
+        }
+        if key != RECORD {
+            before = key.to_owned();
+        }
+    });
+    assert_reads(&victim, &tenant);
+    assert_eq!(asked.load(Ordering::SeqCst), 6, "three manifests, a tombstone, two notes");
+}
+
 /// Both kinds of stores: one that reads on in what was removed, and one that can't.
 fn stores(site: &Site) -> [Arc<dyn Store>; 2] {
     [Arc::new(Local::new(&site.vault)), Arc::new(Forgetful::new(&site.vault))]

@@ -25,10 +25,15 @@ pub(crate) struct Known {
 
 impl Known {
     /// Whether the blob there has that id. What can't be read, or was found damaged, is not known: it will be stored
-    /// again, so that points from then on are whole.
-    fn confirms(&self, place: BlobRef, id: &BlobId) -> bool {
-        !self.damaged.contains(&(place.pack, place.ordinal))
-            && matches!(self.packs.blob_id(place), Ok(Some(found)) if found == *id)
+    /// again, so that points from then on are whole. Only a backup that can't have the tenant's new keys must not go on.
+    fn confirms(&self, place: BlobRef, id: &BlobId) -> Result<bool, VaultError> {
+        if self.damaged.contains(&(place.pack, place.ordinal)) {
+            return Ok(false);
+        }
+        match self.packs.blob_id(place) {
+            Err(e @ VaultError::NoNewKeys { .. }) => Err(e),
+            found => Ok(found.is_ok_and(|found| found.as_ref() == Some(id))),
+        }
     }
 
     /// Bytes of a disk that may not be taken as a restore point maps them, for what they map to was found damaged, or can't
@@ -58,9 +63,10 @@ impl Known {
     }
 
     /// A blob of that id in any pack of the tenant.
-    pub(crate) fn find(&self, id: &BlobId) -> Option<BlobRef> {
-        let place = self.lookup.as_ref()?.find(id).ok().flatten()?;
-        self.confirms(place, id).then_some(place)
+    pub(crate) fn find(&self, id: &BlobId) -> Result<Option<BlobRef>, VaultError> {
+        let found = self.lookup.as_ref().and_then(|lookup| lookup.find(id).ok().flatten());
+        let Some(place) = found else { return Ok(None) };
+        Ok(self.confirms(place, id)?.then_some(place))
     }
 }
 
@@ -99,7 +105,7 @@ impl<'a> ParentDisk<'a> {
     }
 
     /// Whether the parent's blob there has that id.
-    pub(crate) fn confirms(&self, place: BlobRef, id: &BlobId) -> bool {
+    pub(crate) fn confirms(&self, place: BlobRef, id: &BlobId) -> Result<bool, VaultError> {
         self.known.confirms(place, id)
     }
 }

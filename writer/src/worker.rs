@@ -130,11 +130,11 @@ impl Decider<'_> {
         }
         let id = self.known.packs.tenant().keys().dedup().id_of(bytes);
         if let Some(place) = self.parent.blob(cluster)?
-            && self.parent.confirms(place, &id)
+            && self.parent.confirms(place, &id)?
         {
             return Ok(Cluster::Unchanged(place));
         }
-        if let Some(place) = self.known.find(&id) {
+        if let Some(place) = self.known.find(&id)? {
             return Ok(Cluster::Known(place));
         }
         // Most clusters shrink to less than half; a larger one grows its vector once.
@@ -150,7 +150,10 @@ impl Decider<'_> {
             true => before.is_none().then_some(Cluster::Hole),
             false => {
                 let id = self.known.packs.tenant().keys().dedup().id_of(bytes);
-                before.filter(|&place| self.parent.confirms(place, &id)).map(Cluster::Unchanged)
+                match before {
+                    Some(place) if self.parent.confirms(place, &id)? => Some(Cluster::Unchanged(place)),
+                    _ => None,
+                }
             }
         };
         found.ok_or_else(|| BackupError::Distrusted {
