@@ -21,7 +21,8 @@ use crate::{Tenant, VaultError};
 
 /// How long a KMS that failed is not asked again.
 const PAUSE: Duration = Duration::from_secs(2);
-/// How long a failure stands for that of the thread that asks at this moment: longer than a KMS takes to fail.
+/// How long a failure stands for that of the thread that asks at this moment: longer than a KMS mostly takes to fail, and
+/// not so long that it says nothing about now.
 const RECENT: Duration = Duration::from_secs(60);
 /// How often something that is replaced while it is read is read: it is replaced once for each new generation of keys.
 pub(crate) const ROUNDS: usize = 4;
