@@ -101,6 +101,7 @@ fn vault_errno(error: &VaultError) -> Errno {
         | VaultError::NotErased { .. }
         | VaultError::StillOpens { .. }
         | VaultError::NotWrapped { .. }
+        | VaultError::OverQuota { .. }
         | VaultError::NotEmptyTenant { .. }
         | VaultError::Busy { .. }
         | VaultError::Kms(_)

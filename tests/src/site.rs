@@ -1,6 +1,6 @@
 //! A backup site in a folder of its own: vault, keyring, state, and the real programs.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -87,6 +87,12 @@ impl Site {
     /// Runs `reseal`.
     pub fn reseal<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Run {
         run(&mut self.command("reseal", arguments))
+    }
+
+    /// Runs `reseal` for a tenant.
+    pub fn reseal_of<A: AsRef<OsStr>>(&self, tenant: &str, arguments: impl IntoIterator<Item = A>) -> Run {
+        let words = arguments.into_iter().map(|word| word.as_ref().to_owned());
+        self.reseal([OsString::from("--tenant"), tenant.into()].into_iter().chain(words))
     }
 
     /// Starts `reseal`.

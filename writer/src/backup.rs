@@ -13,7 +13,7 @@ use reseal_format::manifest::{Claim, Definition, Disk, MAX_TEXT, Manifest, Paren
 use reseal_format::names::{DiskName, VmName};
 use reseal_format::time::Timestamp;
 use reseal_vault::heads::Heads;
-use reseal_vault::{Holder, PackFile, Packs, Tenant, Tree, VaultError, random};
+use reseal_vault::{Holder, PackFile, Packs, Quota, Tenant, Tree, VaultError, random};
 
 use crate::BackupError;
 use crate::assemble::Assembler;
@@ -166,7 +166,11 @@ impl Backup<'_> {
         let point_id = PointId::from_bytes(random()?);
         let (known, no_lookup) = self.known()?;
         let known = Arc::new(known);
-        let finisher = Finisher::new(known.clone());
+        let quota = self.quota(&known)?;
+        if let Some(quota) = &quota {
+            quota.check(0, 0)?;
+        }
+        let finisher = Finisher::new(known.clone(), quota);
         let assembler = Assembler::new(self.tenant.clone(), &finisher);
         let mut run = Run { position, known, finisher: &finisher, assembler, warnings: Vec::from_iter(no_lookup) };
         let disks = std::mem::replace(&mut self.disks, Disks::Given(Vec::new()));
@@ -262,6 +266,12 @@ impl Backup<'_> {
             run.warnings.push(format!("this machine's clock says {clock}, {ahead}"));
         }
         let stored = run.finisher.wait()?;
+        if stored > 0
+            && let Some(quota) = self.quota(&run.known)?
+        {
+            // What others have stored meanwhile counts too.
+            quota.check(0, 0)?;
+        }
         let counted = run.assembler.counted;
         let stats = Stats {
             read: counted.read,
@@ -413,6 +423,14 @@ impl Backup<'_> {
             }
         };
         Ok(Position { number, vm_id, parent: Some(parent), newest: newest.map(|point| point.manifest), not_before })
+    }
+
+    /// The tenant's quota, if it has one, beside what the vault has now.
+    fn quota(&self, known: &Known) -> Result<Option<Quota>, VaultError> {
+        match self.tenant.keys().quota() {
+            Some(_) => Ok(Quota::of(&self.tenant, &known.packs.list()?)),
+            None => Ok(None),
+        }
     }
 
     /// Opens what is known. A backup without a lookup is right, only larger, which is said.

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use parking_lot::Mutex;
 use reseal_format::ids::BlobId;
-use reseal_vault::{FinishingPack, VaultError};
+use reseal_vault::{FinishingPack, Quota, VaultError};
 
 use crate::BackupError;
 use crate::known::Known;
@@ -34,14 +34,20 @@ pub(crate) struct Finisher {
 
 struct Shared {
     known: Arc<Known>,
+    quota: Option<Quota>,
+    /// Bytes of the packs that were finished or are being so.
     stored: AtomicU64,
     failure: Mutex<Option<VaultError>>,
 }
 
 impl Shared {
     fn finish(&self, job: Job) -> Result<Vec<BlobId>, VaultError> {
-        let (id, ids, bytes) = job.pack.finish()?;
-        self.stored.fetch_add(bytes, Ordering::Relaxed);
+        let bytes = job.pack.bytes();
+        let before = self.stored.fetch_add(bytes, Ordering::Relaxed);
+        if let Some(quota) = &self.quota {
+            quota.check(before, bytes)?;
+        }
+        let (id, ids) = job.pack.finish()?;
         if let Some(lookup) = &self.known.lookup {
             // What the lookup does not learn now, the next backup learns from the listing.
             let _ = lookup.learn(id, 0, if job.dedup { &ids } else { &[] });
@@ -51,10 +57,10 @@ impl Shared {
 }
 
 impl Finisher {
-    pub(crate) fn new(known: Arc<Known>) -> Finisher {
+    pub(crate) fn new(known: Arc<Known>, quota: Option<Quota>) -> Finisher {
         let (jobs, todo) = bounded::<Job>(WAITING);
         let (done, learnt) = unbounded();
-        let shared = Arc::new(Shared { known, stored: AtomicU64::new(0), failure: Mutex::new(None) });
+        let shared = Arc::new(Shared { known, quota, stored: AtomicU64::new(0), failure: Mutex::new(None) });
         let thread = |_| {
             let (todo, done, shared) = (todo.clone(), done.clone(), shared.clone());
             std::thread::spawn(move || {
@@ -72,8 +78,10 @@ impl Finisher {
 
     /// Hands over a pack; waits where too many wait already.
     pub(crate) fn submit(&self, pack: FinishingPack, dedup: bool) -> Result<(), BackupError> {
-        if let Some(failure) = self.shared.failure.lock().take() {
-            return Err(failure.into());
+        if self.shared.failure.lock().is_some() {
+            // What is on its way is made durable all the same: the next backup uses it.
+            self.wait()?;
+            return Err(BackupError::Thread);
         }
         let jobs = self.jobs.lock().clone();
         jobs.and_then(|jobs| jobs.send(Job { pack, dedup }).ok()).ok_or(BackupError::Thread)

@@ -33,7 +33,7 @@ enum Command {
     Verify(verify::Args),
     /// Takes keys to another machine: the recovery kit
     Key(key::Args),
-    /// The customers of a vault, each with a key of its own: add, list, show, remove, erase
+    /// The customers of a vault, each with a key of its own: add, list, show, set, remove, erase
     Tenant(tenant::Args),
     /// Other keys for the same data
     Rekey(Box<rekey::Args>),

@@ -217,6 +217,11 @@ impl PackSealer {
         self.trailer.blob_bytes
     }
 
+    /// Bytes of the object if it were finished now.
+    pub fn object_bytes(&self) -> u64 {
+        self.trailer.blob_bytes + self.trailer.tail_bytes() as u64
+    }
+
     /// Whether it should be closed: it has as many blobs, or as many bytes, as a pack may have.
     pub fn is_full(&self) -> bool {
         self.trailer.count == MAX_BLOBS || self.trailer.blob_bytes >= TARGET_BYTES

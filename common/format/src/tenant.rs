@@ -3,7 +3,7 @@
 //! ```text
 //! tenant.json { tenant id, generation, kms { kind, key }, wrapped, salt, sealed }
 //! wrapped = KMS(KEK, magic ‖ vault id ‖ tenant id ‖ generation ‖ master)
-//! sealed  = AES-256-GCM(HKDF(master, salt), JSON { name, features, DEKs by epoch, current epoch, dedup secret })
+//! sealed  = AES-256-GCM(HKDF(master, salt), JSON { name, features, DEKs by epoch, current epoch, dedup secret, quota })
 //! ```
 //!
 //! A record is replaced by its [`Successor`], of the next generation: its master wrapped anew, its secrets sealed anew, and
@@ -105,13 +105,29 @@ pub struct TenantKeys {
     previous_kek: Option<String>,
     /// A feature that this program would need in order to write.
     lacks_to_write: Option<String>,
+    quota: Option<u64>,
 }
 
 impl TenantKeys {
     /// The first keys of a new tenant, from fresh random bytes.
     pub fn new(scope: Scope, dek: Dek, dedup: DedupSecret) -> TenantKeys {
         let deks = BTreeMap::from([(1, dek)]);
-        TenantKeys { scope, current: 1, deks, dedup, record_generation: 1, previous_kek: None, lacks_to_write: None }
+        TenantKeys {
+            scope,
+            current: 1,
+            deks,
+            dedup,
+            record_generation: 1,
+            previous_kek: None,
+            lacks_to_write: None,
+            quota: None,
+        }
+    }
+
+    /// The same, of a tenant whose packs may have at most so many bytes.
+    #[must_use]
+    pub fn with_quota(self, quota: Option<u64>) -> TenantKeys {
+        TenantKeys { quota, ..self }
     }
 
     /// Vault and tenant.
@@ -132,6 +148,11 @@ impl TenantKeys {
     /// The KEK that wrapped the master before the newest rotation: until it is retired it still opens the old record.
     pub fn previous_kek(&self) -> Option<&str> {
         self.previous_kek.as_deref()
+    }
+
+    /// Bytes that the tenant's packs may have, if there is a limit.
+    pub fn quota(&self) -> Option<u64> {
+        self.quota
     }
 
     /// Generation of the record that they came from.
@@ -181,12 +202,16 @@ struct Secrets {
     /// Sealed, for whoever rotates destroys it: a key's name that the storage could exchange would be another tenant's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     previous_kek: Option<String>,
+    /// Sealed, so that the storage can't change it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    quota: Option<u64>,
 }
 
 /// Names of fields, for whoever changes the sealed part as text.
 const PREVIOUS_KEK: &str = "previous_kek";
 const CURRENT_EPOCH: &str = "current_epoch";
 const DEKS: &str = "deks";
+const QUOTA: &str = "quota";
 
 #[derive(Serialize, Deserialize)]
 struct SecretDek {
@@ -246,6 +271,7 @@ impl TenantRecord {
             deks: keys.deks.iter().map(|(&epoch, dek)| SecretDek { epoch, key: SecretHex::of(dek.expose()) }).collect(),
             dedup: SecretHex::of(keys.dedup.expose()),
             previous_kek: None,
+            quota: keys.quota,
         };
         // With its whole capacity reserved, so that no part of it is moved and left behind unwiped.
         let mut plain = Zeroizing::new(Vec::with_capacity(1024 + secrets.deks.len() * 128));
@@ -375,6 +401,7 @@ impl TenantRecord {
             record_generation: self.generation,
             previous_kek: secrets.previous_kek,
             lacks_to_write: secrets.required_to_write.first().map(|feature| shorten(feature)),
+            quota: secrets.quota,
         };
         keys.dek(keys.current)?;
         Ok(keys)
@@ -417,9 +444,9 @@ pub struct Successor<'a> {
 }
 
 impl Successor<'_> {
-    /// With another master, and a DEK of the next epoch, under which all is sealed from then on. What older epochs have
-    /// sealed still opens.
-    pub fn with_next_epoch(self, master: Master, dek: &Dek) -> Result<Self, FormatError> {
+    /// Another master, and a DEK of the next epoch, under which all is sealed from then on. What older epochs have sealed
+    /// still opens.
+    pub fn set_next_epoch(&mut self, master: Master, dek: &Dek) -> Result<(), FormatError> {
         let secrets: Secrets = parse_secrets(&self.plain)?;
         let exhausted = || FormatError::Malformed("it has as many DEK epochs as a record may hold");
         let highest = secrets.deks.iter().map(|dek| dek.epoch).max().unwrap_or(0);
@@ -430,25 +457,34 @@ impl Successor<'_> {
         deks.push(parse_secrets(&new)?);
         let (deks, epoch) = (secret_json(&deks)?, secret_json(&epoch)?);
         let changed = [(DEKS, Some(parse_secrets(&deks)?)), (CURRENT_EPOCH, Some(parse_secrets(&epoch)?))];
-        let plain = with_fields(&self.plain, &changed)?;
-        Ok(Successor { master, plain, ..self })
+        self.plain = with_fields(&self.plain, &changed)?;
+        self.master = master;
+        Ok(())
     }
 
-    /// Without the DEKs of all epochs but the current one: nothing may need them any more.
-    pub fn without_old_epochs(self) -> Result<Self, FormatError> {
+    /// No DEK of any epoch but the current one: nothing may need them any more.
+    pub fn drop_old_epochs(&mut self) -> Result<(), FormatError> {
         let secrets: Secrets = parse_secrets(&self.plain)?;
         let fields: Borrowed<'_> = parse_secrets(&self.plain)?;
         let all: Vec<&RawValue> = parse_secrets(fields.get(DEKS).map_or("[]", |deks| deks.get()).as_bytes())?;
         // The same list, so in the same order.
         let kept = all.into_iter().zip(&secrets.deks).filter(|(_, dek)| dek.epoch == secrets.current_epoch);
         let deks = secret_json(&kept.map(|(text, _)| text).collect::<Vec<_>>())?;
-        let plain = with_fields(&self.plain, &[(DEKS, Some(parse_secrets(&deks)?))])?;
-        Ok(Successor { plain, ..self })
+        self.plain = with_fields(&self.plain, &[(DEKS, Some(parse_secrets(&deks)?))])?;
+        Ok(())
     }
 
     /// What the KMS is to wrap.
     pub fn payload(&self) -> Zeroizing<Vec<u8>> {
         master_payload(&self.scope, self.generation, &self.master)
+    }
+
+    /// From then on the tenant's packs may have at most so many bytes, or as many as they like.
+    pub fn set_quota(&mut self, quota: Option<u64>) -> Result<(), FormatError> {
+        let quota = quota.map(|bytes| secret_json(&bytes)).transpose()?;
+        let quota = quota.as_ref().map(|json| parse_secrets(json)).transpose()?;
+        self.plain = with_fields(&self.plain, &[(QUOTA, quota)])?;
+        Ok(())
     }
 
     /// The record, with what the KMS made of the payload under the key that `kms` names, and the KEK that this leaves
@@ -635,9 +671,9 @@ pub(crate) mod tests {
         let payload = record(&keys).1;
         let old = changed(&keys, |secrets| secrets["deks"][0]["made"] = serde_json::json!("2026"));
         let (vault, kms) = (keys.scope.vault, KmsRef { kind: "keyring".into(), key: "k".into() });
-        let next = old.successor(vault, &acme(), &payload).unwrap();
+        let mut next = old.successor(vault, &acme(), &payload).unwrap();
         let master = || Master::from_bytes(Zeroizing::new([0xAB; KEY]));
-        let next = next.with_next_epoch(master(), &Dek::from_bytes(Zeroizing::new([0xD3; KEY]))).unwrap();
+        next.set_next_epoch(master(), &Dek::from_bytes(Zeroizing::new([0xD3; KEY]))).unwrap();
         let both_payload = next.payload();
         assert_eq!(both_payload[48..], [0xAB; KEY]);
         let both = next.record(kms.clone(), vec![4], [0xCC; KEY], None).unwrap();
@@ -652,11 +688,35 @@ pub(crate) mod tests {
         let text = String::from_utf8(both.open_sealed(&keys.scope, &master()).unwrap().to_vec()).unwrap();
         assert!(text.contains("\"made\":\"2026\""), "{text}");
 
-        let next = both.successor(vault, &acme(), &both_payload).unwrap().without_old_epochs().unwrap();
+        let mut next = both.successor(vault, &acme(), &both_payload).unwrap();
+        next.drop_old_epochs().unwrap();
         let payload = next.payload();
         let one = next.record(kms, vec![5], [0xDD; KEY], None).unwrap().unlock(vault, &acme(), &payload).unwrap();
         assert_eq!((one.current_epoch(), one.epochs().collect::<Vec<_>>(), one.record_generation()), (2, vec![2], 3));
         assert_eq!(one.dek(1).unwrap_err(), FormatError::UnknownEpoch(1));
+    }
+
+    #[test]
+    fn a_quota_is_sealed_and_stays_until_it_is_changed() {
+        let keys = keys(1).with_quota(Some(5 << 40));
+        let (record, payload) = record(&keys);
+        let unlock = |record: &TenantRecord, payload: &[u8]| record.unlock(keys.scope.vault, &acme(), payload).unwrap();
+        assert_eq!(unlock(&record, &payload).quota(), Some(5 << 40));
+        assert!(!String::from_utf8(record.encode()).unwrap().contains("quota"), "it would be in clear");
+        let next = |record: &TenantRecord, payload: &[u8], change: &dyn Fn(&mut Successor<'_>)| {
+            let mut next = record.successor(keys.scope.vault, &acme(), payload).unwrap();
+            change(&mut next);
+            let payload = next.payload();
+            (next.record(record.kms.clone(), vec![4], [0xCC; KEY], Some("old")).unwrap(), payload)
+        };
+        let (kept, payload) = next(&record, &payload, &|_| {});
+        assert_eq!(unlock(&kept, &payload).quota(), Some(5 << 40));
+        let (changed, payload) = next(&kept, &payload, &|next| next.set_quota(Some(7)).unwrap());
+        let unlocked = unlock(&changed, &payload);
+        assert_eq!((unlocked.quota(), unlocked.previous_kek()), (Some(7), Some("old")));
+        assert_eq!(unlocked.dek(1).unwrap().expose(), &[0xD1; KEY]);
+        let (lifted, payload) = next(&changed, &payload, &|next| next.set_quota(None).unwrap());
+        assert_eq!(unlock(&lifted, &payload).quota(), None);
     }
 
     #[test]

@@ -9,6 +9,11 @@ use reseal_format::time::Timestamp;
 use reseal_kms::KmsError;
 use reseal_store::StoreError;
 
+/// What was to be added when a quota stood in the way, if anything was.
+fn and_more(bytes: u64) -> String {
+    if bytes == 0 { String::new() } else { format!(" and would get {bytes} more") }
+}
+
 /// What a caller does about an error; the command line turns it into an exit status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Class {
@@ -88,6 +93,12 @@ pub enum VaultError {
     )]
     NotWrapped { tenant: TenantName, key: String },
     #[error(
+        "tenant {tenant} has a quota of {quota} bytes, its packs have {used}{}: nothing was committed, and earlier restore \
+         points are as they were. `reseal tenant set {tenant} --quota SIZE` gives it more (or `--quota none`); what was \
+         stored so far counts, and the next backup uses it", and_more(*more)
+    )]
+    OverQuota { tenant: TenantName, quota: u64, used: u64, more: u64 },
+    #[error(
         "tenant {tenant} has {points} restore points, so it is not removed; `reseal tenant erase` destroys its keys"
     )]
     NotEmptyTenant { tenant: TenantName, points: usize },
@@ -121,6 +132,7 @@ impl VaultError {
             | VaultError::NotErased { .. }
             | VaultError::StillOpens { .. }
             | VaultError::NotWrapped { .. }
+            | VaultError::OverQuota { .. }
             | VaultError::NotEmptyTenant { .. }
             | VaultError::Busy { .. }
             | VaultError::State { .. }

@@ -6,9 +6,10 @@ use reseal_format::layout::{self, PointFile, parse_point_file};
 use reseal_format::names::{TenantName, VmName};
 use reseal_store::{Store, StoreError};
 
-use crate::VaultError;
 use crate::leases::leases;
+use crate::quota::used;
 use crate::record::Record;
+use crate::{PackFile, VaultError};
 
 /// The tenants that have a folder, sorted by name. What is no name of a tenant is nobody's.
 pub fn tenants(store: &dyn Store) -> Result<Vec<TenantName>, VaultError> {
@@ -26,6 +27,8 @@ pub struct Holdings {
     pub vms: Vec<VmHoldings>,
     /// Packs of all generations.
     pub packs: usize,
+    /// What a quota counts of them.
+    pub pack_bytes: u64,
     /// Bytes of all objects.
     pub bytes: u64,
     /// Keys of all objects but the tenant record.
@@ -62,13 +65,16 @@ impl Holdings {
             points.retain(|number| !forgotten.contains(number));
             holdings.vms.push(VmHoldings { name, points: points.len(), forgotten: forgotten.len() });
         }
+        let mut counted = Vec::new();
         let packs = layout::packs(tenant);
         for shelf in store.list(&packs)?.iter().filter(|entry| entry.is_folder) {
             for (object, length) in holdings.add_all(store, &format!("{packs}{}/", shelf.name))? {
-                holdings.packs += usize::from(layout::parse_pack_file(&object).is_some());
+                let pack = layout::parse_pack_file(&object);
+                counted.extend(pack.map(|(id, generation)| PackFile { id, generation, length }));
                 holdings.bytes += length;
             }
         }
+        (holdings.packs, holdings.pack_bytes) = (counted.len(), used(&counted));
         holdings.vms.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(holdings)
     }

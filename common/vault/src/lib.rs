@@ -7,7 +7,7 @@
 //! keys:   unwrap → wrap anew → replace the record; or destroy the key           (rekey, erase)
 //!         who is at work, and what is sealed under which DEK                    (leases, epochs)
 //!         record replaced → unwrap again, in processes that go on               (refresh)
-//! tidy:   what a tenant has; removing one that has nothing                      (holdings)
+//! tidy:   what a tenant has, and may have; removing one that has nothing        (holdings, quota)
 //! ```
 //!
 //! [`cache`] is the byte-bounded cache that all reading shares; [`heads`] remembers what was seen, so that a vault that
@@ -26,6 +26,7 @@ mod leases;
 mod pack_writer;
 mod packs;
 mod points;
+mod quota;
 mod record;
 mod refresh;
 mod rekey;
@@ -40,6 +41,7 @@ pub use leases::{Held, Holder};
 pub use pack_writer::{FinishingPack, PackWriter};
 pub use packs::{PackFile, PackHandle, Packs, Wait, Window};
 pub use points::{Chain, Point, PointSpec, State, Which};
+pub use quota::Quota;
 pub use record::Record;
 pub use rekey::Rewrapped;
 pub use tenant::{Tenant, create_tenant, create_vault, random, random_master};

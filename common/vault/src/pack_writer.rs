@@ -77,15 +77,18 @@ impl PackWriter {
 }
 
 impl FinishingPack {
-    /// Writes the tables and makes the pack durable. Its id, the ids of its blobs by ordinal, and the bytes of the object.
-    pub fn finish(self) -> Result<(PackId, Vec<BlobId>, u64), VaultError> {
+    /// Bytes of the object that it will be.
+    pub fn bytes(&self) -> u64 {
+        self.0.sealer.object_bytes()
+    }
+
+    /// Writes the tables and makes the pack durable. Its id, and the ids of its blobs by ordinal.
+    pub fn finish(self) -> Result<(PackId, Vec<BlobId>), VaultError> {
         let OpenPack { sealer, mut upload, mut buffer, ids } = self.0;
         let id = sealer.id();
-        let blob_bytes = sealer.blob_bytes();
-        let tail = sealer.finish();
-        buffer.extend_from_slice(&tail);
+        buffer.extend_from_slice(&sealer.finish());
         upload.append(&buffer)?;
         upload.finish()?;
-        Ok((id, ids, blob_bytes + tail.len() as u64))
+        Ok((id, ids))
     }
 }

@@ -73,7 +73,7 @@ impl Record {
         made: bool,
         previous: Option<&str>,
     ) -> Result<Record, VaultError> {
-        let result = self.replaced(payload, kms, new, previous, |next| Ok(next));
+        let result = self.replaced(payload, kms, new, previous, |_| Ok(()));
         let not_replaced = |e: &VaultError| matches!(e, VaultError::Store(StoreError::Changed(_))) || self.is_current();
         if made && result.as_ref().is_err_and(not_replaced) {
             // Nothing needs the new key. If it can't be destroyed, what counts is the error that led here.
@@ -82,16 +82,18 @@ impl Record {
         result
     }
 
+    /// Replaces the record by its next generation, wrapped by `new`, with what `change` makes of it.
     fn replaced(
         &self,
         payload: &[u8],
         kms: &dyn Kms,
         new: &KeyName,
         previous: Option<&str>,
-        change: impl FnOnce(Successor<'_>) -> Result<Successor<'_>, FormatError>,
+        change: impl FnOnce(&mut Successor<'_>) -> Result<(), FormatError>,
     ) -> Result<Record, VaultError> {
         let damaged = || VaultError::damaged(self.key());
-        let next = self.record.successor(self.vault, &self.name, payload).and_then(change).map_err(damaged())?;
+        let mut next = self.record.successor(self.vault, &self.name, payload).map_err(damaged())?;
+        change(&mut next).map_err(damaged())?;
         let (context, payload) = (self.context(), next.payload());
         let wrapped = kms.wrap(new.as_str(), &context, &payload)?;
         if *kms.unwrap(new.as_str(), &context, &wrapped)? != *payload {
@@ -103,10 +105,10 @@ impl Record {
 
     /// Replaces what the master seals, and perhaps the master; the KEK stays, and so does the name of one that is still to be
     /// retired.
-    fn change(
+    pub(crate) fn change(
         &self,
         kms: &dyn Kms,
-        change: impl FnOnce(Successor<'_>) -> Result<Successor<'_>, FormatError>,
+        change: impl FnOnce(&mut Successor<'_>) -> Result<(), FormatError>,
     ) -> Result<Record, VaultError> {
         let payload = self.unwrap(kms)?;
         let keys = self.record.unlock(self.vault, &self.name, &payload).map_err(VaultError::damaged(self.key()))?;
@@ -117,13 +119,13 @@ impl Record {
     /// that. What older epochs have sealed still opens.
     pub fn next_epoch(&self, kms: &dyn Kms, master: Master) -> Result<Record, VaultError> {
         let dek = Dek::from_bytes(random_key()?);
-        self.change(kms, |next| next.with_next_epoch(master, &dek))
+        self.change(kms, |next| next.set_next_epoch(master, &dek))
     }
 
     /// Ends a change of the data keys: destroys the DEKs of all epochs but the current one. What they have sealed does not
     /// open any more, so nothing may be left that is needed.
     pub fn end_old_epochs(&self, kms: &dyn Kms) -> Result<Record, VaultError> {
-        self.change(kms, |next| next.without_old_epochs())
+        self.change(kms, |next| next.drop_old_epochs())
     }
 
     /// Ends a rotation: from now on the old key, or its old versions, opens no record before this one. It may be repeated.

@@ -102,6 +102,7 @@ pub fn create_tenant(
     repo: &str,
     tenant: &TenantName,
     kms: &dyn Kms,
+    quota: Option<u64>,
 ) -> Result<(KeyName, Scope), VaultError> {
     let vault = vault_id(store, repo)?;
     match store.get(&layout::tenant_record(tenant), MAX_RECORD) {
@@ -111,7 +112,7 @@ pub fn create_tenant(
     }
     let scope = Scope { vault, tenant: TenantId::from_bytes(random()?) };
     let key = kms.create(KeyName::for_tenant(tenant.as_str())?.as_str())?;
-    let made = first_record(scope, tenant, kms, &key).and_then(|record| {
+    let made = first_record(scope, tenant, kms, &key, quota).and_then(|record| {
         match store.create(&layout::tenant_record(tenant), &record.encode()) {
             Err(StoreError::Exists(_)) => Err(VaultError::TenantExists { tenant: tenant.clone() }),
             other => Ok(other?),
@@ -126,9 +127,16 @@ pub fn create_tenant(
 }
 
 /// The record of a new tenant, with fresh keys.
-fn first_record(scope: Scope, tenant: &TenantName, kms: &dyn Kms, key: &KeyName) -> Result<TenantRecord, VaultError> {
+fn first_record(
+    scope: Scope,
+    tenant: &TenantName,
+    kms: &dyn Kms,
+    key: &KeyName,
+    quota: Option<u64>,
+) -> Result<TenantRecord, VaultError> {
     let master = random_master()?;
     let keys = TenantKeys::new(scope, Dek::from_bytes(random_key()?), DedupSecret::from_bytes(random_key()?));
+    let keys = keys.with_quota(quota);
     let payload = master_payload(&scope, keys.record_generation(), &master);
     let wrapped = kms.wrap(key.as_str(), &kms_context(&scope), &payload)?;
     let reference = KmsRef { kind: kms.kind().into(), key: key.as_str().into() };

@@ -50,7 +50,7 @@ impl Vault {
         let name = TenantName::new("default").unwrap();
         create_vault(&store, "vault").unwrap();
         let keyring = Keyring::create(&folder.path().join("keyring.json"), None).unwrap();
-        create_tenant(&store, "vault", &name, &keyring).unwrap();
+        create_tenant(&store, "vault", &name, &keyring, None).unwrap();
         let tenant = Arc::new(Tenant::open(Arc::new(store), "vault", &name, Arc::new(keyring)).unwrap());
         Vault { folder, tenant, shift: FrameShift::DEFAULT }
     }

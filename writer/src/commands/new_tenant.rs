@@ -39,6 +39,7 @@ pub(crate) struct NewTenant {
     name: TenantName,
     keeper: Keeper,
     kit: Option<(PathBuf, Passphrase)>,
+    pub(crate) quota: Option<u64>,
 }
 
 /// The tenant's key, and who keeps it.
@@ -65,7 +66,7 @@ impl NewTenant {
             if kit.recovery.is_some() {
                 return Err(no_kit(&name, &named, ", and give --no-recovery"));
             }
-            return Ok(NewTenant { name, keeper: Keeper::Kms(named, kms), kit: None });
+            return Ok(NewTenant { name, keeper: Keeper::Kms(named, kms), kit: None, quota: None });
         }
         let path = common.paths()?.keyring;
         refuse_inside(repo, &path, "the keyring", "RESEAL_KEYRING")?;
@@ -75,7 +76,7 @@ impl NewTenant {
             None => None,
         };
         let keyring = open_or_make_keyring(common, &path, seal_keyring)?;
-        Ok(NewTenant { name, keeper: Keeper::Keyring(keyring), kit })
+        Ok(NewTenant { name, keeper: Keeper::Keyring(keyring), kit, quota: None })
     }
 
     /// Makes it in the vault, and writes the kit.
@@ -84,7 +85,8 @@ impl NewTenant {
             Keeper::Keyring(keyring) => keyring,
             Keeper::Kms(_, kms) => &**kms,
         };
-        let (key, scope) = create_tenant(store, repo, &self.name, kms).map_err(|e| of_tenant(&self.name, e))?;
+        let made = create_tenant(store, repo, &self.name, kms, self.quota);
+        let (key, scope) = made.map_err(|e| of_tenant(&self.name, e))?;
         if let (Keeper::Keyring(keyring), Some((path, passphrase))) = (&self.keeper, &self.kit) {
             let kit = kit_contents(repo, self.name.as_str(), &scope, keyring, key.as_str())?;
             write_kit(path, &kit, passphrase).map_err(|e| {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, IsTerminal, Read, Write};
 use std::sync::Arc;
 
-use reseal_cli::{CommonArgs, Failure, Status, human_bytes, of_tenant};
+use reseal_cli::{CommonArgs, Failure, Found, Status, human_bytes, of_tenant};
 use reseal_format::names::TenantName;
 use reseal_store::Store;
 use reseal_vault::heads::tenant_folder;
@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::init::report_tenant;
 use super::new_tenant::{KitArgs, NewTenant, now};
+use super::sources::parse_size;
 
 /// Longest line that is read as a confirmation.
 const MAX_LINE: u64 = 1024;
@@ -32,13 +33,27 @@ enum Action {
         name: String,
         #[command(flatten)]
         kit: KitArgs,
+        /// Bytes that its packs may have, as 500G or 2T [default: no limit]
+        #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+        quota: Option<u64>,
     },
     /// Lists the tenants; no KMS is asked
-    List,
-    /// Shows a tenant's key, epochs, VMs and sizes
+    List {
+        /// Shows the quotas too, for which the KMS of every tenant is asked
+        #[arg(long)]
+        quotas: bool,
+    },
+    /// Shows a tenant's key, epochs, VMs, sizes and quota
     Show {
         /// Its name [default: the one of --tenant]
         name: Option<String>,
+    },
+    /// Changes what a tenant may store
+    Set {
+        name: String,
+        /// Bytes that its packs may have, as 500G or 2T, or none
+        #[arg(long, value_name = "SIZE|none", value_parser = Allowance::parse)]
+        quota: Allowance,
     },
     /// Removes a tenant that has no restore points, or that was erased
     Remove {
@@ -59,23 +74,39 @@ enum Action {
     },
 }
 
+/// What `--quota` says: bytes, or no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Allowance(Option<u64>);
+
+impl Allowance {
+    fn parse(text: &str) -> Result<Allowance, String> {
+        match text {
+            "none" => Ok(Allowance(None)),
+            size => parse_size(size).map(|bytes| Allowance(Some(bytes))),
+        }
+    }
+}
+
 pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     let named = |name: &str| TenantName::new(name).map_err(|e| Failure::of(Status::Usage, &e));
     match args.action {
-        Action::Add { name, kit } => add(common, named(&name)?, &kit),
-        Action::List => list(common),
+        Action::Add { name, kit, quota } => add(common, named(&name)?, &kit, quota),
+        Action::List { quotas } => list(common, quotas),
         Action::Show { name } => show(common, name.as_deref().map_or_else(|| common.tenant(), named)?),
+        Action::Set { name, quota: Allowance(quota) } => set_quota(common, &named(&name)?, quota),
         Action::Remove { name, destroy_key } => remove(common, &named(&name)?, destroy_key),
         Action::Erase { name, yes, key_is_gone } => erase(common, &named(&name)?, yes.as_deref(), key_is_gone),
     }
 }
 
-fn add(common: &CommonArgs, name: TenantName, kit: &KitArgs) -> Result<(), Failure> {
+fn add(common: &CommonArgs, name: TenantName, kit: &KitArgs, quota: Option<u64>) -> Result<(), Failure> {
     let (store, repo) = common.vault()?;
-    let made = NewTenant::prepare(common, &repo, name.clone(), kit, false)?.make(&*store, &repo)?;
+    let mut tenant = NewTenant::prepare(common, &repo, name.clone(), kit, false)?;
+    tenant.quota = quota;
+    let made = tenant.make(&*store, &repo)?;
     common.output().json(&json!({
         "tenant": name, "kms": made.kms, "kind": made.kind, "key": made.key, "keyring": made.keyring,
-        "recovery_kit": kit.recovery,
+        "recovery_kit": kit.recovery, "quota": quota,
     }));
     report_tenant(common, name.as_str(), &made, kit.recovery.as_deref());
     Ok(())
@@ -93,11 +124,12 @@ fn summary(record: &Record, holdings: &Holdings) -> Value {
         "vms": holdings.vms.len(),
         "points": holdings.points(),
         "packs": holdings.packs,
+        "used": holdings.pack_bytes,
         "bytes": holdings.bytes,
     })
 }
 
-fn list(common: &CommonArgs) -> Result<(), Failure> {
+fn list(common: &CommonArgs, quotas: bool) -> Result<(), Failure> {
     let output = common.output();
     let (store, repo) = common.vault()?;
     let config = common.kms_config()?;
@@ -119,20 +151,39 @@ fn list(common: &CommonArgs) -> Result<(), Failure> {
             }
         };
         if shown == 0 {
-            let header = ["TENANT", "KMS", "KEY", "VMS", "POINTS", "SIZE"];
-            output.say(row(header.map(str::to_owned)));
+            let header = ["TENANT", "KMS", "KEY", "VMS", "POINTS", "SIZE", "USED"];
+            output.say(row(header.map(str::to_owned), quotas.then_some("QUOTA")));
         }
         shown += 1;
         let kms = config.kms_of(name.as_str());
         let mut document = summary(&record, &holdings);
         document["kms"] = json!(kms);
+        let quota = match quotas && record.erased().is_none() {
+            true => match common.find(&name).and_then(|found| quota_of(common, &found)) {
+                Ok(quota) => {
+                    document["quota"] = json!(quota);
+                    human_quota(quota)
+                }
+                Err(e) => {
+                    if let Some(before) = failed.replace(e) {
+                        output.warn(before.message);
+                    }
+                    "?".to_owned()
+                }
+            },
+            false => String::new(),
+        };
         output.json(&document);
         let key = match record.erased() {
             Some(when) => format!("erased {when}"),
             None => record.kms().key.clone(),
         };
         let (vms, points) = (holdings.vms.len().to_string(), holdings.points().to_string());
-        output.say(row([name.to_string(), kms.to_owned(), key, vms, points, human_bytes(holdings.bytes)]));
+        let (size, used) = (human_bytes(holdings.bytes), human_bytes(holdings.pack_bytes));
+        output.say(row(
+            [name.to_string(), kms.to_owned(), key, vms, points, size, used],
+            quotas.then_some(quota.as_str()),
+        ));
     }
     if shown == 0 && failed.is_none() {
         output.say("no tenants yet; make one with `reseal tenant add NAME`");
@@ -140,8 +191,23 @@ fn list(common: &CommonArgs) -> Result<(), Failure> {
     failed.map_or(Ok(()), Err)
 }
 
-fn row([tenant, kms, key, vms, points, size]: [String; 6]) -> String {
-    format!("{tenant:<24} {kms:<16} {key:<32} {vms:>6} {points:>7} {size:>10}")
+fn row([tenant, kms, key, vms, points, size, used]: [String; 7], quota: Option<&str>) -> String {
+    let row = format!("{tenant:<24} {kms:<16} {key:<32} {vms:>6} {points:>7} {size:>10} {used:>10}");
+    match quota {
+        Some(quota) => format!("{row} {quota:>10}"),
+        None => row,
+    }
+}
+
+/// The quota of a tenant whose KMS is to be asked.
+fn quota_of(common: &CommonArgs, found: &Found) -> Result<Option<u64>, Failure> {
+    let kms = common.kms_of(&found.record)?;
+    let keys = found.record.unlock_keys(&*kms).map_err(|e| of_tenant(found.record.name(), e))?;
+    Ok(keys.quota())
+}
+
+fn human_quota(quota: Option<u64>) -> String {
+    quota.map_or_else(|| "none".to_owned(), human_bytes)
 }
 
 fn show(common: &CommonArgs, name: TenantName) -> Result<(), Failure> {
@@ -168,6 +234,7 @@ fn show(common: &CommonArgs, name: TenantName) -> Result<(), Failure> {
             |(epoch, count): (&u32, &Count)| json!({ "epoch": epoch, "objects": count.objects, "bytes": count.bytes });
         document["rekey"] = counts.iter().map(count).collect();
     }
+    document["quota"] = json!(keys.quota());
     let vm = |vm: &VmHoldings| json!({ "vm": vm.name, "points": vm.points, "forgotten": vm.forgotten });
     document["vm_list"] = holdings.vms.iter().map(vm).collect();
     output.json(&document);
@@ -189,6 +256,27 @@ fn show(common: &CommonArgs, name: TenantName) -> Result<(), Failure> {
     }
     output.say(format!("points      {}", holdings.points()));
     output.say(format!("stored      {} in {} packs", human_bytes(holdings.bytes), holdings.packs));
+    output.say(format!("quota       {}, used {}", human_quota(keys.quota()), human_bytes(holdings.pack_bytes)));
+    Ok(())
+}
+
+fn set_quota(common: &CommonArgs, name: &TenantName, quota: Option<u64>) -> Result<(), Failure> {
+    let found = common.find(name)?;
+    let kms = common.kms_of(&found.record)?;
+    let new = found.record.set_quota(&*kms, quota).map_err(|e| of_tenant(name, e))?;
+    found.heads.remember(new.generation(), &[])?;
+    let output = common.output();
+    let used = Holdings::of(&*common.vault()?.0, name)?.pack_bytes;
+    output.json(&json!({
+        "tenant": name, "quota": quota, "used": used, "generation": new.generation(), "objects": [new.key()],
+    }));
+    output.say(format!("quota       {}, used {}", human_quota(quota), human_bytes(used)));
+    output.say(format!("record      generation {}", new.generation()));
+    if quota.is_some_and(|quota| quota < used) {
+        output.warn(format!(
+            "tenant {name} has more already ({used} bytes): what it has stays readable, but no backup of it begins"
+        ));
+    }
     Ok(())
 }
 
