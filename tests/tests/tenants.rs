@@ -4,10 +4,12 @@
 
 mod servers;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::sleep;
@@ -43,9 +45,7 @@ fn disk(site: &Site, seed: u64) -> (PathBuf, Vec<u8>) {
 
 /// Runs `reseal` for a tenant.
 fn of<A: AsRef<OsStr>>(site: &Site, tenant: &str, arguments: impl IntoIterator<Item = A>) -> Run {
-    let mut words = vec![OsStr::new("--tenant").to_owned(), tenant.into()];
-    words.extend(arguments.into_iter().map(|word| word.as_ref().to_owned()));
-    site.reseal(words)
+    site.reseal_of(tenant, arguments)
 }
 
 /// Makes a vault and its first tenant.
@@ -98,13 +98,29 @@ fn all_fail(site: &Site, tenant: &str, status: i32, said: &[&str]) {
 }
 
 /// The objects that differ from before, by key.
-fn changed(site: &Site, before: &std::collections::BTreeMap<String, Vec<u8>>) -> Vec<String> {
+fn changed(site: &Site, before: &BTreeMap<String, Vec<u8>>) -> Vec<String> {
     let now = site.contents();
     let differs = |key: &&String| now.get(*key) != before.get(*key);
     let mut keys: Vec<_> = now.keys().chain(before.keys()).filter(differs).cloned().collect();
     keys.sort();
     keys.dedup();
     keys
+}
+
+/// Which file holds each object, and when it was last changed.
+fn files(site: &Site) -> BTreeMap<String, (u64, i64, i64)> {
+    let file = |key: String| {
+        let about = fs::metadata(site.vault.join(&key)).unwrap();
+        (key, (about.ino(), about.ctime(), about.ctime_nsec()))
+    };
+    site.objects().into_iter().map(file).collect()
+}
+
+/// The objects that were written since, or are no more.
+fn touched(site: &Site, before: &BTreeMap<String, (u64, i64, i64)>) -> Vec<String> {
+    let now = files(site);
+    let keys: BTreeSet<_> = now.keys().chain(before.keys()).filter(|key| now.get(*key) != before.get(*key)).collect();
+    keys.into_iter().cloned().collect()
 }
 
 fn record_of(site: &Site, tenant: &str) -> PathBuf {
@@ -169,7 +185,7 @@ fn three_tenants_of_two_kms_open_again_after_both_were_down() {
 }
 
 #[test]
-fn a_kek_is_rotated_in_seconds_and_one_object_is_replaced() {
+fn a_kek_is_rotated_and_one_object_is_replaced() {
     let (bao, pki) = (shared(), Pki::new());
     let kmip = PyKmip::start(&pki);
     let mut site = Site::bare();
@@ -189,13 +205,14 @@ fn a_kek_is_rotated_in_seconds_and_one_object_is_replaced() {
             content = backup(&site, tenant, seed % 3);
         }
         let old_record = fs::read(record_of(&site, tenant)).unwrap();
-        let before = site.contents();
+        let (before, files) = (site.contents(), files(&site));
         let began = Instant::now();
         let rotated = of(&site, tenant, ["rekey", "--kek", "--json"]).ok();
-        assert!(began.elapsed() < Duration::from_secs(2), "{tenant}: {:?}", began.elapsed());
+        println!("{tenant}, {points} restore points: {:?}", began.elapsed());
         let told = rotated.json();
         let only = format!("tenants/{tenant}/tenant.json");
         assert_eq!((changed(&site, &before), &told["objects"]), (vec![only.clone()], &json!([only])));
+        assert_eq!(touched(&site, &files), [only], "nothing else was written, not even with the same bytes");
         assert_eq!(told["generation"], 2);
         assert_eq!(rotated.stderr.contains("recovery kits"), tenant == "local", "{rotated:#?}");
         assert_opens(&site, tenant, &content);
@@ -227,7 +244,7 @@ fn a_kek_is_rotated_in_seconds_and_one_object_is_replaced() {
 fn a_rotation_that_is_killed_leaves_a_tenant_that_opens() {
     let site = Site::new();
     let content = backup(&site, "default", 5);
-    let mut generations = std::collections::BTreeSet::new();
+    let mut generations = BTreeSet::new();
     for step in 0u32..80 {
         let running = site.start(["rekey", "--kek"]);
         sleep(Duration::from_micros(250) * step);
@@ -256,6 +273,25 @@ fn record_that_meets(site: &Site, fault: Option<Fault>) -> Record {
     let plan = |fault| Plan { operation: Some(Operation::Replace), after: 0, lasting: false, fault };
     store.plan(fault.map(plan));
     Record::read(store, "vault", &TenantName::new("default").unwrap()).unwrap()
+}
+
+/// However much a tenant has: its record is read and replaced, and nothing else is looked at.
+#[test]
+fn a_rotation_reads_two_objects_and_replaces_one() {
+    let site = Site::new();
+    for seed in 0..3 {
+        backup(&site, "default", seed);
+    }
+    let store = Arc::new(Watched::new(site.store()));
+    let record = Record::read(store.clone(), "vault", &TenantName::new("default").unwrap()).unwrap();
+    let (keyring, key) = (keyring(&site), record.key());
+    let rewrapped = record.rotate(&keyring).unwrap();
+    rewrapped.record.retire(&rewrapped.old, &keyring).unwrap();
+    let asked: Vec<_> = store.take_log();
+    let asked: Vec<_> = asked.iter().map(|(operation, key)| (*operation, key.as_str())).collect();
+    let expected =
+        [(Operation::Get, "reseal.json"), (Operation::Get, key.as_str()), (Operation::Replace, key.as_str())];
+    assert_eq!(asked, expected);
 }
 
 const LOST: [Fault; 2] = [Fault::Lies, Fault::Fails(io::ErrorKind::ConnectionReset)];
