@@ -50,6 +50,17 @@ impl Config {
         self
     }
 
+    /// The same engine with a token in a file, which may do what the documentation says.
+    pub(crate) fn bao_by_token(mut self, name: &str, bao: &Bao, mount: &str, token: &Path) -> Config {
+        self.kms += &format!(
+            "[kms.{name}]\nkind = \"vault\"\naddress = \"https://localhost:{}\"\nca = {:?}\nmount = \"{mount}\"\n\
+             auth = {{ token_file = {token:?} }}\n",
+            bao.port(),
+            bao.ca(),
+        );
+        self
+    }
+
     /// A PyKMIP.
     pub(crate) fn kmip(mut self, name: &str, pki: &Pki, server: &PyKmip) -> Config {
         let (ca, cert, key) = (pki.ca(), pki.cert("reseal"), pki.key("reseal"));
