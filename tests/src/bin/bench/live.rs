@@ -62,7 +62,7 @@ pub(crate) fn take(plan: &Plan, disks: &Disks, samples: &mut Samples) -> Result<
     Ok(())
 }
 
-fn median(mut taken: Vec<f64>) -> f64 {
+pub(crate) fn median(mut taken: Vec<f64>) -> f64 {
     taken.sort_by(f64::total_cmp);
     taken.get(taken.len() / 2).copied().unwrap_or(f64::NAN)
 }

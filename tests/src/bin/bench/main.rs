@@ -2,12 +2,13 @@
 //!
 //!     bench [--rounds N] [--only NAME,…] [--output FILE]     measures all, interleaved, and writes docs/BENCHMARKS.md
 //!     bench live [--output FILE]                             measures live sources again, beside the last samples
+//!     bench rekey [--output FILE]                            measures the rotation of keys again, likewise
 //!     bench report [--output FILE]                           writes the document again from the last samples
 //!
 //! The modules, in the order of the data's path: `plan` says what to run, `host` finds the machine, disks and programs,
 //! `process` runs a program and weighs it, `contender` is what each tool can do (one module each: `reseal`, `restic`,
-//! `rustic`, `borg`, `luks`, `null`), `round` takes a round's figures with `reads` and `trace`, `memory` and
-//! `live` the cases of reseal alone, `samples` keeps them, `targets` judges them, `report` writes them down.
+//! `rustic`, `borg`, `luks`, `null`), `round` takes a round's figures with `reads` and `trace`, `memory`,
+//! `live` and `rekey` the cases of reseal alone, `samples` keeps them, `targets` judges them, `report` writes them down.
 
 mod borg;
 mod contender;
@@ -20,6 +21,7 @@ mod null;
 mod plan;
 mod process;
 mod reads;
+mod rekey;
 mod report;
 mod reseal;
 mod restic;
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
         Some("log-reads") => fakefs::serve_logged(&arguments[1..]),
         Some("nbd-null") => live::read_into_nothing(&arguments[1..]),
         Some("live") => Plan::parse(&arguments[1..]).and_then(|plan| measure_live(&plan)),
+        Some("rekey") => Plan::parse(&arguments[1..]).and_then(|plan| measure_rekey(&plan)),
         Some("report") => {
             Plan::parse(&arguments[1..]).and_then(|plan| report::write(&plan, &Samples::load(&plan.work)?))
         }
@@ -104,6 +107,7 @@ fn measure_all(plan: &Plan) -> Result<Samples> {
     }
     memory::take(plan, &disks, &mut samples)?;
     live::take(plan, &disks, &mut samples)?;
+    rekey::take(plan, &mut samples)?;
     Ok(samples)
 }
 
@@ -112,6 +116,13 @@ fn measure_live(plan: &Plan) -> Result<()> {
     let disks = host::prepare(plan)?;
     let mut samples = Samples::load(&plan.work)?;
     live::take(plan, &disks, &mut samples)?;
+    samples.save(&plan.work)?;
+    report::write(plan, &samples)
+}
+
+fn measure_rekey(plan: &Plan) -> Result<()> {
+    let mut samples = Samples::load(&plan.work)?;
+    rekey::take(plan, &mut samples)?;
     samples.save(&plan.work)?;
     report::write(plan, &samples)
 }

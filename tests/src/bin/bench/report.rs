@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use crate::live::Figure;
 use crate::plan::Plan;
 use crate::samples::{Quantity, Samples, Spread, Tool};
 use crate::targets::{self, Against, Target};
@@ -40,7 +41,8 @@ fn document(plan: &Plan, samples: &Samples) -> Result<String> {
         table(&mut text, samples, quantity, title, (unit, digits))?;
     }
     memory(&mut text, samples)?;
-    live(&mut text, samples)?;
+    figures(&mut text, "Live sources", &samples.live)?;
+    figures(&mut text, "New keys", &samples.rekey)?;
     text.push_str(METHOD);
     Ok(text)
 }
@@ -141,12 +143,12 @@ fn memory(text: &mut String, samples: &Samples) -> Result<()> {
     Ok(())
 }
 
-fn live(text: &mut String, samples: &Samples) -> Result<()> {
-    if samples.live.is_empty() {
+fn figures(text: &mut String, title: &str, figures: &[Figure]) -> Result<()> {
+    if figures.is_empty() {
         return Ok(());
     }
-    text.push_str("\n## Live sources\n\n| what | must reach | measured | |\n| --- | --- | --- | --- |\n");
-    for figure in &samples.live {
+    writeln!(text, "\n## {title}\n\n| what | must reach | measured | |\n| --- | --- | --- | --- |")?;
+    for figure in figures {
         let state = match figure.met {
             Some(true) => "met",
             Some(false) => "**not met**",
@@ -186,5 +188,7 @@ All tools take their turns within each round, and each round begins with another
 - **Live sources**: `qemu-nbd` on a Unix socket, the image in the page cache; medians of at least three. Day 2 by a bitmap: an overlay in whose
   bitmap QEMU recorded the writes that make day 2 of day 1. The writer is `fio` (64 KiB, `--rate`, 10 s) on a FUSE export of the disk of a
   QEMU whose disk is backed up through `--qmp` meanwhile.
+- **New keys**: `reseal rekey --kek` for a tenant of 100 restore points, from the start of the program to its end, OpenBao and PyKMIP on this
+  machine over TLS; median of at least three, after each of which the vault's files are compared with before.
 - **null**: a FUSE file system of one file of constant bytes: the limit of every mount here.
 ";

@@ -87,6 +87,8 @@ pub(crate) struct Samples {
     pub(crate) memory: Vec<Memory>,
     #[serde(default)]
     pub(crate) live: Vec<Figure>,
+    #[serde(default)]
+    pub(crate) rekey: Vec<Figure>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -109,6 +111,7 @@ impl Samples {
             tools: Vec::new(),
             memory: Vec::new(),
             live: Vec::new(),
+            rekey: Vec::new(),
         }
     }
 
