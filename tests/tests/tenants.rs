@@ -91,6 +91,7 @@ fn all_fail(site: &Site, tenant: &str, status: i32, said: &[&str]) {
         &["mount", folder],
         &["rekey", "--kek"],
         &["tenant", "show"],
+        &["tenant", "set", tenant, "--quota", "1G"],
     ] {
         of(site, tenant, words).fails(status, said);
     }
