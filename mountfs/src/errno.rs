@@ -102,6 +102,9 @@ fn vault_errno(error: &VaultError) -> Errno {
         | VaultError::StillOpens { .. }
         | VaultError::NotWrapped { .. }
         | VaultError::OverQuota { .. }
+        | VaultError::OtherKit { .. }
+        | VaultError::OldKit { .. }
+        | VaultError::KitWithoutMaster { .. }
         | VaultError::NotEmptyTenant { .. }
         | VaultError::Busy { .. }
         | VaultError::Kms(_)

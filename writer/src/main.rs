@@ -31,7 +31,7 @@ enum Command {
     Show(show::Args),
     /// Reads everything back and authenticates it; exit status 3 if something is damaged
     Verify(verify::Args),
-    /// Takes keys to another machine: the recovery kit
+    /// The recovery kit: written, printed, and used where a keyring or a KMS is lost
     Key(key::Args),
     /// The customers of a vault, each with a key of its own: add, list, show, set, remove, erase
     Tenant(tenant::Args),

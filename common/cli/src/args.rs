@@ -5,12 +5,11 @@ use std::sync::Arc;
 
 use clap::Args;
 use reseal_format::names::{TenantName, VmName};
-use reseal_kms::{Keyring, Kms};
+use reseal_kms::Keyring;
 use reseal_store::Store;
 use reseal_vault::heads::Heads;
 use reseal_vault::{Chain, Record, Tenant};
 
-use crate::kms::of_tenant;
 use crate::{Failure, Output, Paths, Status, open_store, read_passphrase};
 
 /// Common arguments.
@@ -32,6 +31,15 @@ pub struct CommonArgs {
     /// tenant that it does not name uses the keyring]
     #[arg(long, env = "RESEAL_KMS_CONFIG", global = true, value_name = "FILE")]
     pub kms_config: Option<PathBuf>,
+    /// Opens the tenant with its recovery kit, or a sheet with one, and asks no KMS
+    #[arg(long, global = true, value_name = "FILE")]
+    pub recovery_kit: Option<PathBuf>,
+    /// Reads a recovery kit's passphrase from the first line of a file instead of asking
+    #[arg(long, env = "RESEAL_RECOVERY_PASSPHRASE_FILE", global = true, value_name = "FILE")]
+    pub recovery_passphrase_file: Option<PathBuf>,
+    /// Opens a recovery kit that is sealed to age recipients with the identities in a file, which must be private
+    #[arg(long, global = true, value_name = "FILE")]
+    pub recovery_identity: Option<PathBuf>,
     /// What this machine remembers of vaults [default: /var/lib/reseal for root, otherwise in the user's state]
     #[arg(long, env = "RESEAL_STATE", global = true, value_name = "FOLDER")]
     pub state: Option<PathBuf>,
@@ -116,17 +124,8 @@ impl CommonArgs {
 
     /// Opens the vault, unlocks the tenant, and checks that neither was rolled back.
     pub fn open(&self) -> Result<Opened, Failure> {
-        let found = self.find(&self.tenant()?)?;
-        let kms = self.kms_of(&found.record)?;
-        found.unlock(kms)
-    }
-}
-
-impl Found {
-    /// Unlocks the tenant.
-    pub fn unlock(self, kms: Arc<dyn Kms>) -> Result<Opened, Failure> {
-        let tenant = self.record.unlock(kms).map_err(|e| of_tenant(self.record.name(), e))?;
-        let Found { heads, paths, repo, .. } = self;
+        let Found { record, heads, paths, repo } = self.find(&self.tenant()?)?;
+        let tenant = self.unlock(&record)?;
         heads.remember(tenant.record_generation(), &[])?;
         Ok(Opened { tenant: Arc::new(tenant), heads, paths, repo })
     }

@@ -23,6 +23,7 @@ impl CommonArgs {
     /// is sent to it, and before a passphrase is asked.
     pub fn kms_of(&self, record: &Record) -> Result<Arc<dyn Kms>, Failure> {
         record.check_live()?;
+        self.refuse_recovery_kit()?;
         match self.kms_config()?.for_tenant(record.name().as_str())? {
             Some(kms) => {
                 record.check_kind(kms.kind())?;

@@ -1,8 +1,8 @@
 //! What `reseal` and `reseal-mount` share on the command line.
 //!
 //! ```text
-//! arguments → paths → passphrases → KMS → an unlocked tenant (args, paths, passphrase, kms)
-//! result → one line for people, or JSON → exit status       (failure, output, progress)
+//! arguments → paths → passphrases → KMS, or recovery kit → an unlocked tenant (args, paths, passphrase, kms, kit)
+//! result → one line for people, or JSON → exit status                         (failure, output, progress)
 //! ```
 //!
 //! [`harden`] is called first thing: it keeps keys and plaintext out of core dumps and swap.
@@ -11,6 +11,7 @@ mod args;
 mod background;
 mod failure;
 mod harden;
+mod kit;
 mod kms;
 mod output;
 mod passphrase;
@@ -21,6 +22,7 @@ pub use args::{CommonArgs, Found, Opened};
 pub use background::{Detach, Side, split};
 pub use failure::{Failure, Status, finish};
 pub use harden::{harden, unlocked};
+pub use kit::of_kit;
 pub use kms::of_tenant;
 pub use output::{Output, human_bytes, human_duration};
 pub use passphrase::{read_new_passphrase, read_passphrase};

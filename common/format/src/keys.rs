@@ -83,6 +83,13 @@ secret!(/** A tenant's random secret; stored only wrapped by the KEK. */ Master)
 secret!(/** A tenant's data-encryption key of one epoch. */ Dek);
 secret!(/** Key of a tenant's blob ids. */ DedupSecret);
 
+impl Master {
+    /// A copy, to be sealed in a recovery kit.
+    pub fn for_escrow(&self) -> Zeroizing<[u8; KEY]> {
+        self.0.clone()
+    }
+}
+
 /// Vault and tenant: what every derivation and all associated data are bound to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Scope {

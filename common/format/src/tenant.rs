@@ -350,7 +350,7 @@ impl TenantRecord {
     }
 
     /// Checks every field of the unwrapped payload: the master.
-    fn master(&self, scope: &Scope, payload: &[u8]) -> Result<Master, FormatError> {
+    pub fn master(&self, scope: &Scope, payload: &[u8]) -> Result<Master, FormatError> {
         let payload: &[u8; PAYLOAD] =
             payload.try_into().map_err(|_| FormatError::Malformed("the unwrapped payload has a wrong length"))?;
         if &payload[0..8] != PAYLOAD_MAGIC {

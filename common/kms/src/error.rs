@@ -123,8 +123,22 @@ pub enum KmsError {
     KitExists { path: PathBuf },
     #[error("can't write the recovery kit {}: {what}", path.display())]
     KitInvalid { path: PathBuf, what: &'static str },
-    #[error("{} is no recovery kit: it is not an age file under a passphrase", path.display())]
+    #[error("{} is no recovery kit: it is neither an age file nor a sheet with one", path.display())]
     NotAKit { path: PathBuf },
+    #[error("the recovery kit {} is sealed to age recipients: give one of their identities (--recovery-identity FILE)", path.display())]
+    KitNeedsIdentity { path: PathBuf },
+    #[error("the recovery kit {} is under a passphrase, not sealed to age recipients: leave out --recovery-identity", path.display())]
+    KitNeedsPassphrase { path: PathBuf },
+    #[error("the recovery kit {} is sealed to other age recipients: give an identity of one of those", path.display())]
+    KitOtherRecipients { path: PathBuf },
+    #[error("the sheet {} was not copied right: {what}; compare with the paper and correct it", path.display())]
+    SheetMiscopied { path: PathBuf, what: String },
+    #[error("the recipient {text:?} can't be used: {what}")]
+    Recipient { text: String, what: &'static str },
+    #[error("{count} recipients for one recovery kit: give 1 to {limit}")]
+    Recipients { count: usize, limit: usize },
+    #[error("{}: {what}", path.display())]
+    AgeFile { path: PathBuf, what: String },
     #[error("wrong passphrase for the recovery kit {}: try again (if it is surely right, the kit is damaged: use another copy)", path.display())]
     KitWrongPassphrase { path: PathBuf },
     #[error("the recovery kit {} is damaged or cut short ({what}): use another copy", path.display())]
@@ -170,9 +184,12 @@ impl KmsError {
             Self::WrappedTruncated { .. } | Self::WrappedTooLong { .. } => Class::Damaged,
             Self::WrappedVersion { .. } | Self::Unwrap { .. } => Class::Damaged,
             Self::KitCorrupt { .. } | Self::NotOpened { .. } | Self::Retired { .. } => Class::Damaged,
+            Self::SheetMiscopied { .. } => Class::Damaged,
 
             Self::InvalidName { .. } | Self::EmptyPassphrase | Self::TooLong { .. } => Class::Usage,
             Self::KitExists { .. } | Self::KitInvalid { .. } | Self::NotAKit { .. } => Class::Usage,
+            Self::KitNeedsIdentity { .. } | Self::KitNeedsPassphrase { .. } => Class::Usage,
+            Self::Recipient { .. } | Self::Recipients { .. } | Self::AgeFile { .. } => Class::Usage,
             Self::Config { .. } | Self::ConfigNames { .. } => Class::Usage,
 
             Self::NotAFile { .. } | Self::TooLarge { .. } => Class::Failed,
@@ -180,6 +197,7 @@ impl KmsError {
             Self::KeyringExists { .. } | Self::KeyringVersion { .. } | Self::KeyringFull { .. } => Class::Failed,
             Self::PassphraseUnavailable { .. } | Self::PassphraseChanged { .. } => Class::Failed,
             Self::WrongPassphrase { .. } | Self::KitWrongPassphrase { .. } => Class::Failed,
+            Self::KitOtherRecipients { .. } => Class::Failed,
             Self::KeyExists { .. } | Self::KeyConflict { .. } => Class::Failed,
             Self::KeyTaken { .. } | Self::UnfitKey { .. } => Class::Failed,
             Self::KitVersion { .. } | Self::KitTooCostly { .. } => Class::Failed,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! payload of a tenant → Kms::wrap (key name, context) → wrapped bytes, in the tenant record
-//! keys → recovery kit → keys → keyring of another machine
+//! master and keys → recovery kit → another machine, or another KMS
 //! ```
 //!
 //! Modules in reading order:
@@ -19,7 +19,7 @@
 //! - [`transit`]: HashiCorp Vault and OpenBao, over HTTPS
 //! - `pinned`: a KMS that serves one key only, because the configuration names it
 //! - [`kmip`]: key management servers that speak KMIP, over mutual TLS
-//! - [`kit`]: the recovery kit, an age file to keep away from that machine
+//! - [`kit`]: the recovery kit, an age file or a sheet of paper to keep away from that machine
 //! - `error`: what went wrong, with which file and key, and what to do about it
 //!
 //! Nothing here falls back: a key that is missing, wrong or damaged is an error.

@@ -7,7 +7,7 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use reseal_kms::kit::{KitContents, read_kit, write_kit};
+use reseal_kms::kit::{KitContents, KitKey, KitLock, SealedKit, read_identities, read_kit, write_kit, write_sheet};
 use reseal_kms::{KeyBytes, KeyName, Keyring, Kms, NamedKey, Passphrase};
 
 const PASSPHRASE: &str = "correct horse battery staple";
@@ -24,6 +24,11 @@ fn key() -> NamedKey {
     NamedKey { name: KeyName::parse(NAME).unwrap(), key: KeyBytes::copy_from(&bytes) }
 }
 
+fn open() -> KitKey {
+    KitKey::Passphrase(phrase())
+}
+
+/// The kit of version 1; that of version 2 has a master too.
 fn kit() -> KitContents {
     KitContents {
         made: "2026-11-24T06:31:47Z".into(),
@@ -32,8 +37,14 @@ fn kit() -> KitContents {
         tenant: "acme".into(),
         tenant_id: "ffeeddccbbaa99887766554433221100".into(),
         kms: "keyring".into(),
+        master: None,
         keys: vec![key()],
     }
+}
+
+fn kit_v2() -> KitContents {
+    let master = std::array::from_fn(|i| 0xFF - u8::try_from(i).unwrap());
+    KitContents { master: Some(KeyBytes::copy_from(&master)), ..kit() }
 }
 
 fn frozen(name: &str) -> PathBuf {
@@ -61,7 +72,18 @@ fn keyrings_of_version_1_open() {
 
 #[test]
 fn a_kit_of_version_1_opens() {
-    assert_eq!(read_kit(&frozen("kit-v1.age"), &phrase()).unwrap(), kit());
+    assert_eq!(read_kit(&frozen("kit-v1.age"), &open()).unwrap(), kit());
+}
+
+#[test]
+fn kits_of_version_2_open() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["kit-v2.age", "kit-v2.sheet"] {
+        assert_eq!(read_kit(&frozen(name), &open()).unwrap(), kit_v2(), "{name}");
+    }
+    let identities =
+        read_identities(&private_copy(dir.path(), "identity.txt"), |_| panic!("it has no passphrase")).unwrap();
+    assert_eq!(read_kit(&frozen("kit-v2-recipients.age"), &identities).unwrap(), kit_v2());
 }
 
 /// Made in a folder of the test, or, for a new version of a format, in the one that `RESEAL_FREEZE` names.
@@ -76,6 +98,15 @@ fn they_can_be_made_anew() {
     let wrapped = plain.wrap(NAME, CONTEXT, PAYLOAD).unwrap();
     assert_eq!(sealed.unwrap(NAME, CONTEXT, &wrapped).unwrap().as_slice(), PAYLOAD);
     fs::write(folder.join("wrapped-v1.hex"), hex::encode(wrapped) + "\n").unwrap();
-    write_kit(&folder.join("kit-v1.age"), &kit(), &phrase()).unwrap();
-    assert_eq!(read_kit(&folder.join("kit-v1.age"), &phrase()).unwrap(), kit());
+    let (path, sheet) = (folder.join("kit-v2.age"), folder.join("kit-v2.sheet"));
+    write_kit(&path, &kit_v2(), &KitLock::Passphrase(phrase())).unwrap();
+    write_sheet(&sheet, &SealedKit::read(&path).unwrap().sheet("2026-11-24T06:31:47Z").unwrap()).unwrap();
+    for path in [path, sheet] {
+        assert_eq!(read_kit(&path, &open()).unwrap(), kit_v2());
+    }
+    // The recipient of identity.txt, which `age-keygen` made.
+    let text = fs::read_to_string(frozen("identity.txt")).unwrap();
+    let recipient = text.lines().find_map(|line| line.strip_prefix("# public key: ")).unwrap();
+    let lock = KitLock::recipients(vec![recipient.parse().unwrap()]).unwrap();
+    write_kit(&folder.join("kit-v2-recipients.age"), &kit_v2(), &lock).unwrap();
 }

@@ -99,6 +99,22 @@ pub enum VaultError {
     )]
     OverQuota { tenant: TenantName, quota: u64, used: u64, more: u64 },
     #[error(
+        "the recovery kit made {made} is of tenant {of} in the vault {vault}, not of what is here as tenant {tenant}: take that \
+         tenant's kit, or correct --repo and --tenant"
+    )]
+    OtherKit { tenant: TenantName, of: String, vault: String, made: String },
+    #[error(
+        "the recovery kit made {made} is older than the keys of tenant {tenant}: its master does not open generation \
+         {generation} of the record. Take a kit from after the last `reseal rekey --data`; if there was none since {made}, the \
+         record is damaged: restore tenant.json from a copy of the vault"
+    )]
+    OldKit { tenant: TenantName, generation: u64, made: String },
+    #[error(
+        "the recovery kit made {made} is of version 1 and has no master, only a key of the keyring as it was then: `reseal key \
+         import` brings that back, and opens the tenant unless the key was rotated since"
+    )]
+    KitWithoutMaster { made: String },
+    #[error(
         "tenant {tenant} has {points} restore points, so it is not removed; `reseal tenant erase` destroys its keys"
     )]
     NotEmptyTenant { tenant: TenantName, points: usize },
@@ -133,6 +149,8 @@ impl VaultError {
             | VaultError::StillOpens { .. }
             | VaultError::NotWrapped { .. }
             | VaultError::OverQuota { .. }
+            | VaultError::OtherKit { .. }
+            | VaultError::KitWithoutMaster { .. }
             | VaultError::NotEmptyTenant { .. }
             | VaultError::Busy { .. }
             | VaultError::State { .. }
@@ -140,7 +158,7 @@ impl VaultError {
             | VaultError::Random => Class::Failed,
             VaultError::BadPoint { .. } => Class::Usage,
             VaultError::Damaged { .. } | VaultError::Missing { .. } => Class::Damaged,
-            VaultError::Rollback { .. } | VaultError::Erased { .. } => Class::Damaged,
+            VaultError::Rollback { .. } | VaultError::Erased { .. } | VaultError::OldKit { .. } => Class::Damaged,
             VaultError::WouldBlock => Class::Unreachable,
             VaultError::NoNewKeys { source, .. } => source.class(),
             VaultError::Kms(error) => match error.class() {

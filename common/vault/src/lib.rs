@@ -7,6 +7,7 @@
 //! keys:   unwrap → wrap anew → replace the record; or destroy the key           (rekey, erase)
 //!         who is at work, and what is sealed under which DEK                    (leases, epochs)
 //!         record replaced → unwrap again, in processes that go on               (refresh)
+//! escrow: recovery kit → master → keys; or wrap it anew → replace the record    (escrow)
 //! tidy:   what a tenant has, and may have; removing one that has nothing        (holdings, quota)
 //! ```
 //!
@@ -20,6 +21,7 @@ pub mod cache;
 mod epochs;
 mod erase;
 mod error;
+mod escrow;
 pub mod heads;
 mod holdings;
 mod leases;
@@ -44,5 +46,5 @@ pub use points::{Chain, Point, PointSpec, State, Which};
 pub use quota::Quota;
 pub use record::Record;
 pub use rekey::Rewrapped;
-pub use tenant::{Tenant, create_tenant, create_vault, random, random_master};
+pub use tenant::{MadeTenant, Tenant, create_tenant, create_vault, random, random_master};
 pub use tree::Tree;

@@ -14,7 +14,7 @@ use reseal_format::time::Timestamp;
 use reseal_kms::{KeyName, Kms, Secret};
 use reseal_store::{Store, StoreError};
 
-use crate::refresh::Unlocked;
+use crate::refresh::{Opener, Unlocked};
 use crate::tenant::{expect_no_tenant, kms_context, vault_id};
 use crate::{Tenant, VaultError};
 
@@ -119,14 +119,23 @@ impl Record {
     /// Has the KMS unwrap the master, and opens the tenant's keys.
     pub fn unlock_keys(&self, kms: &dyn Kms) -> Result<TenantKeys, VaultError> {
         let payload = self.unwrap(kms)?;
-        self.record.unlock(self.vault, &self.name, &payload).map_err(VaultError::damaged(self.key()))
+        self.keys(&payload)
     }
 
     /// The same for a tenant that is used for a while: the KMS is asked again when its record was replaced.
     pub fn unlock(&self, kms: Arc<dyn Kms>) -> Result<Tenant, VaultError> {
-        let keys = Arc::new(self.unlock_keys(&*kms)?);
-        let unlocked = Unlocked { keys, kms: self.record.kms.clone() };
-        Ok(Tenant::new(self.store.clone(), self.name.clone(), kms, unlocked))
+        let keys = self.unlock_keys(&*kms)?;
+        Ok(self.opened(keys, Opener::Kms(kms)))
+    }
+
+    /// The keys that an unwrapped payload opens.
+    pub(crate) fn keys(&self, payload: &[u8]) -> Result<TenantKeys, VaultError> {
+        self.record.unlock(self.vault, &self.name, payload).map_err(VaultError::damaged(self.key()))
+    }
+
+    pub(crate) fn opened(&self, keys: TenantKeys, opener: Opener) -> Tenant {
+        let unlocked = Unlocked { keys: Arc::new(keys), kms: self.record.kms.clone() };
+        Tenant::new(self.store.clone(), self.name.clone(), opener, unlocked)
     }
 
     /// Puts the next generation in the place of this one, if this one is what the vault holds.

@@ -14,6 +14,8 @@ use parking_lot::MutexGuard;
 use reseal_format::FormatError;
 use reseal_format::seal::MAX_OBJECT;
 use reseal_format::tenant::{KmsRef, TenantKeys};
+use reseal_kms::Kms;
+use reseal_kms::kit::KitContents;
 
 use crate::heads::record_rollback;
 use crate::record::Record;
@@ -36,6 +38,33 @@ pub(crate) struct Unlocked {
 impl Unlocked {
     fn generation(&self) -> u64 {
         self.keys.record_generation()
+    }
+}
+
+/// What opens a tenant's record, and the next one too.
+pub(crate) enum Opener {
+    Kms(Arc<dyn Kms>),
+    /// A recovery kit, in the place of the KMS.
+    Kit(KitContents),
+}
+
+impl Opener {
+    fn keys(&self, record: &Record) -> Result<TenantKeys, VaultError> {
+        match self {
+            Opener::Kms(kms) => record.unlock_keys(&**kms),
+            Opener::Kit(kit) => record.keys_with(kit),
+        }
+    }
+
+    /// Refuses a record that needs another KMS than the one that this process has.
+    fn check(&self, record: &Record) -> Result<(), VaultError> {
+        match self {
+            Opener::Kms(kms) if kms.kind() != record.kms().kind => {
+                let (wanted, given) = (record.kms().kind.clone(), kms.kind().to_owned());
+                Err(VaultError::MovedKms { tenant: record.name().clone(), wanted, given })
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -87,9 +116,8 @@ impl Tenant {
         if now < seen {
             return Err(record_rollback(seen, now));
         }
-        if now > seen && record.kms().kind != self.kms.kind() {
-            let (tenant, wanted, given) = (self.name.clone(), record.kms().kind.clone(), self.kms.kind().to_owned());
-            return Err(VaultError::MovedKms { tenant, wanted, given });
+        if now > seen {
+            self.opener.check(&record)?;
         }
         Ok(record)
     }
@@ -119,7 +147,7 @@ impl Tenant {
     fn unlock_again(&self, mut record: Record, held: &Unlocked) -> Result<bool, VaultError> {
         let mut round = 1;
         loop {
-            let error = match record.unlock_keys(&*self.kms) {
+            let error = match self.opener.keys(&record) {
                 Ok(keys) => {
                     *self.unlocked.write() = Arc::new(Unlocked { keys: Arc::new(keys), kms: record.kms().clone() });
                     *self.failure.lock() = None;

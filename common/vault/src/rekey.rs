@@ -58,14 +58,14 @@ impl Record {
     /// Retires the key that a rotation before this one has left behind, if there is any. Its name comes from what the master
     /// seals: a name that the storage could exchange would be another tenant's key.
     fn finish_rotation(&self, payload: &[u8], kms: &dyn Kms) -> Result<Option<String>, VaultError> {
-        let keys = self.record.unlock(self.vault, &self.name, payload).map_err(VaultError::damaged(self.key()))?;
+        let keys = self.keys(payload)?;
         let Some(previous) = keys.previous_kek() else { return Ok(None) };
         self.settle()?;
         kms.retire(previous, self.kek()?.as_str(), &self.context(), &self.record.wrapped)?;
         Ok(Some(previous.to_owned()))
     }
 
-    fn rewrap(
+    pub(crate) fn rewrap(
         &self,
         payload: &[u8],
         kms: &dyn Kms,

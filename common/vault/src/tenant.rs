@@ -15,7 +15,7 @@ use zeroize::Zeroizing;
 
 use crate::VaultError;
 use crate::record::Record;
-use crate::refresh::{Failure, Unlocked};
+use crate::refresh::{Failure, Opener, Unlocked};
 
 /// Random bytes from the system.
 pub fn random<const N: usize>() -> Result<[u8; N], VaultError> {
@@ -96,14 +96,24 @@ pub(crate) fn kms_context(scope: &Scope) -> Vec<u8> {
     [&b"reseal/1 master"[..], scope.vault.as_bytes(), scope.tenant.as_bytes()].concat()
 }
 
-/// Makes a tenant in the vault, with a new KEK in the KMS. The name of the KEK, which a recovery kit must hold.
+/// What was made of a tenant, and what a recovery kit of it must hold.
+pub struct MadeTenant {
+    /// The KEK's name in its KMS.
+    pub key: KeyName,
+    /// Vault and tenant.
+    pub scope: Scope,
+    /// The tenant's master.
+    pub master: Master,
+}
+
+/// Makes a tenant in the vault, with a new KEK in the KMS.
 pub fn create_tenant(
     store: &dyn Store,
     repo: &str,
     tenant: &TenantName,
     kms: &dyn Kms,
     quota: Option<u64>,
-) -> Result<(KeyName, Scope), VaultError> {
+) -> Result<MadeTenant, VaultError> {
     let vault = vault_id(store, repo)?;
     match store.get(&layout::tenant_record(tenant), MAX_RECORD) {
         Err(StoreError::NotFound(_)) => expect_no_tenant(store, tenant)?,
@@ -111,8 +121,9 @@ pub fn create_tenant(
         Err(e) => return Err(e.into()),
     }
     let scope = Scope { vault, tenant: TenantId::from_bytes(random()?) };
+    let master = random_master()?;
     let key = kms.create(KeyName::for_tenant(tenant.as_str())?.as_str())?;
-    let made = first_record(scope, tenant, kms, &key, quota).and_then(|record| {
+    let made = first_record(scope, tenant, &master, kms, &key, quota).and_then(|record| {
         match store.create(&layout::tenant_record(tenant), &record.encode()) {
             Err(StoreError::Exists(_)) => Err(VaultError::TenantExists { tenant: tenant.clone() }),
             other => Ok(other?),
@@ -123,32 +134,32 @@ pub fn create_tenant(
         // Nothing needs the new key. If it can't be destroyed, what counts is the error that led here.
         let _ = kms.destroy(key.as_str());
     }
-    made.map(|()| (key, scope))
+    made.map(|()| MadeTenant { key, scope, master })
 }
 
 /// The record of a new tenant, with fresh keys.
 fn first_record(
     scope: Scope,
     tenant: &TenantName,
+    master: &Master,
     kms: &dyn Kms,
     key: &KeyName,
     quota: Option<u64>,
 ) -> Result<TenantRecord, VaultError> {
-    let master = random_master()?;
     let keys = TenantKeys::new(scope, Dek::from_bytes(random_key()?), DedupSecret::from_bytes(random_key()?));
     let keys = keys.with_quota(quota);
-    let payload = master_payload(&scope, keys.record_generation(), &master);
+    let payload = master_payload(&scope, keys.record_generation(), master);
     let wrapped = kms.wrap(key.as_str(), &kms_context(&scope), &payload)?;
     let reference = KmsRef { kind: kms.kind().into(), key: key.as_str().into() };
-    Ok(TenantRecord::new(&keys, tenant, &master, random()?, reference, wrapped))
+    Ok(TenantRecord::new(&keys, tenant, master, random()?, reference, wrapped))
 }
 
 /// A tenant whose keys are unlocked. They are replaced when the tenant gets others: see [`Tenant::refresh`].
 pub struct Tenant {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) name: TenantName,
-    /// What unwrapped the master, and is asked again for the next one.
-    pub(crate) kms: Arc<dyn Kms>,
+    /// What opened the record, and is asked again for the next one.
+    pub(crate) opener: Opener,
     pub(crate) unlocked: RwLock<Arc<Unlocked>>,
     /// Held by the one thread that asks the KMS.
     pub(crate) turn: Mutex<()>,
@@ -162,9 +173,9 @@ impl Tenant {
         Record::read(store, repo, name)?.unlock(kms)
     }
 
-    pub(crate) fn new(store: Arc<dyn Store>, name: TenantName, kms: Arc<dyn Kms>, unlocked: Unlocked) -> Tenant {
+    pub(crate) fn new(store: Arc<dyn Store>, name: TenantName, opener: Opener, unlocked: Unlocked) -> Tenant {
         let unlocked = RwLock::new(Arc::new(unlocked));
-        Tenant { store, name, kms, unlocked, turn: Mutex::default(), failure: Mutex::default() }
+        Tenant { store, name, opener, unlocked, turn: Mutex::default(), failure: Mutex::default() }
     }
 
     pub(crate) fn unlocked(&self) -> Arc<Unlocked> {

@@ -12,8 +12,17 @@ const EXPECT_VERSION: &str = "RESEAL_EXPECT_VERSION";
 const VERBS: [&str; 3] = ["mount", "umount", "restore"];
 
 /// Common options that are followed by a value.
-const TAKE_VALUES: [&str; 6] =
-    ["--repo", "--tenant", "--keyring", "--keyring-passphrase-file", "--kms-config", "--state"];
+const TAKE_VALUES: [&str; 9] = [
+    "--repo",
+    "--tenant",
+    "--keyring",
+    "--keyring-passphrase-file",
+    "--kms-config",
+    "--recovery-kit",
+    "--recovery-passphrase-file",
+    "--recovery-identity",
+    "--state",
+];
 
 /// Whatever the other program takes.
 #[derive(clap::Args)]

@@ -6,13 +6,13 @@ use reseal_cli::{CommonArgs, Failure, open_store};
 use reseal_vault::{VaultError, create_vault};
 use serde_json::json;
 
-use super::new_tenant::{KitArgs, Made, NewTenant};
+use super::new_tenant::{EscrowArgs, Made, NewTenant};
 
 /// Arguments of `init`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
-    kit: KitArgs,
+    escrow: EscrowArgs,
     /// Puts a new keyring under a passphrase
     #[arg(long)]
     keyring_passphrase: bool,
@@ -21,7 +21,7 @@ pub(crate) struct Args {
 pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     let repo = common.repo()?;
     // Everything that may be refused or asked is, before anything is made.
-    let tenant = NewTenant::prepare(common, &repo, common.tenant()?, &args.kit, args.keyring_passphrase)?;
+    let tenant = NewTenant::prepare(common, &repo, common.tenant()?, &args.escrow.kit, args.keyring_passphrase)?;
     let store = open_store(&repo)?;
     let vault_made = match create_vault(&*store, &repo) {
         Ok(_) => true,
@@ -29,7 +29,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
         Err(e) => return Err(e.into()),
     };
     let made = tenant.make(&*store, &repo)?;
-    report(common, &repo, vault_made, &made, args.kit.recovery.as_deref());
+    report(common, &repo, vault_made, &made, args.escrow.kit.recovery.as_deref());
     Ok(())
 }
 
@@ -48,22 +48,20 @@ fn report(common: &CommonArgs, repo: &str, vault_made: bool, made: &Made, kit: O
 pub(crate) fn report_tenant(common: &CommonArgs, tenant: &str, made: &Made, kit: Option<&Path>) {
     let output = common.output();
     output.say(format!("tenant        {tenant}"));
-    let Some(keyring) = &made.keyring else {
-        output.say(format!("key           {} in the KMS {} ({})", made.key, made.kms, made.kind));
-        output.say(
-            "recovery kit  none\n\nThe key never leaves its KMS. If the KMS loses it, so is all data of this tenant.",
-        );
-        return;
-    };
-    output.say(format!("keys          {}", keyring.display()));
-    match kit {
-        Some(kit) => output.say(format!(
-            "recovery kit  {}\n\nKeep the kit and its passphrase away from this machine and from the vault: with the vault and the kit \
-             alone,\n`reseal key import` makes any machine able to restore. Without kit and keyring nobody can.",
-            kit.display()
-        )),
-        None => output.say(
-            "recovery kit  none\n\nIf the keyring is lost, so is all data. `reseal key export FILE` writes a recovery kit at any time.",
-        ),
+    match &made.keyring {
+        Some(keyring) => output.say(format!("keys          {}", keyring.display())),
+        None => output.say(format!("key           {} in the KMS {} ({})", made.key, made.kms, made.kind)),
     }
+    let lost = if made.keyring.is_some() { "the keyring is lost" } else { "the KMS loses the key" };
+    output.say(match kit {
+        Some(kit) => format!(
+            "recovery kit  {}\n\nKeep the kit, and what opens it, away from this machine and from the vault. With the vault and the \
+             kit alone any\nmachine reads (--recovery-kit) and goes on (`reseal key import`), also if {lost}. `reseal key \
+             print`\nmakes a sheet of paper of it.",
+            kit.display()
+        ),
+        None => format!(
+            "recovery kit  none\n\nIf {lost}, so is all data of this tenant. `reseal key export FILE` writes a recovery kit at any time."
+        ),
+    });
 }

@@ -4,6 +4,8 @@ pub(crate) mod backup;
 pub(crate) mod delegate;
 pub(crate) mod init;
 pub(crate) mod key;
+pub(crate) mod key_import;
+pub(crate) mod kit;
 pub(crate) mod list;
 pub(crate) mod new_tenant;
 pub(crate) mod rekey;

@@ -1,17 +1,16 @@
 //! `reseal rekey`: other keys for the same data.
 
-use std::path::PathBuf;
 use std::time::Instant;
 
 use reseal_cli::{CommonArgs, Detach, Failure, Found, Side, Status, human_duration, of_tenant, split};
 use reseal_format::names::TenantName;
+use reseal_kms::Kms;
 use reseal_kms::config::KEYRING;
-use reseal_kms::kit::write_kit;
-use reseal_kms::{Kms, Passphrase};
 use reseal_vault::Record;
 use serde_json::json;
 
-use super::new_tenant::{kit_contents, kit_passphrase, no_kit, open_or_make_keyring, refuse_inside};
+use super::kit::{KitArgs, NewKit, keyring_keys};
+use super::new_tenant::{open_or_make_keyring, refuse_inside};
 use super::rekey_data;
 use super::sources::parse_size;
 
@@ -41,12 +40,8 @@ pub(crate) struct Args {
     /// Destroys the key in the KMS that the tenant leaves
     #[arg(long, requires = "to_kms")]
     destroy_key: bool,
-    /// Where to write a recovery kit with the new key, if it is in the keyring
-    #[arg(long, value_name = "FILE")]
-    recovery: Option<PathBuf>,
-    /// Reads the kit's passphrase from the first line of a file instead of asking
-    #[arg(long, env = "RESEAL_RECOVERY_PASSPHRASE_FILE", value_name = "FILE")]
-    recovery_passphrase_file: Option<PathBuf>,
+    #[command(flatten)]
+    kit: KitArgs,
 }
 
 /// With `--background`, the process that goes on is split off before anything else is done.
@@ -65,28 +60,23 @@ pub(crate) fn run(common: &CommonArgs, args: &Args, detach: Option<Detach>) -> R
     }
 }
 
-/// The passphrase of the kit that is asked for.
-fn wanted_kit(args: &Args, found: &Found, kms: &str) -> Result<Option<Passphrase>, Failure> {
-    match &args.recovery {
-        Some(_) if kms != KEYRING => Err(no_kit(found.record.name(), kms, ", and leave out --recovery")),
-        Some(path) => Ok(Some(kit_passphrase(&found.repo, path, args.recovery_passphrase_file.as_deref())?)),
-        None => Ok(None),
-    }
-}
-
-/// Writes the kit before the old key goes.
+/// Writes the kit before the old key goes. Kits from before open the tenant too, for the master stays; this one also has the
+/// key of the keyring.
 fn write_new_kit(
     common: &CommonArgs,
-    args: &Args,
     found: &Found,
+    kit: Option<&NewKit>,
     record: &Record,
-    passphrase: Option<&Passphrase>,
+    kms: &dyn Kms,
 ) -> Result<(), Failure> {
-    let (Some(path), Some(passphrase)) = (&args.recovery, passphrase) else { return Ok(()) };
-    let keyring = common.open_keyring()?;
-    let kit = kit_contents(&found.repo, record.name().as_str(), &record.scope(), &keyring, &record.kms().key)?;
-    write_kit(path, &kit, passphrase).map_err(|e| {
-        let failure = Failure::from(e);
+    let Some(kit) = kit else { return Ok(()) };
+    let name = record.name();
+    let write = || {
+        let master = record.master(kms).map_err(|e| of_tenant(name, e))?;
+        let keys = keyring_keys(common, record.kms())?;
+        kit.write(&found.repo, name, &record.scope(), kms.kind(), &master, keys)
+    };
+    write().map_err(|failure| {
         let hint = "the record is wrapped under the new key already; write the kit with `reseal key export`, then run this again";
         Failure::new(failure.status, format!("{}; {hint}", failure.message))
     })
@@ -96,19 +86,19 @@ fn rotate(common: &CommonArgs, found: &Found, args: &Args) -> Result<(), Failure
     let began = Instant::now();
     let (record, name) = (&found.record, found.record.name());
     let kms = common.kms_of(record)?;
-    let passphrase = wanted_kit(args, found, common.kms_config()?.kms_of(name.as_str()))?;
+    let kit = NewKit::wanted(common, &found.repo, &args.kit)?;
     let of = |e| of_tenant(name, e);
     let rewrapped = record.rotate(&*kms).map_err(of)?;
     let (new, old) = (&rewrapped.record, &rewrapped.old);
     found.heads.remember(new.generation(), &[])?;
-    write_new_kit(common, args, found, new, passphrase.as_ref())?;
+    write_new_kit(common, found, kit.as_ref(), new, &*kms)?;
     new.retire(old, &*kms).map_err(|e| not_retired(name, old.key.as_str(), of_tenant(name, e)))?;
 
     let output = common.output();
     let key = new.kms().key.as_str();
     output.json(&json!({
         "tenant": name, "kind": new.kms().kind, "old_key": old.key, "key": key, "generation": new.generation(),
-        "objects": [new.key()], "recovery_kit": args.recovery, "retired_before": rewrapped.finished,
+        "objects": [new.key()], "recovery_kit": args.kit.recovery, "retired_before": rewrapped.finished,
         "duration_ms": u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
     }));
     output.say(match old.key == key {
@@ -117,10 +107,8 @@ fn rotate(common: &CommonArgs, found: &Found, args: &Args) -> Result<(), Failure
     });
     output.say(format!("record      generation {}", new.generation()));
     output.say(format!("replaced    1 object, {}, in {}", new.key(), human_duration(began.elapsed())));
-    if new.kms().kind == KEYRING && args.recovery.is_none() {
-        output.warn(format!(
-            "recovery kits of tenant {name} from before open nothing now: write another with `reseal key export FILE`"
-        ));
+    if new.kms().kind == KEYRING && args.kit.recovery.is_none() {
+        output.say("kits        open the tenant still, but those of version 1, which hold the old key only: `reseal key export`");
     }
     Ok(())
 }
@@ -143,7 +131,7 @@ fn move_to(common: &CommonArgs, found: &Found, target: &str, args: &Args) -> Res
         return Err(Failure::new(Status::Usage, format!("tenant {name} uses the KMS {target} already")));
     }
     record.check_live()?;
-    let passphrase = wanted_kit(args, found, target)?;
+    let kit = NewKit::wanted(common, &found.repo, &args.kit)?;
     let to: Box<dyn Kms> = match target {
         KEYRING => {
             let path = common.paths()?.keyring;
@@ -168,13 +156,13 @@ fn move_to(common: &CommonArgs, found: &Found, target: &str, args: &Args) -> Res
     let rewrapped = record.move_to(&*kms, &*to).map_err(of)?;
     let (new, old) = (&rewrapped.record, &rewrapped.old);
     found.heads.remember(new.generation(), &[])?;
-    write_new_kit(common, args, found, new, passphrase.as_ref())?;
+    write_new_kit(common, found, kit.as_ref(), new, &*to)?;
     let destroyed = args.destroy_key.then(|| kms.destroy(&old.key));
     let output = common.output();
     output.json(&json!({
         "tenant": name, "kms": target, "kind": new.kms().kind, "key": new.kms().key, "generation": new.generation(),
         "objects": [new.key()], "config": entry, "old_kms": from, "old_kind": old.kind, "old_key": old.key,
-        "old_key_destroyed": matches!(destroyed, Some(Ok(()))), "recovery_kit": args.recovery,
+        "old_key_destroyed": matches!(destroyed, Some(Ok(()))), "recovery_kit": args.kit.recovery,
         "duration_ms": u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
     }));
     output.say(format!("key         {} in the KMS {target} ({})", new.kms().key, new.kms().kind));
@@ -197,7 +185,7 @@ fn move_to(common: &CommonArgs, found: &Found, target: &str, args: &Args) -> Res
 }
 
 /// The line of the configuration that gives a tenant this KMS.
-fn entry(tenant: &TenantName, kms: &str) -> String {
+pub(crate) fn entry(tenant: &TenantName, kms: &str) -> String {
     let is_bare = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
     let quoted = || serde_json::to_string(tenant).unwrap_or_default();
     let key = if tenant.as_str().chars().all(is_bare) { tenant.to_string() } else { quoted() };

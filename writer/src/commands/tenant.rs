@@ -12,7 +12,8 @@ use reseal_vault::{Count, Epochs, Holdings, Record, VaultError, VmHoldings, tena
 use serde_json::{Value, json};
 
 use super::init::report_tenant;
-use super::new_tenant::{KitArgs, NewTenant, now};
+use super::kit::KitArgs;
+use super::new_tenant::{EscrowArgs, NewTenant, now};
 use super::sources::parse_size;
 
 /// Longest line that is read as a confirmation.
@@ -32,7 +33,7 @@ enum Action {
         /// Its name, which the storage can see
         name: String,
         #[command(flatten)]
-        kit: KitArgs,
+        escrow: EscrowArgs,
         /// Bytes that its packs may have, as 500G or 2T [default: no limit]
         #[arg(long, value_name = "SIZE", value_parser = parse_size)]
         quota: Option<u64>,
@@ -90,7 +91,7 @@ impl Allowance {
 pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     let named = |name: &str| TenantName::new(name).map_err(|e| Failure::of(Status::Usage, &e));
     match args.action {
-        Action::Add { name, kit, quota } => add(common, named(&name)?, &kit, quota),
+        Action::Add { name, escrow, quota } => add(common, named(&name)?, &escrow.kit, quota),
         Action::List { quotas } => list(common, quotas),
         Action::Show { name } => show(common, name.as_deref().map_or_else(|| common.tenant(), named)?),
         Action::Set { name, quota: Allowance(quota) } => set_quota(common, &named(&name)?, quota),
@@ -213,8 +214,8 @@ fn human_quota(quota: Option<u64>) -> String {
 fn show(common: &CommonArgs, name: TenantName) -> Result<(), Failure> {
     let output = common.output();
     let found = common.find(&name)?;
-    let kms = common.kms_of(&found.record)?;
-    let keys = found.record.unlock_keys(&*kms).map_err(|e| of_tenant(&name, e))?;
+    let tenant = common.unlock(&found.record)?;
+    let keys = tenant.keys();
     found.heads.remember(found.record.generation(), &[])?;
     let holdings = Holdings::of(&*common.vault()?.0, &name)?;
     let config = common.kms_config()?;

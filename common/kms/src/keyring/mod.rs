@@ -56,6 +56,12 @@ pub fn is_passphrase_protected(path: &Path) -> Result<bool, KmsError> {
     Ok(matches!(read_content(path)?, Content::Sealed(_)))
 }
 
+/// What a keyring wrapped under a key that is at hand outside of one, if that key opens it.
+pub(crate) fn unwrap_with(key: &NamedKey, context: &[u8], wrapped: &[u8]) -> Option<Secret> {
+    let sealed = wrapping::parse(&key.name, wrapped).ok()?;
+    wrapping::unwrap(&key.name, &key.key, context, sealed)
+}
+
 impl Keyring {
     /// Makes an empty keyring, and the folders above it for this user only. An existing one is never touched.
     pub fn create(path: &Path, passphrase: Option<&Passphrase>) -> Result<Self, KmsError> {
