@@ -294,6 +294,12 @@ fn a_kit_opens_its_own_tenant_and_no_other() {
     backup(&another, "default", 1, &[]);
     all_fail(&another, "default", &read, 1, &["of tenant default in the vault", "made 2"]);
 
+    let import = [&["key", "import", &text(&kit)].map(str::to_owned)[..], &opener.open].concat();
+    another.reseal(&import).fails(1, &["of tenant default in the vault", "made 2"]);
+    let nobody = Site::bare();
+    of(&nobody, "somebody", &["init", "--no-recovery"], &[]).ok();
+    nobody.reseal(&import).fails(1, &["kit.age is of tenant default", "no such tenant", "--repo"]);
+
     // What a kit has to say after `rekey --data`, which makes a new master.
     let (old, by) = altered(&kit, &opener, &site, |kit| {
         kit.master = Some(KeyBytes::copy_from(&[7; 32]));

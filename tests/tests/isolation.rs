@@ -153,7 +153,7 @@ fn no_object_opens_in_another_tenants_folder_under_any_name() {
 fn ids(site: &Site, tenant: &str) -> (Vec<BlobId>, Vec<u64>) {
     let keyring = Keyring::open(&site.keyring, |_| Err(std::io::ErrorKind::NotFound.into())).unwrap();
     let name = TenantName::new(tenant).unwrap();
-    let packs = Packs::new(Arc::new(Tenant::open(site.store(), "vault", &name, &keyring).unwrap()), 1 << 20);
+    let packs = Packs::new(Arc::new(Tenant::open(site.store(), "vault", &name, Arc::new(keyring)).unwrap()), 1 << 20);
     let (mut ids, mut lengths) = (Vec::new(), Vec::new());
     for pack in packs.list().unwrap() {
         let handle = packs.open_generation(pack.id, pack.generation).unwrap();

@@ -149,7 +149,7 @@ fn killed_three_times_with_a_mount_reading_all_along() {
         for nth in 0..3 {
             let packs = site.objects().len();
             // Slow enough to be met at work.
-            let running = site.start(["rekey", "--data", "--limit-rate", "40M"]);
+            let running = site.start(["rekey", "--data", "--no-recovery", "--limit-rate", "40M"]);
             let began = Instant::now();
             while !running.has_ended() && began.elapsed() < Duration::from_millis(700 + 400 * nth) {
                 sleep(Duration::from_millis(10));
@@ -207,13 +207,13 @@ fn backups_that_began_before_or_meanwhile_are_kept() {
         sleep(Duration::from_millis(5));
     }
     sleep(Duration::from_millis(100));
-    let rekey = site.start(["rekey", "--data", "--json"]);
+    let rekey = site.start(["rekey", "--data", "--no-recovery", "--json"]);
     while show(site)["epoch"] != json!(2) {
         assert!(began.elapsed() < Duration::from_secs(10), "the rekey does not begin");
     }
     site.reseal(["backup", "late", &path("late")]).ok();
     assert!(!running.has_ended() && !rekey.has_ended(), "the one waits for the other");
-    site.reseal(["rekey", "--data"]).fails(1, &["rekey --data (process", "is at work"]);
+    site.reseal(["rekey", "--data", "--no-recovery"]).fails(1, &["rekey --data (process", "is at work"]);
     site.reseal(["tenant", "remove", "default"]).fails(1, &["backup of early (process", "is at work"]);
     running.wait().ok();
     let done = rekey.wait().ok();
@@ -233,7 +233,7 @@ fn who_takes_a_lease_later_reads_the_record_then() {
     let early = site.tenant();
     fs::write(site.disk("d"), Random::new(3).bytes(1 << 20)).unwrap();
     site.backup("vm", &site.disk("d"));
-    site.reseal(["rekey", "--data"]).ok();
+    site.reseal(["rekey", "--data", "--no-recovery"]).ok();
     assert_eq!(early.keys().current_epoch(), 1);
     let lease = early.lease(&Holder::this_process("test".into())).unwrap();
     assert!(early.refresh().unwrap());
@@ -283,7 +283,7 @@ fn what_a_lock_holds_back_is_reported() {
 
     let pack = pack.replace(".0", ".1");
     let lock = Locked::new(site.vault.join(&pack));
-    let done = site.reseal(["rekey", "--data", "--json"]).ok();
+    let done = site.reseal(["rekey", "--data", "--no-recovery", "--json"]).ok();
     assert!(done.stderr.contains(&pack) && done.stderr.contains("does not let go of it"), "{done:?}");
     assert_eq!(done.json()["resealed"]["held_back"].as_object().unwrap().keys().collect::<Vec<_>>(), [&pack]);
     assert_eq!(show(site)["epochs"], json!([3]));
@@ -291,7 +291,7 @@ fn what_a_lock_holds_back_is_reported() {
     // It is no damage, for another generation has taken its place.
     filled.assert_all_there();
     drop(lock);
-    site.reseal(["rekey", "--data"]).ok();
+    site.reseal(["rekey", "--data", "--no-recovery"]).ok();
     assert!(!site.vault.join(&pack).exists());
     filled.assert_all_there();
 }
@@ -308,8 +308,9 @@ fn damage_keeps_the_old_key_and_the_rest_goes_on() {
         damaged[200] ^= 1;
         fs::write(path, damaged).unwrap();
     }
-    let failed =
-        site.reseal(["rekey", "--data", "--json"]).fails(3, &[&pack, &manifest, "old data key is not destroyed"]);
+    let failed = site
+        .reseal(["rekey", "--data", "--no-recovery", "--json"])
+        .fails(3, &[&pack, &manifest, "old data key is not destroyed"]);
     assert_eq!(failed.json()["resealed"]["damaged"].as_object().unwrap().len(), 2, "{failed:?}");
     assert_eq!(show(site)["epochs"], json!([1, 2]));
     for (path, bytes) in &kept {
@@ -325,7 +326,8 @@ fn in_the_background_it_returns_once_the_new_keys_are_in_use() {
     let filled = Filled::new(60 << 20);
     let site = &filled.site;
     let log = site.path("rekey.log");
-    let words = ["rekey", "--data", "--limit-rate", "20M", "--background", "--log", log.to_str().unwrap()];
+    let words =
+        ["rekey", "--data", "--no-recovery", "--limit-rate", "20M", "--background", "--log", log.to_str().unwrap()];
     let said = site.reseal(words).ok();
     assert!(said.stdout.contains("in the background"), "{said:?}");
     assert_eq!(show(site)["epoch"], json!(2));
@@ -345,5 +347,31 @@ fn in_the_background_it_returns_once_the_new_keys_are_in_use() {
     filled.assert_all_there();
     // What can't begin says so on the terminal, and with its status.
     fs::remove_file(&site.keyring).unwrap();
-    site.reseal(["rekey", "--data", "--background"]).fails(4, &["keyring"]);
+    site.reseal(["rekey", "--data", "--no-recovery", "--background"]).fails(4, &["keyring"]);
+}
+
+/// A new master makes kits from before useless, so a new one is written before it is in use.
+#[test]
+fn kits_are_renewed_before_the_master_is() {
+    let filled = Filled::new(4 << 20);
+    let site = &filled.site;
+    let secret = site.path("passphrase");
+    fs::write(&secret, "correct horse battery staple\n").unwrap();
+    let kit = |name: &str| site.path(name).to_str().unwrap().to_owned();
+    let with = ["--recovery-passphrase-file", secret.to_str().unwrap()];
+    let run = |words: &[&str]| site.reseal([words, &with].concat());
+    run(&["key", "export", &kit("old.age")]).ok();
+    run(&["list", "--recovery-kit", &kit("old.age")]).ok();
+    let record = fs::read(site.tenant_folder().join("tenant.json")).unwrap();
+    site.reseal(["rekey", "--data"]).fails(2, &["--recovery FILE", "--no-recovery"]);
+    run(&["rekey", "--data", "--recovery", &kit("old.age")]).fails(2, &["old.age", "exists already"]);
+    assert_eq!(fs::read(site.tenant_folder().join("tenant.json")).unwrap(), record, "nothing was begun");
+    let told = run(&["rekey", "--data", "--recovery", &kit("new.age"), "--json"]).ok().json();
+    assert_eq!(told["recovery_kit"], json!(kit("new.age")));
+    run(&["list", "--recovery-kit", &kit("old.age")]).fails(3, &["old.age", "older than the keys of tenant default"]);
+    // The keyring is lost.
+    fs::remove_file(&site.keyring).unwrap();
+    run(&["verify", "--recovery-kit", &kit("new.age")]).ok();
+    run(&["key", "import", &kit("new.age")]).ok();
+    filled.assert_all_there();
 }

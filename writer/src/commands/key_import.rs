@@ -11,7 +11,7 @@ use reseal_format::names::TenantName;
 use reseal_kms::Kms;
 use reseal_kms::config::KEYRING;
 use reseal_kms::kit::KitContents;
-use reseal_vault::VaultError;
+use reseal_vault::{Record, VaultError};
 use serde_json::json;
 
 use super::new_tenant::{open_or_make_keyring, refuse_inside};
@@ -44,6 +44,18 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
         return bring_keys(common, &kit);
     }
     let name = TenantName::new(&kit.tenant).map_err(|e| Failure::of(Status::Damaged, &e))?;
+    let (store, repo) = common.vault()?;
+    if let Err(VaultError::NoTenant { .. }) = Record::read(store, &repo, &name) {
+        // `tenant add`, the remedy for a name that was typed wrong, would be none here.
+        let message = format!(
+            "{} is of tenant {name} in the vault {}, which was at {} when it was made, and {repo} has no such tenant: correct \
+             --repo",
+            args.file.display(),
+            kit.vault_id,
+            kit.repo
+        );
+        return Err(Failure::new(Status::Failed, message));
+    }
     let found = common.find(&name)?;
     let of = |e| of_kit(&args.file, e);
     found.record.check_kit(&kit).map_err(of)?;
@@ -83,7 +95,7 @@ fn bring_keys(common: &CommonArgs, kit: &KitContents) -> Result<(), Failure> {
 fn wrap_anew(common: &CommonArgs, found: &Found, kit: &KitContents, args: &Args) -> Result<(), Failure> {
     let (record, name) = (&found.record, found.record.name());
     // Before a keyring is made or a KMS is asked.
-    record.unlock_with(kit).map_err(|e| of_kit(&args.file, e))?;
+    record.keys_with(kit).map_err(|e| of_kit(&args.file, e))?;
     let config = common.kms_config()?;
     let given = config.kms_of(name.as_str());
     let target = args.to_kms.as_deref().unwrap_or(given);
@@ -106,7 +118,7 @@ fn wrap_anew(common: &CommonArgs, found: &Found, kit: &KitContents, args: &Args)
         })
     };
     // An earlier call may have been interrupted, or nothing be lost at all.
-    if record.kms().kind == to.kind() && record.unlock(&*to).is_ok() {
+    if record.kms().kind == to.kind() && record.unlock_keys(&*to).is_ok() {
         output.json(&document(record.generation(), &record.kms().key, &[]));
         output.say(format!("the KMS {target} opens tenant {name}: nothing was changed"));
         return say_entry(common, name, target);

@@ -1,5 +1,6 @@
 //! `reseal rekey`: other keys for the same data.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use reseal_cli::{CommonArgs, Detach, Failure, Found, Side, Status, human_duration, of_tenant, split};
@@ -41,7 +42,10 @@ pub(crate) struct Args {
     #[arg(long, requires = "to_kms")]
     destroy_key: bool,
     #[command(flatten)]
-    kit: KitArgs,
+    pub(crate) kit: KitArgs,
+    /// Begins without a new recovery kit, though those from before open nothing then
+    #[arg(long, requires = "data", conflicts_with = "recovery")]
+    pub(crate) no_recovery: bool,
 }
 
 /// With `--background`, the process that goes on is split off before anything else is done.

@@ -14,6 +14,7 @@ use reseal_writer::throttle::Throttle;
 use serde_json::json;
 
 use super::cores;
+use super::kit::{NewKit, keyring_keys};
 use super::rekey::Args;
 
 /// How often the end is tried where the record is replaced by others at the same time.
@@ -31,9 +32,26 @@ pub(crate) fn run(common: &CommonArgs, found: &Found, args: &Args, detach: Optio
     // Only now it is sure that nobody else begins or ends one.
     let record = common.find(name)?.record;
     let is_resumed = record.unlock_keys(&*kms).map_err(of)?.epochs().count() > 1;
+    if !is_resumed && args.kit.recovery.is_none() && !args.no_recovery {
+        return Err(Failure::new(
+            Status::Usage,
+            "recovery kits from before will open nothing: give --recovery FILE for a new one, or --no-recovery",
+        ));
+    }
+    let kit = NewKit::wanted(common, &found.repo, &args.kit)?;
+    let master = match is_resumed {
+        true => record.master(&*kms).map_err(of)?,
+        false => random_master()?,
+    };
+    if let Some(kit) = kit {
+        // Before the master is in use: without it there would be a time without a kit.
+        let keys = keyring_keys(common, record.kms())?;
+        kit.write(&found.repo, name, &record.scope(), kms.kind(), &master, keys)?;
+    }
+    // From here on, everything new is sealed under the new key.
     let record = match is_resumed {
         true => record,
-        false => begin(&record, &*kms).map_err(of)?,
+        false => record.next_epoch(&*kms, master).map_err(|e| not_begun(args, of(e)))?,
     };
     found.heads.remember(record.generation(), &[])?;
     let tenant = Arc::new(record.unlock(kms.clone()).map_err(of)?);
@@ -65,6 +83,7 @@ pub(crate) fn run(common: &CommonArgs, found: &Found, args: &Args, detach: Optio
     found.heads.remember(record.generation(), &[])?;
     output.json(&json!({
         "tenant": name, "epoch": epoch, "generation": record.generation(), "resumed": is_resumed, "resealed": resealed,
+        "recovery_kit": args.kit.recovery,
         "duration_ms": u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
     }));
     let (packs, objects, took) = (resealed.packs, resealed.objects, human_duration(began.elapsed()));
@@ -83,9 +102,15 @@ pub(crate) fn run(common: &CommonArgs, found: &Found, args: &Args, detach: Optio
     Ok(())
 }
 
-/// From here on, everything new is sealed under the new key.
-fn begin(record: &Record, kms: &dyn Kms) -> Result<Record, VaultError> {
-    record.next_epoch(kms, random_master()?)
+/// The kit that was written is of a master that never was.
+fn not_begun(args: &Args, failure: Failure) -> Failure {
+    match &args.kit.recovery {
+        Some(kit) => Failure::new(
+            failure.status,
+            format!("{}; no key was changed, so remove the kit {}: it opens nothing", failure.message, kit.display()),
+        ),
+        None => failure,
+    }
 }
 
 /// Destroys the old keys. Others may replace the record at the same time, for another KEK or quota.
