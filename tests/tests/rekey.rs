@@ -269,7 +269,7 @@ fn what_a_lock_holds_back_is_reported() {
     let manifest = "tenants/default/vms/web01/00000001.manifest";
     {
         let _locked = Locked::new(site.vault.join(manifest));
-        site.reseal(["rekey", "--data"])
+        site.reseal(["rekey", "--data", "--no-recovery"])
             .fails(1, &[manifest, "does not let 1 objects", "old data key is not destroyed"]);
         assert_eq!(epochs_in_clear(site), [1, 2]);
         let shown = show(site);

@@ -1,7 +1,6 @@
 //! Full packs are made durable in the background, so that waiting for the disk does not stop the pipeline.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -35,17 +34,19 @@ pub(crate) struct Finisher {
 struct Shared {
     known: Arc<Known>,
     quota: Option<Quota>,
-    /// Bytes of the packs that were finished or are being so.
-    stored: AtomicU64,
+    /// Bytes of the packs that were finished or are being so. One that the quota refuses is not among them.
+    stored: Mutex<u64>,
     failure: Mutex<Option<VaultError>>,
 }
 
 impl Shared {
     fn finish(&self, job: Job) -> Result<Vec<BlobId>, VaultError> {
-        let bytes = job.pack.bytes();
-        let before = self.stored.fetch_add(bytes, Ordering::Relaxed);
-        if let Some(quota) = &self.quota {
-            quota.check(before, bytes)?;
+        {
+            let (mut stored, bytes) = (self.stored.lock(), job.pack.bytes());
+            if let Some(quota) = &self.quota {
+                quota.check(*stored, bytes)?;
+            }
+            *stored += bytes;
         }
         let (id, ids) = job.pack.finish()?;
         if let Some(lookup) = &self.known.lookup {
@@ -60,7 +61,7 @@ impl Finisher {
     pub(crate) fn new(known: Arc<Known>, quota: Option<Quota>) -> Finisher {
         let (jobs, todo) = bounded::<Job>(WAITING);
         let (done, learnt) = unbounded();
-        let shared = Arc::new(Shared { known, quota, stored: AtomicU64::new(0), failure: Mutex::new(None) });
+        let shared = Arc::new(Shared { known, quota, stored: Mutex::new(0), failure: Mutex::new(None) });
         let thread = |_| {
             let (todo, done, shared) = (todo.clone(), done.clone(), shared.clone());
             std::thread::spawn(move || {
@@ -100,7 +101,7 @@ impl Finisher {
         }
         match self.shared.failure.lock().take() {
             Some(failure) => Err(failure.into()),
-            None => Ok(self.shared.stored.load(Ordering::Relaxed)),
+            None => Ok(*self.shared.stored.lock()),
         }
     }
 }
