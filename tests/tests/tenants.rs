@@ -20,7 +20,7 @@ use reseal_format::time::Timestamp;
 use reseal_kms::Keyring;
 use reseal_tests::faults::{Fault, Operation, Plan, Watched};
 use reseal_tests::mounting::{Mounted, is_mounted};
-use reseal_tests::process::Run;
+use reseal_tests::process::{Run, signal};
 use reseal_tests::random::Random;
 use reseal_tests::site::{Site, copy_folder};
 use reseal_vault::Record;
@@ -456,16 +456,26 @@ fn what_was_erased_opens_never_again_and_others_do() {
         of(&site, tenant, ["rekey", "--kek"]).ok();
         let (before, old) = (site.contents(), fs::read(record_of(&site, tenant)).unwrap());
         let mounted = Mounted::new(&site, "mnt", &["--tenant", tenant]);
+        let slow = site.disk("slow.raw");
+        fs::write(&slow, Random::new(40).bytes(64 << 20)).unwrap();
+        let words = ["--tenant", tenant, "backup", "slow", slow.to_str().unwrap(), "--limit-rate", "3M"];
+        let running = site.start(words);
+        let leases = || fs::read_dir(site.folder_of(tenant).join("leases")).unwrap().count();
+        let began = Instant::now();
+        while leases() < 2 {
+            assert!(began.elapsed() < Duration::from_secs(10), "the backup does not begin");
+            sleep(Duration::from_millis(10));
+        }
         let erased = site.reseal(["tenant", "erase", tenant, "--yes", tenant, "--json"]).ok().json();
+        // When it returns, nobody has the keys any more.
+        assert_eq!((&erased["still_have_keys"], leases()), (&json!([]), 0));
+        running.wait().fails(3, &["was erased", "this process ends"]);
         let key = serde_json::from_slice::<Value>(&old).unwrap()["kms"]["key"].clone();
         assert!(erased["keys_destroyed"].as_array().unwrap().contains(&key), "{erased}");
-        assert_eq!(changed(&site, &before), [format!("tenants/{tenant}/tenant.json")]);
-        // A process that holds its keys ends by itself.
-        let began = Instant::now();
-        while is_mounted(&mounted.path) {
-            assert!(began.elapsed() < Duration::from_secs(20), "the mount of {tenant} goes on");
-            sleep(Duration::from_millis(50));
-        }
+        // What the backup had begun goes with the next one.
+        let changed: Vec<_> = changed(&site, &before).into_iter().filter(|key| !key.starts_with("tmp/")).collect();
+        assert_eq!(changed, [format!("tenants/{tenant}/tenant.json")]);
+        assert!(!is_mounted(&mounted.path), "the mount of {tenant} goes on");
         drop(mounted);
         all_fail(&site, tenant, 3, &[tenant, "was erased"]);
         all_fail(&newcomer(&site), tenant, 3, &[tenant, "was erased"]);
@@ -485,6 +495,26 @@ fn what_was_erased_opens_never_again_and_others_do() {
         add(&site, tenant);
         let anew = backup(&site, tenant, 32);
         assert_opens(&site, tenant, &anew);
+    }
+}
+
+/// Who has the keys and does not end is named: the erasure does not claim what it can't show.
+#[test]
+fn a_process_that_does_not_end_is_named_by_the_erasure() {
+    let site = Site::new();
+    let content = backup(&site, "default", 5);
+    let mounted = Mounted::new(&site, "mnt", &[]);
+    signal(mounted.process(), libc::SIGSTOP);
+    let erased = site.reseal(["tenant", "erase", "default", "--yes", "default", "--json"]);
+    signal(mounted.process(), libc::SIGCONT);
+    let erased = erased.fails(1, &["is erased", "end them yourself", "mount at", &mounted.process().to_string()]);
+    assert_eq!(erased.json()["still_have_keys"].as_array().unwrap().len(), 1);
+    assert!(!content.is_empty());
+    site.reseal(["list"]).fails(3, &["was erased"]);
+    let began = Instant::now();
+    while is_mounted(&mounted.path) {
+        assert!(began.elapsed() < Duration::from_secs(20), "it ends once it can");
+        sleep(Duration::from_millis(50));
     }
 }
 

@@ -62,6 +62,11 @@ pub fn lease(tenant: &TenantName, id: LeaseId) -> String {
     format!("{}{id}.lease", leases(tenant))
 }
 
+/// The same of a process that seals nothing, but has the tenant's keys.
+pub fn reader_lease(tenant: &TenantName, id: LeaseId) -> String {
+    format!("{}{id}.reader", leases(tenant))
+}
+
 /// What the one process says of itself that changes the data keys.
 pub fn rekey_lease(tenant: &TenantName) -> String {
     format!("{}rekey.lease", leases(tenant))
@@ -117,6 +122,11 @@ pub fn parse_note_file(name: &str) -> Option<(u32, NoteId)> {
 /// Parses the last part of a lease's key.
 pub fn parse_lease_file(name: &str) -> Option<LeaseId> {
     LeaseId::from_hex(name.strip_suffix(".lease")?)
+}
+
+/// Parses the last part of the key of a reader's lease.
+pub fn parse_reader_file(name: &str) -> Option<LeaseId> {
+    LeaseId::from_hex(name.strip_suffix(".reader")?)
 }
 
 /// Parses the last part of a pack's key: its id and generation.

@@ -123,7 +123,8 @@ pub enum StoreError {
 impl StoreError {
     /// Whether the place refuses to change or remove the object, as a lock on it makes it: trying again changes nothing.
     pub fn is_refused(&self) -> bool {
-        matches!(self, StoreError::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied)
+        let refused = [io::ErrorKind::PermissionDenied, io::ErrorKind::ReadOnlyFilesystem];
+        matches!(self, StoreError::Io { source, .. } if refused.contains(&source.kind()))
     }
 
     /// The key of the object that it is about.

@@ -6,7 +6,7 @@ use reseal_format::layout::{self, PointFile, parse_point_file};
 use reseal_format::names::{TenantName, VmName};
 use reseal_store::{Store, StoreError};
 
-use crate::leases::leases;
+use crate::leases::holders;
 use crate::quota::used;
 use crate::record::Record;
 use crate::{PackFile, VaultError};
@@ -97,13 +97,13 @@ impl Holdings {
 
 impl Record {
     /// Removes a tenant that has no restore points, with all that is left of it: what backups left unfinished, and what was
-    /// forgotten. The record goes last, so this may be repeated until it succeeds. It is refused while a backup is at work.
+    /// forgotten. The record goes last, so this may be repeated until it succeeds. It is refused while a process has its keys.
     ///
     /// Of a tenant that was erased everything is removed, for nothing of it can be read.
     pub fn remove(&self) -> Result<usize, VaultError> {
         let store: &Arc<dyn Store> = &self.store;
-        // What backups that died have left goes with this.
-        if let Some(at_work) = leases(&**store, &self.name)?.first() {
+        // What processes that died have left goes with this.
+        if let Some(at_work) = holders(&**store, &self.name)?.first() {
             return Err(VaultError::Busy { tenant: self.name.clone(), who: at_work.to_string() });
         }
         let removed = {

@@ -1,8 +1,10 @@
-//! Who is at work on a tenant's objects.
+//! Who is at work on a tenant's objects, and who has its keys.
 //!
 //! Whoever seals objects takes a lease first and reads the tenant record then. So who changes the record, and looks at the
 //! leases after that, knows all who may still seal as the record before it said: those who have one of these leases.
 //! No clock is in it: a lease ends with its process.
+//!
+//! Whoever only reads, but for long, has a lease of another kind: nobody waits for it but who erases the tenant.
 
 use std::fmt;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -56,7 +58,7 @@ impl fmt::Display for Holder {
 /// A lease that some process has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
-    id: LeaseId,
+    key: String,
     /// `None` if it says nothing that can be read.
     pub holder: Option<Holder>,
 }
@@ -65,22 +67,35 @@ impl fmt::Display for Held {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.holder {
             Some(holder) => holder.fmt(f),
-            None => write!(f, "a process that says nothing of itself (lease {})", self.id),
+            None => write!(f, "a process that says nothing of itself ({})", self.key),
         }
     }
 }
 
-/// The leases that are held now. What processes that died have left is removed.
+/// The leases of those who seal that are held now. What processes that died have left is removed.
 pub(crate) fn leases(store: &dyn Store, tenant: &TenantName) -> Result<Vec<Held>, VaultError> {
+    held(store, tenant, |name| Some(layout::lease(tenant, layout::parse_lease_file(name)?)))
+}
+
+/// All who say that they have the tenant's keys. What processes that died have left is removed.
+pub fn holders(store: &dyn Store, tenant: &TenantName) -> Result<Vec<Held>, VaultError> {
+    let rekey = layout::rekey_lease(tenant);
+    held(store, tenant, |name| {
+        let sealer = layout::parse_lease_file(name).map(|id| layout::lease(tenant, id));
+        let reader = || layout::parse_reader_file(name).map(|id| layout::reader_lease(tenant, id));
+        sealer.or_else(reader).or_else(|| rekey.ends_with(&format!("/{name}")).then(|| rekey.clone()))
+    })
+}
+
+fn held(store: &dyn Store, tenant: &TenantName, key: impl Fn(&str) -> Option<String>) -> Result<Vec<Held>, VaultError> {
     let mut held = Vec::new();
     for entry in store.list(&layout::leases(tenant))? {
-        let Some(id) = layout::parse_lease_file(&entry.name) else { continue };
-        let key = layout::lease(tenant, id);
+        let Some(key) = key(&entry.name) else { continue };
         // Read before it is asked for: it may go in between, but not come.
         let text = store.get(&key, MAX_LEASE);
         if store.is_held(&key)? {
             let holder = text.ok().and_then(|text| serde_json::from_slice(&text).ok());
-            held.push(Held { id, holder });
+            held.push(Held { key, holder });
         }
     }
     Ok(held)
@@ -94,6 +109,13 @@ impl Tenant {
         let key = layout::lease(&self.name, LeaseId::from_bytes(random()?));
         let text = serde_json::to_vec(holder).unwrap_or_default();
         Ok(self.store.lease(&key, &text)?)
+    }
+
+    /// Takes the lease of a process that reads for long. None where the storage takes nothing: reading needs no more than
+    /// reading.
+    pub fn reader_lease(&self, holder: &Holder) -> Option<Box<dyn Lease>> {
+        let key = layout::reader_lease(&self.name, LeaseId::from_bytes(random().ok()?));
+        self.store.lease(&key, &serde_json::to_vec(holder).unwrap_or_default()).ok()
     }
 
     /// Takes the one lease of who changes the data keys. It stands beside the others, and is not one of [`Tenant::leases`].
@@ -120,7 +142,7 @@ impl Tenant {
 
     /// Whether a lease is still held.
     pub fn is_held(&self, lease: &Held) -> Result<bool, VaultError> {
-        match self.store.is_held(&layout::lease(&self.name, lease.id)) {
+        match self.store.is_held(&lease.key) {
             Err(StoreError::NotFound(_)) => Ok(false),
             other => Ok(other?),
         }

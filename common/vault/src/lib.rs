@@ -39,7 +39,7 @@ pub use epochs::{Count, Epochs, ObjectSeal, PackSeal};
 pub use erase::Erased;
 pub use error::{Class, VaultError};
 pub use holdings::{Holdings, VmHoldings, tenants};
-pub use leases::{Held, Holder};
+pub use leases::{Held, Holder, holders};
 pub use pack_writer::{FinishingPack, PackWriter};
 pub use packs::{PackFile, PackHandle, Packs, Wait, Window};
 pub use points::{Chain, Point, PointSpec, State, Which};

@@ -14,7 +14,7 @@ use reseal_mountfs::mount::{MountError, Mounted, Options};
 use reseal_mountfs::record_watch;
 use reseal_mountfs::signals::StopSignals;
 use reseal_mountfs::umount;
-use reseal_vault::{PointSpec, Tenant, VaultError};
+use reseal_vault::{Holder, PointSpec, Tenant, VaultError};
 
 use crate::PROGRAM;
 
@@ -92,6 +92,8 @@ fn serve(common: &CommonArgs, arguments: &MountArgs, detach: Option<Detach>) -> 
         allow_other: arguments.allow_other,
     };
     let (tenant, heads, journal) = (opened.tenant, opened.heads, Arc::new(Journal::new()));
+    let at = format!("mount at {}", arguments.mountpoint.display());
+    let _lease = tenant.reader_lease(&Holder::this_process(at));
     let mounted = Mounted::new(tenant.clone(), Some(heads.clone()), &arguments.mountpoint, &options, journal.clone());
     let mounted = mounted.map_err(mount_failure)?;
     signals.on_signal(mounted.stopper()).map_err(failed)?;

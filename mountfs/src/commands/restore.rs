@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use reseal_cli::{CommonArgs, Failure, Output, Progress, Status, harden, human_bytes, human_duration};
+use reseal_cli::{CommonArgs, Failure, Output, Progress, Status, harden, hold_keys, human_bytes, human_duration};
 use reseal_format::geometry::CLUSTER_U64;
 use reseal_format::manifest::{Disk, Manifest};
 use reseal_format::names::DiskName;
@@ -60,6 +60,7 @@ pub(crate) fn restore(common: &CommonArgs, arguments: &RestoreArgs) -> Result<()
         })
         .map_err(failed)?;
 
+    let _lease = hold_keys(&tenant, format!("restore of {}@{}", point.manifest.vm, point.manifest.number));
     let began = Instant::now();
     let bytes = plan.bytes();
     let restored: Vec<_> = plan.disks.iter().map(|planned| (planned.disk, planned.path.clone())).collect();

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use reseal_cli::{
-    CommonArgs, Detach, Failure, Found, Output, Progress, Status, human_bytes, human_duration, of_tenant,
+    CommonArgs, Detach, Failure, Found, Output, Progress, Status, end_when_erased, human_bytes, human_duration,
+    of_tenant,
 };
 use reseal_kms::Kms;
 use reseal_store::StoreError;
@@ -55,6 +56,7 @@ pub(crate) fn run(common: &CommonArgs, found: &Found, args: &Args, detach: Optio
     };
     found.heads.remember(record.generation(), &[])?;
     let tenant = Arc::new(record.unlock(kms.clone()).map_err(of)?);
+    end_when_erased(&tenant);
     let epoch = tenant.keys().current_epoch();
     output.say(match is_resumed {
         true => format!("tenant {name}: goes on with the change to the data key of epoch {epoch}"),

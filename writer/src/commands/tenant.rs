@@ -3,18 +3,22 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, IsTerminal, Read, Write};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use reseal_cli::{CommonArgs, Failure, Found, Status, human_bytes, of_tenant};
 use reseal_format::names::TenantName;
 use reseal_store::Store;
 use reseal_vault::heads::tenant_folder;
-use reseal_vault::{Count, Epochs, Holdings, Record, VaultError, VmHoldings, tenants};
+use reseal_vault::{Count, Epochs, Held, Holdings, Record, VaultError, VmHoldings, holders, tenants};
 use serde_json::{Value, json};
 
 use super::init::report_tenant;
 use super::kit::KitArgs;
 use super::new_tenant::{EscrowArgs, NewTenant, now};
 use super::sources::parse_size;
+
+/// How long an erasure waits for those who have the keys: they look every three seconds, and a mount takes a moment to end.
+const HOLDERS_PATIENCE: Duration = Duration::from_secs(15);
 
 /// Longest line that is read as a confirmation.
 const MAX_LINE: u64 = 1024;
@@ -339,16 +343,42 @@ fn erase(common: &CommonArgs, name: &TenantName, yes: Option<&str>, key_is_gone:
     let erased = found.record.erase(&*kms, &found.heads, now(), key_is_gone).map_err(|e| of_tenant(name, e))?;
     // Keyed ids only, which nothing can use any more. What was seen stays, so that an old record is noticed.
     let _ = std::fs::remove_dir_all(tenant_folder(&found.paths.state, &found.record.scope()).join("lookup"));
-    output.json(&json!({ "tenant": name, "keys_destroyed": erased.keys, "generation": erased.generation }));
+    let left = wait_for_holders(&*store, name)?;
+    let shown: Vec<_> = left.iter().map(ToString::to_string).collect();
+    output.json(&json!({
+        "tenant": name, "keys_destroyed": erased.keys, "generation": erased.generation, "still_have_keys": shown,
+    }));
     output.say(format!("erased tenant {name}: the KMS has shown that it does not open its keys any more"));
     for key in &erased.keys {
         output.say(format!("destroyed key {key}"));
     }
+    if !left.is_empty() {
+        return Err(Failure::new(
+            Status::Failed,
+            format!(
+                "tenant {name} is erased, but not all processes that have its keys have ended: end them yourself: {}",
+                shown.join("; ")
+            ),
+        ));
+    }
+    output.say("no mount, restore, verification or backup has its keys any more");
     output.say(
-        "\nCopies of the key open it still: recovery kits, backups of the KMS or of the keyring. Mounts of it end by themselves; \
-         a backup\nthat runs holds its keys until it ends. Its objects stay until `reseal tenant remove`.",
+        "\nCopies open it still: recovery kits with copies of the vault, backups of the KMS or of the keyring. Its objects stay \
+         until `reseal tenant remove`.",
     );
     Ok(())
+}
+
+/// Waits until those who have a tenant's keys have seen that it is erased; who has not.
+fn wait_for_holders(store: &dyn Store, tenant: &TenantName) -> Result<Vec<Held>, Failure> {
+    let end = Instant::now() + HOLDERS_PATIENCE;
+    loop {
+        let held = holders(store, tenant)?;
+        if held.is_empty() || Instant::now() > end {
+            return Ok(held);
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
 }
 
 /// The name has to be typed: there is no way back.

@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use reseal_cli::{CommonArgs, Failure, Progress, Status, human_bytes};
+use reseal_cli::{CommonArgs, Failure, Progress, Status, hold_keys, human_bytes};
 use reseal_format::names::VmName;
 use reseal_vault::PointSpec;
 use reseal_writer::verify::{Verify, What};
@@ -31,6 +31,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
             _ => What::Vm(VmName::new(text).map_err(|e| Failure::of(Status::Usage, &e))?),
         },
     };
+    let _lease = hold_keys(&opened.tenant, "verify".to_owned());
     let progress = OnceLock::new();
     let start = |total| drop(progress.set(Progress::bytes(output, "verify", total)));
     let read = |bytes| {
