@@ -107,7 +107,7 @@ fn measure_all(plan: &Plan) -> Result<Samples> {
     }
     memory::take(plan, &disks, &mut samples)?;
     live::take(plan, &disks, &mut samples)?;
-    rekey::take(plan, &mut samples)?;
+    rekey::take(plan, &disks, &mut samples)?;
     Ok(samples)
 }
 
@@ -121,8 +121,10 @@ fn measure_live(plan: &Plan) -> Result<()> {
 }
 
 fn measure_rekey(plan: &Plan) -> Result<()> {
+    host::require_root()?;
+    let disks = host::prepare(plan)?;
     let mut samples = Samples::load(&plan.work)?;
-    rekey::take(plan, &mut samples)?;
+    rekey::take(plan, &disks, &mut samples)?;
     samples.save(&plan.work)?;
     report::write(plan, &samples)
 }

@@ -9,12 +9,14 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::process::Command;
 
 use reseal_tests::random::Random;
 use reseal_tests::site::{Site, files_below};
 
 use crate::Result;
 use crate::contender::Contender;
+use crate::host::{DAYS, Disks};
 use crate::live::{Figure, median};
 use crate::plan::Plan;
 use crate::process;
@@ -35,7 +37,7 @@ const MOST: f64 = 2.0;
 /// Each tenant, and where its key is.
 const TENANTS: [(&str, &str); 3] = [("local", "the keyring"), ("acme", "OpenBao"), ("initech", "PyKMIP")];
 
-pub(crate) fn take(plan: &Plan, samples: &mut Samples) -> Result<()> {
+pub(crate) fn take(plan: &Plan, disks: &Disks, samples: &mut Samples) -> Result<()> {
     if !samples.describes("reseal") {
         return Ok(());
     }
@@ -86,7 +88,38 @@ pub(crate) fn take(plan: &Plan, samples: &mut Samples) -> Result<()> {
             met: Some(median <= MOST && touched == 1),
         });
     }
+    samples.rekey.push(data(plan, disks)?);
     Ok(())
+}
+
+/// Everything sealed again, beside what a copy of the vault takes.
+fn data(plan: &Plan, disks: &Disks) -> Result<Figure> {
+    let mut reseal = Reseal::at(plan, "reseal-rekey-data");
+    reseal.renew()?;
+    for day in DAYS {
+        process::run(reseal.command().args(["backup", "web01"]).arg(disks.path(day)))?;
+    }
+    let bytes: u64 =
+        files_below(&reseal.repository()).iter().map(|path| Ok(fs::metadata(path)?.len())).sum::<Result<u64>>()?;
+    let (vault, copy) = (reseal.repository(), plan.work.join("rekey-copy"));
+    let (mut sealed, mut copied) = (Vec::new(), Vec::new());
+    for _ in 0..plan.rounds.max(3) {
+        sealed.push(process::run(reseal.command().args(["rekey", "--data", "--no-recovery"]))?.seconds);
+        let script = "cp -r -- \"$1\" \"$2\" && sync -f \"$2\"";
+        let words = ["-c".as_ref(), script.as_ref(), "sh".as_ref(), vault.as_os_str(), copy.as_os_str()];
+        copied.push(process::run(Command::new("sh").args(words))?.seconds);
+        fs::remove_dir_all(&copy)?;
+    }
+    let (sealed, copied) = (median(sealed), median(copied));
+    Ok(Figure {
+        what: "`rekey --data` of the three restore points of the Debian disk".to_owned(),
+        bound: "reported".to_owned(),
+        measured: format!(
+            "{sealed:.2} s for {} MiB; a copy of the vault with `cp` and `sync` takes {copied:.2} s",
+            bytes >> 20
+        ),
+        met: None,
+    })
 }
 
 /// Which file holds each object of the vault, and when it was last changed.

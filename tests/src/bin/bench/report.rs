@@ -189,6 +189,6 @@ All tools take their turns within each round, and each round begins with another
   bitmap QEMU recorded the writes that make day 2 of day 1. The writer is `fio` (64 KiB, `--rate`, 10 s) on a FUSE export of the disk of a
   QEMU whose disk is backed up through `--qmp` meanwhile.
 - **New keys**: `reseal rekey --kek` for a tenant of 100 restore points, from the start of the program to its end, OpenBao and PyKMIP on this
-  machine over TLS; median of at least three, after each of which the vault's files are compared with before.
+  machine over TLS; median of at least three, after each of which the vault's files are compared with before. `reseal rekey --data`: median of as many, page cache warm.
 - **null**: a FUSE file system of one file of constant bytes: the limit of every mount here.
 ";
