@@ -60,6 +60,10 @@ impl RecordWatch {
                 self.journal.say(&format!("tenant {name} was erased at {when}, so the mount ends"));
                 return false;
             }
+            Err(error) if self.tenant.is_lost(&error) => {
+                self.journal.say(&format!("{error}; so the mount ends"));
+                return false;
+            }
             // A record that can't be read now says nothing.
             Err(VaultError::Store(_)) => {}
             // What its keys open is read on, so this is said once and not each time.

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)] // helpers of tests end where they meet what they did not expect
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, sleep};
@@ -9,9 +10,11 @@ use std::time::{Duration, Instant};
 
 use reseal_format::names::TenantName;
 use reseal_kms::Keyring;
+use reseal_tests::library::backup;
 use reseal_tests::mounting::Mounted;
 use reseal_tests::process::system;
 use reseal_tests::random::Random;
+use reseal_tests::rekeying::Rekeying;
 use reseal_tests::site::{Site, copy_folder};
 use reseal_vault::{Holder, Tenant};
 use serde_json::{Value, json};
@@ -91,11 +94,14 @@ fn epoch_at(key: &str, length: usize) -> Option<usize> {
 
 /// What somebody has who kept the old record: the storage as it is now, the KEK, and the record from before.
 #[track_caller]
-fn assert_old_record_opens_nothing(site: &Site, old_record: &[u8]) {
+fn assert_old_record_opens_nothing(site: &Site, old_record: &[u8], old_keyring: &[u8]) {
     let mut thief = Site::bare();
     thief.vault = thief.path("copy");
     copy_folder(&site.vault, &thief.vault);
-    thief.keyring.clone_from(&site.keyring);
+    thief.keyring = thief.path("keyring.json");
+    fs::write(&thief.keyring, old_keyring).unwrap();
+    fs::set_permissions(&thief.keyring, fs::Permissions::from_mode(0o600)).unwrap();
+    thief.reseal(["list"]).fails(4, &["is not in the keyring"]);
     fs::write(thief.tenant_folder().join("tenant.json"), old_record).unwrap();
     assert_eq!(show(&thief)["epochs"], json!([1]), "the old record itself opens");
     // Also where each object is made to say that it is of the old epoch.
@@ -130,6 +136,7 @@ fn read_all(mounted: &Path, points: &[(PathBuf, &[u8])], stop: &AtomicBool, time
 fn killed_three_times_with_a_mount_reading_all_along() {
     let mut filled = Filled::new(DISK);
     let old_record = fs::read(filled.site.tenant_folder().join("tenant.json")).unwrap();
+    let old_keyring = fs::read(&filled.site.keyring).unwrap();
     let mounted = Mounted::new(&filled.site, "mnt", &["--cache-size", "1M"]);
     let paths: Vec<_> = filled
         .points
@@ -177,9 +184,10 @@ fn killed_three_times_with_a_mount_reading_all_along() {
     assert!(times.load(Ordering::Relaxed) >= 3, "the mount was read all along");
     assert_eq!(epochs_in_clear(&filled.site), [2]);
     let shown = show(&filled.site);
-    assert_eq!((&shown["epochs"], &shown["generation"], &shown["rekey"]), (&json!([2]), &json!(3), &json!(null)));
+    // The KEK, the new epoch, the end of the old one.
+    assert_eq!((&shown["epochs"], &shown["generation"], &shown["rekey"]), (&json!([2]), &json!(4), &json!(null)));
     filled.assert_all_there();
-    assert_old_record_opens_nothing(&filled.site, &old_record);
+    assert_old_record_opens_nothing(&filled.site, &old_record, &old_keyring);
     filled.back_up_more("web01", 5);
     // The mount was made before: it also shows what is sealed under the new key only.
     let latest = mounted.path.join("web01/latest/disk-0.raw");
@@ -202,7 +210,9 @@ fn backups_that_began_before_or_meanwhile_are_kept() {
     let path = |name| site.disk(name).to_str().unwrap().to_owned();
     let running = site.start(["backup", "--limit-rate", "4M", "early", &path("early")]);
     let began = Instant::now();
-    while fs::read_dir(site.tenant_folder().join("leases")).map_or(0, Iterator::count) == 0 {
+    // Not the one of a process that only has the keys.
+    let seals = |entry: std::io::Result<fs::DirEntry>| entry.unwrap().file_name().to_str().unwrap().ends_with(".lease");
+    while !fs::read_dir(site.tenant_folder().join("leases")).is_ok_and(|mut entries| entries.any(seals)) {
         assert!(began.elapsed() < Duration::from_secs(10), "the backup does not begin");
         sleep(Duration::from_millis(5));
     }
@@ -214,7 +224,7 @@ fn backups_that_began_before_or_meanwhile_are_kept() {
     site.reseal(["backup", "late", &path("late")]).ok();
     assert!(!running.has_ended() && !rekey.has_ended(), "the one waits for the other");
     site.reseal(["rekey", "--data", "--no-recovery"]).fails(1, &["rekey --data (process", "is at work"]);
-    site.reseal(["tenant", "remove", "default"]).fails(1, &["backup of early (process", "is at work"]);
+    site.reseal(["tenant", "remove", "default"]).fails(1, &["(process", "is at work"]);
     running.wait().ok();
     let done = rekey.wait().ok();
     assert!(done.stderr.contains("waiting for the end of what began with the old keys: backup of early"), "{done:?}");
@@ -369,9 +379,55 @@ fn kits_are_renewed_before_the_master_is() {
     let told = run(&["rekey", "--data", "--recovery", &kit("new.age"), "--json"]).ok().json();
     assert_eq!(told["recovery_kit"], json!(kit("new.age")));
     run(&["list", "--recovery-kit", &kit("old.age")]).fails(3, &["old.age", "older than the keys of tenant default"]);
+    // Nor does the KEK that it holds.
+    let mut finder = site.elsewhere();
+    finder.keyring = finder.path("keyring.json");
+    finder
+        .reseal([&["key", "import", &kit("old.age")][..], &with].concat())
+        .fails(3, &["old.age", "older than the keys"]);
+    finder.reseal(["list"]).expect(&[1, 4]);
     // The keyring is lost.
     fs::remove_file(&site.keyring).unwrap();
     run(&["verify", "--recovery-kit", &kit("new.age")]).ok();
     run(&["key", "import", &kit("new.age")]).ok();
     filled.assert_all_there();
+}
+
+/// What is clear in a pack or manifest is believed by nobody who is about to destroy a key.
+#[test]
+fn what_claims_to_be_done_has_to_open() {
+    let filled = Filled::new(4 << 20);
+    let site = &filled.site;
+    let keys = [site.packs(1)[0].clone(), "tenants/default/vms/db01/00000002.manifest".to_owned()];
+    for key in &keys {
+        let path = site.vault.join(key);
+        let right = fs::read(&path).unwrap();
+        let at = epoch_at(key, right.len()).unwrap();
+        let (old, coming) = (right[at], right[at] + 1);
+        let mut lying = right.clone();
+        lying[at] = coming;
+        fs::write(&path, &lying).unwrap();
+        site.reseal(["rekey", "--data", "--no-recovery"]).fails(3, &[key, "old data key is not destroyed"]);
+        assert_eq!(show(site)["epochs"], json!([old, coming]));
+        // So what is right, from a copy, still opens.
+        fs::write(&path, &right).unwrap();
+        site.reseal(["rekey", "--data"]).ok();
+        assert_eq!(show(site)["epochs"], json!([coming]));
+        filled.assert_all_there();
+        // The pack has another name now.
+        assert!(key.ends_with(".manifest") || !path.exists());
+    }
+}
+
+/// It reads the record after it has taken its lease.
+#[test]
+fn a_backup_that_began_before_seals_under_the_new_key() {
+    let site = Site::new();
+    fs::write(site.disk("d"), Random::new(3).bytes(1 << 20)).unwrap();
+    let tenant = site.tenant();
+    let mut rekeying = Rekeying::new(&site);
+    rekeying.begin();
+    assert_eq!(tenant.keys().current_epoch(), 1);
+    backup(&tenant, &site.heads(&tenant), "vm", &site.disk("d")).unwrap();
+    assert_eq!(epochs_in_clear(&site), [2]);
 }

@@ -158,6 +158,7 @@ impl Backup<'_> {
         // Before the record is read on which all that follows relies.
         let _lease = self.tenant.lease(&Holder::this_process(format!("backup of {}", self.vm)))?;
         self.tenant.refresh()?;
+        self.tenant.settle_new_epoch()?;
         self.tenant.store().sweep().map_err(VaultError::from)?;
         let position = self.position().map_err(|e| match e {
             BackupError::Vault(source) if source.damaged_object().is_some() => BackupError::Newest { source },

@@ -105,3 +105,14 @@ impl Finisher {
         }
     }
 }
+
+impl Drop for Finisher {
+    /// What is on its way ends before the lease of the backup does, also after an error: nobody may seal under keys that
+    /// are about to go once nobody says that he does.
+    fn drop(&mut self) {
+        drop(self.jobs.lock().take());
+        for thread in self.threads.lock().drain(..) {
+            let _ = thread.join();
+        }
+    }
+}

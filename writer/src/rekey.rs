@@ -16,7 +16,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use reseal_format::layout;
 use reseal_format::pack::{MAX_SEALED, PackSealer};
-use reseal_format::seal::{MAX_OBJECT, reseal};
+use reseal_format::seal::{MAX_OBJECT, check, reseal};
 use reseal_store::StoreError;
 use reseal_vault::{Epochs, Held, ObjectSeal, PackFile, PackSeal, Packs, Tenant, VaultError, random};
 use serde::Serialize;
@@ -95,7 +95,29 @@ impl Rekey<'_> {
         self.round(&mut all)?;
         self.wait_for(&mut at_work)?;
         while self.round(&mut all)? > 0 {}
+        self.check(&mut all)?;
         Ok(all)
+    }
+
+    /// Trailers and headers are clear, so what they say proves nothing: before a key is destroyed, what is said to be sealed
+    /// under the newest one has to open with it.
+    fn check(&self, all: &mut Resealed) -> Result<(), BackupError> {
+        let epochs = Epochs::of(&self.tenant)?;
+        let packs = Packs::new(self.tenant.clone(), 0);
+        let all = Mutex::new(all);
+        for pack in &epochs.packs {
+            is_whole(&packs, pack.file, &all)?;
+        }
+        for ObjectSeal { key, .. } in &epochs.objects {
+            let object = match self.tenant.store().get(key, MAX_OBJECT) {
+                Err(StoreError::NotFound(_)) => continue, // forgotten in between
+                other => other.map_err(VaultError::from)?,
+            };
+            if let Err(e) = self.tenant.with_keys(key, |keys| check(keys, &object)) {
+                note(e, &all)?;
+            }
+        }
+        Ok(())
     }
 
     /// Waits until all of these have ended.
@@ -310,7 +332,16 @@ fn is_whole(packs: &Packs, new: PackFile, all: &Mutex<&mut Resealed>) -> Result<
 
 /// Damage is reported, and does not stop the rest; what else went wrong does.
 fn note(error: VaultError, all: &Mutex<&mut Resealed>) -> Result<bool, VaultError> {
-    match error.damaged_object() {
+    let unreadable = match &error {
+        // A medium that can't be read there, not a store that can't be reached.
+        VaultError::Store(StoreError::Io { key, action: "read", source })
+            if source.raw_os_error() == Some(libc::EIO) =>
+        {
+            Some(key.as_str())
+        }
+        _ => None,
+    };
+    match error.damaged_object().or(unreadable) {
         Some(object) => {
             all.lock().damaged.insert(object.to_owned(), error.to_string());
             Ok(false)

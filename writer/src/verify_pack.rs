@@ -84,10 +84,9 @@ impl<'a> PackVerifier<'a> {
         let mut findings = Findings { generation: file.generation, ..Findings::default() };
         let handle = match self.packs.open_generation(file.id, file.generation) {
             Ok(handle) => handle,
-            // The storage did not let go of it when its key was destroyed. Nobody reads it any more.
-            Err(VaultError::Damaged { source: FormatError::UnknownEpoch(_), .. }) if self.is_superseded(file)? => {
-                return Ok(findings);
-            }
+            // The storage did not let go of it when another generation took its place, and its key may be destroyed. Nobody
+            // reads it any more.
+            Err(e) if e.damaged_object().is_some() && self.is_superseded(file)? => return Ok(findings),
             Err(e) => {
                 (findings.whole, findings.unreadable) = (Some(reason(damage(e)?)), true);
                 return Ok(findings);

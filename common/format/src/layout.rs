@@ -72,6 +72,11 @@ pub fn rekey_lease(tenant: &TenantName) -> String {
     format!("{}rekey.lease", leases(tenant))
 }
 
+/// What the one process says of itself that removes the tenant.
+pub fn remove_lease(tenant: &TenantName) -> String {
+    format!("{}remove.lease", leases(tenant))
+}
+
 /// Folder of a tenant's packs.
 pub fn packs(tenant: &TenantName) -> String {
     format!("tenants/{}/packs/", tenant.to_key())

@@ -130,6 +130,12 @@ pub fn epoch(object: &[u8]) -> Result<u32, FormatError> {
     Ok(Header::decode(clear)?.0.epoch)
 }
 
+/// Opens an object of any kind, to see whether it does.
+pub fn check(keys: &TenantKeys, object: &[u8]) -> Result<(), FormatError> {
+    let clear = object.first_chunk::<HEADER>().ok_or(FormatError::Malformed("shorter than its header"))?;
+    open(keys, Header::decode(clear)?.0.kind, object).map(drop)
+}
+
 /// Seals an object of any kind again, under the current DEK, with the same plaintext, byte for byte. `salt` must be fresh
 /// random bytes.
 pub fn reseal(keys: &TenantKeys, object: &[u8], salt: [u8; KEY]) -> Result<Vec<u8>, FormatError> {
@@ -179,6 +185,7 @@ mod tests {
         let object = seal(&old, &header(), [5; 32], b"content").unwrap();
         let again = reseal(&new, &object, [6; 32]).unwrap();
         assert_eq!((epoch(&object), epoch(&again)), (Ok(1), Ok(2)));
+        assert_eq!((check(&new, &object), check(&new, &again)), (Ok(()), Ok(())));
         let (back, plain) = open(&new, Kind::Note, &again).unwrap();
         assert_eq!(&plain[..], b"content");
         assert_eq!(back, Header { epoch: 2, record_generation: 2, ..header() });
@@ -187,6 +194,7 @@ mod tests {
             let mut damaged = object.clone();
             damaged[at] ^= 1;
             assert_eq!(reseal(&new, &damaged, [7; 32]), Err(FormatError::Authentication), "byte {at}");
+            assert_eq!(check(&new, &damaged), Err(FormatError::Authentication), "byte {at}");
         }
     }
 

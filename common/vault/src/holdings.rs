@@ -6,7 +6,7 @@ use reseal_format::layout::{self, PointFile, parse_point_file};
 use reseal_format::names::{TenantName, VmName};
 use reseal_store::{Store, StoreError};
 
-use crate::leases::holders;
+use crate::leases::{Holder, exclusive, holders};
 use crate::quota::used;
 use crate::record::Record;
 use crate::{PackFile, VaultError};
@@ -102,6 +102,9 @@ impl Record {
     /// Of a tenant that was erased everything is removed, for nothing of it can be read.
     pub fn remove(&self) -> Result<usize, VaultError> {
         let store: &Arc<dyn Store> = &self.store;
+        // Before the others are looked for: see `Tenant::lease`.
+        let remover = Holder::this_process(format!("removal of tenant {}", self.name));
+        let alone = exclusive(&**store, &self.name, &layout::remove_lease(&self.name), &remover)?;
         // What processes that died have left goes with this.
         if let Some(at_work) = holders(&**store, &self.name)?.first() {
             return Err(VaultError::Busy { tenant: self.name.clone(), who: at_work.to_string() });
@@ -125,6 +128,7 @@ impl Record {
             return Err(StoreError::Changed(self.key()).into());
         }
         store.delete(&self.key())?;
+        drop(alone);
         store.remove_empty(&layout::tenant(&self.name))?;
         Ok(removed + 1)
     }

@@ -101,38 +101,70 @@ fn held(store: &dyn Store, tenant: &TenantName, key: impl Fn(&str) -> Option<Str
     Ok(held)
 }
 
+fn text_of(holder: &Holder) -> Vec<u8> {
+    serde_json::to_vec(holder).unwrap_or_default()
+}
+
+/// Takes a lease that only one process may have.
+pub(crate) fn exclusive(
+    store: &dyn Store,
+    tenant: &TenantName,
+    key: &str,
+    holder: &Holder,
+) -> Result<Box<dyn Lease>, VaultError> {
+    loop {
+        match store.lease(key, &text_of(holder)) {
+            Err(StoreError::Exists(_)) => {}
+            other => return Ok(other?),
+        }
+        let busy = busy(store, tenant, key);
+        if store.is_held(key)? {
+            return Err(busy);
+        }
+    }
+}
+
+fn busy(store: &dyn Store, tenant: &TenantName, key: &str) -> VaultError {
+    let holder = store.get(key, MAX_LEASE).ok().and_then(|text| serde_json::from_slice(&text).ok());
+    let held = Held { key: key.to_owned(), holder };
+    VaultError::Busy { tenant: tenant.clone(), who: held.to_string() }
+}
+
 impl Tenant {
     /// Takes a lease, before the record is read on which the work relies.
     pub fn lease(&self, holder: &Holder) -> Result<Box<dyn Lease>, VaultError> {
         // What those that died have left goes when somebody else comes.
         self.leases()?;
         let key = layout::lease(&self.name, LeaseId::from_bytes(random()?));
-        let text = serde_json::to_vec(holder).unwrap_or_default();
-        Ok(self.store.lease(&key, &text)?)
+        let lease = self.store.lease(&key, &text_of(holder))?;
+        self.check_stays()?;
+        Ok(lease)
+    }
+
+    /// Refuses to begin where the tenant is about to be removed. Asked after a lease was taken: who removes takes his before
+    /// he looks for others, so one of the two sees the other.
+    fn check_stays(&self) -> Result<(), VaultError> {
+        let key = layout::remove_lease(&self.name);
+        match self.store.is_held(&key)? {
+            true => Err(busy(&*self.store, &self.name, &key)),
+            false => Ok(()),
+        }
     }
 
     /// Takes the lease of a process that reads for long. None where the storage takes nothing: reading needs no more than
     /// reading.
     pub fn reader_lease(&self, holder: &Holder) -> Option<Box<dyn Lease>> {
+        // What those that died have left goes when somebody else comes.
+        holders(&*self.store, &self.name).ok()?;
         let key = layout::reader_lease(&self.name, LeaseId::from_bytes(random().ok()?));
-        self.store.lease(&key, &serde_json::to_vec(holder).unwrap_or_default()).ok()
+        self.store.lease(&key, &text_of(holder)).ok()
     }
 
     /// Takes the one lease of who changes the data keys. It stands beside the others, and is not one of [`Tenant::leases`].
     pub fn rekey_lease(&self, holder: &Holder) -> Result<Box<dyn Lease>, VaultError> {
-        let key = layout::rekey_lease(&self.name);
-        let text = serde_json::to_vec(holder).unwrap_or_default();
-        loop {
-            match self.store.lease(&key, &text) {
-                Err(StoreError::Exists(_)) => {}
-                other => return Ok(other?),
-            }
-            let said = self.store.get(&key, MAX_LEASE).ok().and_then(|text| serde_json::from_slice(&text).ok());
-            if self.store.is_held(&key)? {
-                let who = said.map_or("another process".to_owned(), |holder: Holder| holder.to_string());
-                return Err(VaultError::Busy { tenant: self.name.clone(), who });
-            }
-        }
+        let lease = exclusive(&*self.store, &self.name, &layout::rekey_lease(&self.name), holder)?;
+        self.check_stays()?;
+        Ok(lease)
     }
 
     /// The leases that are held now. What processes that died have left is removed.

@@ -147,12 +147,12 @@ impl Record {
     }
 
     /// Whether the vault holds this generation for certain, byte for byte.
-    pub(crate) fn is_current(&self) -> bool {
+    pub fn is_current(&self) -> bool {
         self.store.get(&self.key(), MAX_RECORD).is_ok_and(|now| now == self.bytes)
     }
 
     /// Makes durable that the vault holds this generation: who replaced it may have died before it was.
-    pub(crate) fn settle(&self) -> Result<(), VaultError> {
+    pub fn settle(&self) -> Result<(), VaultError> {
         Ok(self.store.settle(&layout::tenant(&self.name))?)
     }
 }

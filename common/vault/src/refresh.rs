@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 
 use parking_lot::MutexGuard;
 use reseal_format::FormatError;
+use reseal_format::layout;
 use reseal_format::seal::MAX_OBJECT;
 use reseal_format::tenant::{KmsRef, TenantKeys};
+use reseal_format::vaultfile::{MAX_VAULT_FILE, VaultFile};
 use reseal_kms::Kms;
 use reseal_kms::kit::KitContents;
 
@@ -81,6 +83,29 @@ impl Tenant {
     /// not asked: then the error is that of before.
     pub fn refresh(&self) -> Result<bool, VaultError> {
         self.refresh_since(self.record_generation())
+    }
+
+    /// Whether an error of [`Tenant::refresh`] means that the tenant is no more: it was erased, or is gone from a vault that is
+    /// there.
+    pub fn is_lost(&self, error: &VaultError) -> bool {
+        match error {
+            VaultError::Erased { .. } => true,
+            VaultError::NoTenant { .. } | VaultError::Missing { .. } => {
+                self.store.get(layout::VAULT_FILE, MAX_VAULT_FILE).is_ok_and(|bytes| {
+                    VaultFile::decode(&bytes).is_ok_and(|file| file.vault_id == self.keys().scope().vault)
+                })
+            }
+            _ => false,
+        }
+    }
+
+    /// While the data keys are being changed: makes durable that the record says so. Who replaced it may have died before it was,
+    /// and nothing may be sealed under a key that a power cut could take back.
+    pub fn settle_new_epoch(&self) -> Result<(), VaultError> {
+        match self.keys().epochs().count() {
+            0 | 1 => Ok(()),
+            _ => Ok(self.store.settle(&layout::tenant(&self.name))?),
+        }
     }
 
     /// Sees to keys of a later generation than `known`; whether there are any.

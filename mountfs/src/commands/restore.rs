@@ -6,14 +6,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use reseal_cli::{CommonArgs, Failure, Output, Progress, Status, harden, hold_keys, human_bytes, human_duration};
+use reseal_cli::{CommonArgs, Failure, Output, Progress, Status, end_when_erased, harden, human_bytes, human_duration};
 use reseal_format::geometry::CLUSTER_U64;
 use reseal_format::manifest::{Disk, Manifest};
 use reseal_format::names::DiskName;
 use reseal_mountfs::disk::DiskReader;
 use reseal_mountfs::restore::{Plan, RestoreError, Watch};
 use reseal_mountfs::signals::StopSignals;
-use reseal_vault::PointSpec;
+use reseal_vault::{Holder, PointSpec};
 use serde::Serialize;
 
 #[derive(Args)]
@@ -60,7 +60,16 @@ pub(crate) fn restore(common: &CommonArgs, arguments: &RestoreArgs) -> Result<()
         })
         .map_err(failed)?;
 
-    let _lease = hold_keys(&tenant, format!("restore of {}@{}", point.manifest.vm, point.manifest.number));
+    // What was written of a disk that is not whole is in the clear, and goes.
+    end_when_erased(&tenant, {
+        let stop = stop.clone();
+        move || {
+            stop.store(true, Ordering::Relaxed);
+            true
+        }
+    });
+    let what = format!("restore of {}@{}", point.manifest.vm, point.manifest.number);
+    let _lease = tenant.reader_lease(&Holder::this_process(what));
     let began = Instant::now();
     let bytes = plan.bytes();
     let restored: Vec<_> = plan.disks.iter().map(|planned| (planned.disk, planned.path.clone())).collect();

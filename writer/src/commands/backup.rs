@@ -4,7 +4,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use reseal_cli::{CommonArgs, Failure, Output, Progress, Status, end_when_erased, human_bytes, human_duration};
+use reseal_cli::{CommonArgs, Failure, Output, Progress, Status, hold_keys, human_bytes, human_duration};
 use reseal_format::frames::FrameShift;
 use reseal_format::manifest::{Definition, MAX_DEFINITION, Manifest};
 use reseal_format::names::VmName;
@@ -54,7 +54,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     let definition = args.definition.as_deref().map(read_definition).transpose()?;
     let named = args.sources.named()?;
     let opened = common.open()?;
-    end_when_erased(&opened.tenant);
+    let _lease = hold_keys(&opened.tenant, format!("backup of {vm}"));
     let disks = args.sources.open(named, &vm, &opened)?;
     let total = match &disks {
         Disks::Given(inputs) => inputs.iter().map(|input| input.source.expected()).sum(),

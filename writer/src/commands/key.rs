@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use reseal_cli::{CommonArgs, Failure};
+use reseal_cli::{CommonArgs, Failure, Status};
 use reseal_kms::kit::{SealedKit, write_sheet};
 use serde_json::json;
 
@@ -59,6 +59,15 @@ fn export(common: &CommonArgs, file: &Path, lock: &LockArgs) -> Result<(), Failu
     };
     found.heads.remember(record.generation(), &[])?;
     kit.write(&found.repo, record.name(), &record.scope(), &record.kms().kind, &master, keys)?;
+    // A passphrase takes people a while.
+    if !record.is_current() {
+        let message = format!(
+            "the keys of tenant {} were changed meanwhile: remove {}, which may open nothing, and export another",
+            record.name(),
+            file.display()
+        );
+        return Err(Failure::new(Status::Failed, message));
+    }
     let output = common.output();
     output.json(&json!({ "recovery_kit": file, "tenant": record.name() }));
     output.say(format!("recovery kit of tenant {}: {}", record.name(), file.display()));

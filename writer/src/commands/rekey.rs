@@ -81,7 +81,7 @@ fn write_new_kit(
         kit.write(&found.repo, name, &record.scope(), kms.kind(), &master, keys)
     };
     write().map_err(|failure| {
-        let hint = "the record is wrapped under the new key already; write the kit with `reseal key export`, then run this again";
+        let hint = "the record is wrapped under the new key already: run this again";
         Failure::new(failure.status, format!("{}; {hint}", failure.message))
     })
 }
@@ -152,8 +152,16 @@ fn move_to(common: &CommonArgs, found: &Found, target: &str, args: &Args) -> Res
             "tenant": name, "kms": target, "kind": to.kind(), "key": record.kms().key, "generation": record.generation(),
             "objects": [], "config": entry,
         }));
+        write_new_kit(common, found, kit.as_ref(), record, &*to)?;
         common.output().say(format!("tenant {name} was moved to the KMS {target} already. Change {finish}"));
-        return Ok(());
+        return match args.destroy_key {
+            // No record says any more which key that was.
+            true => Err(Failure::new(
+                Status::Failed,
+                format!("the key that tenant {name} had in the KMS {from} is not destroyed: destroy it there yourself"),
+            )),
+            false => Ok(()),
+        };
     }
     let kms = common.kms_of(record)?;
     let of = |e| of_tenant(name, e);

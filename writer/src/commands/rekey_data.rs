@@ -8,7 +8,7 @@ use reseal_cli::{
     of_tenant,
 };
 use reseal_kms::Kms;
-use reseal_store::StoreError;
+use reseal_kms::config::KEYRING;
 use reseal_vault::{Holder, Record, Tenant, VaultError, random_master};
 use reseal_writer::rekey::{Rekey, Resealed};
 use reseal_writer::throttle::Throttle;
@@ -44,6 +44,11 @@ pub(crate) fn run(common: &CommonArgs, found: &Found, args: &Args, detach: Optio
         true => record.master(&*kms).map_err(of)?,
         false => random_master()?,
     };
+    // Kits and copies of the keyring from before hold the KEK: with it, they would open the new master too.
+    let record = match !is_resumed && record.kms().kind == KEYRING {
+        true => new_kek(found, &record, &*kms).map_err(of)?,
+        false => record,
+    };
     if let Some(kit) = kit {
         // Before the master is in use: without it there would be a time without a kit.
         let keys = keyring_keys(common, record.kms())?;
@@ -51,12 +56,16 @@ pub(crate) fn run(common: &CommonArgs, found: &Found, args: &Args, detach: Optio
     }
     // From here on, everything new is sealed under the new key.
     let record = match is_resumed {
-        true => record,
-        false => record.next_epoch(&*kms, master).map_err(|e| not_begun(args, of(e)))?,
+        true => {
+            // Who began it may have died before that was durable.
+            record.settle().map_err(of)?;
+            record
+        }
+        false => record.next_epoch(&*kms, master).map_err(|e| not_begun(args, of(e), record.is_current()))?,
     };
     found.heads.remember(record.generation(), &[])?;
     let tenant = Arc::new(record.unlock(kms.clone()).map_err(of)?);
-    end_when_erased(&tenant);
+    end_when_erased(&tenant, || false);
     let epoch = tenant.keys().current_epoch();
     output.say(match is_resumed {
         true => format!("tenant {name}: goes on with the change to the data key of epoch {epoch}"),
@@ -104,27 +113,42 @@ pub(crate) fn run(common: &CommonArgs, found: &Found, args: &Args, detach: Optio
     Ok(())
 }
 
-/// The kit that was written is of a master that never was.
-fn not_begun(args: &Args, failure: Failure) -> Failure {
-    match &args.kit.recovery {
-        Some(kit) => Failure::new(
-            failure.status,
-            format!("{}; no key was changed, so remove the kit {}: it opens nothing", failure.message, kit.display()),
-        ),
-        None => failure,
-    }
+/// What the kit is worth that was written for a master, if it is not certain that this is in use.
+fn not_begun(args: &Args, failure: Failure, is_unchanged: bool) -> Failure {
+    let Some(kit) = &args.kit.recovery else { return failure };
+    let kit = kit.display();
+    let hint = match is_unchanged {
+        true => format!("no data key was changed, so remove the kit {kit}: it opens nothing"),
+        false => format!("it is not certain whether the keys were changed: keep the kit {kit}, and run this again"),
+    };
+    Failure::new(failure.status, format!("{}; {hint}", failure.message))
+}
+
+/// Another KEK, before there is another master.
+fn new_kek(found: &Found, record: &Record, kms: &dyn Kms) -> Result<Record, VaultError> {
+    let rewrapped = record.rotate(kms)?;
+    found.heads.remember(rewrapped.record.generation(), &[])?;
+    rewrapped.record.retire(&rewrapped.old, kms)?;
+    Ok(rewrapped.record)
 }
 
 /// Destroys the old keys. Others may replace the record at the same time, for another KEK or quota.
 fn end(common: &CommonArgs, tenant: &Tenant, kms: &dyn Kms) -> Result<Record, Failure> {
     let name = tenant.name();
-    for _ in 1..TRIES {
-        match common.find(name)?.record.end_old_epochs(kms) {
-            Err(VaultError::Store(StoreError::Changed(_))) => {}
+    let mut tries = 1;
+    loop {
+        let record = common.find(name)?.record;
+        match record.unlock_keys(kms).map(|keys| keys.epochs().count()) {
+            // The answer of the try before was lost.
+            Ok(1) if tries > 1 => return Ok(record),
+            Ok(_) => {}
+            Err(e) => return Err(of_tenant(name, e)),
+        }
+        match record.end_old_epochs(kms) {
+            Err(VaultError::Store(_)) if tries < TRIES => tries += 1,
             other => return other.map_err(|e| of_tenant(name, e)),
         }
     }
-    common.find(name)?.record.end_old_epochs(kms).map_err(|e| of_tenant(name, e))
 }
 
 /// What is in the way, and what to do about it.
@@ -147,7 +171,8 @@ fn incomplete(output: Output, tenant: &Tenant, resealed: &Resealed) -> Failure {
             Status::Damaged,
             format!(
                 "{damaged} objects of tenant {name} are damaged and can't be sealed again, {old}. Put them back from a copy of \
-                 the vault, then run this again; `reseal verify` tells which restore points they hurt"
+                 the vault, then run this again; `reseal verify` tells which restore points they hurt: one that hurts none may be \
+                 deleted"
             ),
         ),
     }

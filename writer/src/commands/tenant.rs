@@ -343,7 +343,10 @@ fn erase(common: &CommonArgs, name: &TenantName, yes: Option<&str>, key_is_gone:
     let erased = found.record.erase(&*kms, &found.heads, now(), key_is_gone).map_err(|e| of_tenant(name, e))?;
     // Keyed ids only, which nothing can use any more. What was seen stays, so that an old record is noticed.
     let _ = std::fs::remove_dir_all(tenant_folder(&found.paths.state, &found.record.scope()).join("lookup"));
-    let left = wait_for_holders(&*store, name)?;
+    let left = wait_for_holders(&*store, name).map_err(|failure| {
+        let message = format!("tenant {name} is erased, but who has its keys can't be seen: {}", failure.message);
+        Failure::new(failure.status, message)
+    })?;
     let shown: Vec<_> = left.iter().map(ToString::to_string).collect();
     output.json(&json!({
         "tenant": name, "keys_destroyed": erased.keys, "generation": erased.generation, "still_have_keys": shown,
@@ -361,7 +364,7 @@ fn erase(common: &CommonArgs, name: &TenantName, yes: Option<&str>, key_is_gone:
             ),
         ));
     }
-    output.say("no mount, restore, verification or backup has its keys any more");
+    output.say("no mount, restore, verification, backup or rekey has its keys any more");
     output.say(
         "\nCopies open it still: recovery kits with copies of the vault, backups of the KMS or of the keyring. Its objects stay \
          until `reseal tenant remove`.",
