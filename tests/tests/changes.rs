@@ -142,6 +142,14 @@ fn a_lie_that_is_found_makes_the_backup_read_everything() {
     assert_eq!((&passed["stats"]["changed"], &passed["warnings"]), (&json!(CLUSTER), &json!([])));
     disk.assert_point(&passed);
 
+    // Of a hole nothing is read, and yet it is seen that data was there.
+    disk.file.punch(48 * CLUSTER, 32 * CLUSTER);
+    disk.model.zero(48 * CLUSTER, 32 * CLUSTER);
+    let list = disk.list(None, None);
+    let punched = disk.backup(&list, &["--since", "vm@latest", "--check-unchanged", "100"]).ok().json();
+    assert!(warned(&punched).contains(&format!("the bytes from {} on", 48 * CLUSTER)), "{punched}");
+    disk.assert_point(&punched);
+
     // Unless told otherwise some of the user's word is checked.
     let list = disk.list(None, None);
     let checked = disk.backup(&list, &["--since", "vm@latest"]).ok().json();

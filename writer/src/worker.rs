@@ -88,6 +88,13 @@ impl<'a> Worker<'a> {
         let unit = match &self.inbox {
             Inbox::File(units, file) => {
                 let unit = units.recv().ok()?;
+                if unit.task == Task::Check {
+                    match file.is_hole(unit.first * CLUSTER_U64, unit.length(file.length())) {
+                        Ok(true) => return Some(self.check_hole(unit, file.length())),
+                        Ok(false) => {}
+                        Err(e) => return Some(Err(e)),
+                    }
+                }
                 self.buffer.resize(unit.length(file.length()), 0);
                 if let Err(e) = file.read_at(unit.first * CLUSTER_U64, &mut self.buffer) {
                     return Some(Err(e));
@@ -104,6 +111,12 @@ impl<'a> Worker<'a> {
             },
         };
         Some(self.decide(unit))
+    }
+
+    /// Decides about clusters that are said to be unchanged and are a hole: zeros need not be read to be checked.
+    fn check_hole(&mut self, unit: Unit, length: u64) -> Result<Done, BackupError> {
+        let clusters = (unit.first..unit.first + unit.count).map(|at| self.decider.check_zeros(ClusterIndex(at)));
+        Ok(Done { unit, read: unit.length(length) as u64, clusters: clusters.collect::<Result<_, _>>()? })
     }
 
     fn decide(&mut self, unit: Unit) -> Result<Done, BackupError> {
@@ -145,19 +158,27 @@ impl Decider<'_> {
 
     /// Decides about a cluster that is said to be as the parent has it.
     fn check(&mut self, cluster: ClusterIndex, bytes: &[u8]) -> Result<Cluster, BackupError> {
-        let before = self.parent.blob(cluster)?;
-        let found = match is_zero(bytes) {
-            true => before.is_none().then_some(Cluster::Hole),
-            false => {
-                let id = self.known.packs.tenant().keys().dedup().id_of(bytes);
-                match before {
-                    Some(place) if self.parent.confirms(place, &id)? => Some(Cluster::Unchanged(place)),
-                    _ => None,
-                }
-            }
-        };
-        found.ok_or_else(|| BackupError::Distrusted {
-            why: format!("the bytes from {} on, said to be unchanged, are others", cluster.first_byte()),
-        })
+        if is_zero(bytes) {
+            return self.check_zeros(cluster);
+        }
+        let id = self.known.packs.tenant().keys().dedup().id_of(bytes);
+        match self.parent.blob(cluster)? {
+            Some(place) if self.parent.confirms(place, &id)? => Ok(Cluster::Unchanged(place)),
+            _ => Err(distrusted(cluster)),
+        }
+    }
+
+    /// The same for one of zeros.
+    fn check_zeros(&mut self, cluster: ClusterIndex) -> Result<Cluster, BackupError> {
+        match self.parent.blob(cluster)? {
+            None => Ok(Cluster::Hole),
+            Some(_) => Err(distrusted(cluster)),
+        }
+    }
+}
+
+fn distrusted(cluster: ClusterIndex) -> BackupError {
+    BackupError::Distrusted {
+        why: format!("the bytes from {} on, said to be unchanged, are others", cluster.first_byte()),
     }
 }

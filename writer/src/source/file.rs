@@ -142,6 +142,12 @@ impl FileSource {
         Ok((start < self.length).then(|| (start, end.min(self.length))))
     }
 
+    /// Whether nothing is allocated for so many bytes, which are not past the end.
+    pub(crate) fn is_hole(&self, offset: u64, length: usize) -> Result<bool, BackupError> {
+        let end = offset + length as u64;
+        Ok(self.next_data(offset)?.is_none_or(|(start, _)| start >= end))
+    }
+
     /// An error if the file is shorter than when it was opened: what is gone must not count as a hole.
     fn whole(&self) -> Result<(), BackupError> {
         let end = match self.file.metadata() {
@@ -199,6 +205,8 @@ mod tests {
         let (start, end) = source.next_data(0).unwrap().unwrap();
         assert!(start <= 3 << 20 && end >= (3 << 20) + 4096 && end - start < 1 << 20);
         assert_eq!(source.next_data(end).unwrap(), None);
+        assert!(source.is_hole(0, 1 << 20).unwrap() && source.is_hole(9 << 20, 1 << 20).unwrap());
+        assert!(!source.is_hole(3 << 20, 4096).unwrap() && !source.is_hole(0, 10 << 20).unwrap());
         assert!(!source.changed().unwrap());
         std::thread::sleep(std::time::Duration::from_millis(20));
         file.write_all_at(&[1; 4096], 0).unwrap();
