@@ -164,8 +164,16 @@ impl Session {
             return Err(found);
         }
         let job = Job::find(virsh, &self.domain.uuid);
+        if let Ok(Some(job)) = &job
+            && job.socket.as_ref() == Some(&self.socket)
+        {
+            return Ok(());
+        }
+        // The watch may have ended it a moment ago, and be about to say why.
+        if let Some(found) = self.watch.as_mut().and_then(Watch::stop) {
+            return Err(found);
+        }
         let why = match job {
-            Ok(Some(job)) if job.socket.as_ref() == Some(&self.socket) => return Ok(()),
             Ok(_) => match Domain::find(virsh, &self.domain.uuid) {
                 Ok(now) if now.id == self.domain.id => "its job was ended or failed; libvirt's log may say why".into(),
                 Ok(Domain { id: Some(_), .. }) => "the domain was stopped, and started again".into(),
