@@ -2,7 +2,8 @@
 //!
 //! We bind and listen, and it inherits the socket as systemd would pass it. The name in the file system is removed
 //! before it starts: what is left is a handle that only this process has. So nobody else can connect, and however this
-//! process ends, no file stays behind.
+//! process ends, no file stays behind; only a kill in the microseconds in which the name is there leaves it, in a folder that
+//! nobody else may enter and on which nobody listens any more.
 
 use std::fs::DirBuilder;
 use std::io::{self, Read};
