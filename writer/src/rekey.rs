@@ -94,15 +94,19 @@ impl Rekey<'_> {
         let mut all = Resealed::default();
         self.round(&mut all)?;
         self.wait_for(&mut at_work)?;
-        while self.round(&mut all)? > 0 {}
-        self.check(&mut all)?;
+        let epochs = loop {
+            let (done, epochs) = self.round(&mut all)?;
+            if done == 0 {
+                break epochs;
+            }
+        };
+        self.check(&epochs, &mut all)?;
         Ok(all)
     }
 
     /// Trailers and headers are clear, so what they say proves nothing: before a key is destroyed, what is said to be sealed
     /// under the newest one has to open with it.
-    fn check(&self, all: &mut Resealed) -> Result<(), BackupError> {
-        let epochs = Epochs::of(&self.tenant)?;
+    fn check(&self, epochs: &Epochs, all: &mut Resealed) -> Result<(), BackupError> {
         let packs = Packs::new(self.tenant.clone(), 0);
         let all = Mutex::new(all);
         for pack in &epochs.packs {
@@ -144,8 +148,8 @@ impl Rekey<'_> {
         }
     }
 
-    /// Goes through all there is once; how much of it was done.
-    fn round(&self, all: &mut Resealed) -> Result<usize, BackupError> {
+    /// Goes through all there is once; how much of it was done, and what there was before.
+    fn round(&self, all: &mut Resealed) -> Result<(usize, Epochs), BackupError> {
         let keys = self.tenant.keys();
         let epochs = Epochs::of(&self.tenant)?;
         let packs = Packs::new(self.tenant.clone(), 0);
@@ -175,7 +179,8 @@ impl Rekey<'_> {
             let results: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
             results.into_iter().try_for_each(|result| result.unwrap_or(Err(BackupError::Thread)))
         })?;
-        Ok(round.done.into_inner())
+        let done = round.done.into_inner();
+        Ok((done, epochs))
     }
 
     fn work(&self, packs: &Packs, round: &Round<'_>, all: &Mutex<&mut Resealed>) -> Result<(), BackupError> {

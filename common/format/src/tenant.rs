@@ -451,8 +451,7 @@ impl Successor<'_> {
         let exhausted = || FormatError::Malformed("it has as many DEK epochs as a record may hold");
         let highest = secrets.deks.iter().map(|dek| dek.epoch).max().unwrap_or(0);
         let epoch = highest.checked_add(1).filter(|_| secrets.deks.len() < MAX_EPOCHS).ok_or_else(exhausted)?;
-        let fields: Borrowed<'_> = parse_secrets(&self.plain)?;
-        let mut deks: Vec<&RawValue> = parse_secrets(fields.get(DEKS).map_or("[]", |deks| deks.get()).as_bytes())?;
+        let mut deks = self.deks_as_written()?;
         let new = secret_json(&SecretDek { epoch, key: SecretHex::of(dek.expose()) })?;
         deks.push(parse_secrets(&new)?);
         let (deks, epoch) = (secret_json(&deks)?, secret_json(&epoch)?);
@@ -465,13 +464,21 @@ impl Successor<'_> {
     /// No DEK of any epoch but the current one: nothing may need them any more.
     pub fn drop_old_epochs(&mut self) -> Result<(), FormatError> {
         let secrets: Secrets = parse_secrets(&self.plain)?;
-        let fields: Borrowed<'_> = parse_secrets(&self.plain)?;
-        let all: Vec<&RawValue> = parse_secrets(fields.get(DEKS).map_or("[]", |deks| deks.get()).as_bytes())?;
         // The same list, so in the same order.
-        let kept = all.into_iter().zip(&secrets.deks).filter(|(_, dek)| dek.epoch == secrets.current_epoch);
+        let kept = self
+            .deks_as_written()?
+            .into_iter()
+            .zip(&secrets.deks)
+            .filter(|(_, dek)| dek.epoch == secrets.current_epoch);
         let deks = secret_json(&kept.map(|(text, _)| text).collect::<Vec<_>>())?;
         self.plain = with_fields(&self.plain, &[(DEKS, Some(parse_secrets(&deks)?))])?;
         Ok(())
+    }
+
+    /// The DEKs with all that was written of them.
+    fn deks_as_written(&self) -> Result<Vec<&RawValue>, FormatError> {
+        let fields: Borrowed<'_> = parse_secrets(&self.plain)?;
+        parse_secrets(fields.get(DEKS).map_or("[]", |deks| deks.get()).as_bytes())
     }
 
     /// What the KMS is to wrap.

@@ -63,6 +63,14 @@ pub struct Held {
     pub holder: Option<Holder>,
 }
 
+impl Held {
+    /// What stands there; whether it is held is another question.
+    fn read(store: &dyn Store, key: &str) -> Held {
+        let holder = store.get(key, MAX_LEASE).ok().and_then(|text| serde_json::from_slice(&text).ok());
+        Held { key: key.to_owned(), holder }
+    }
+}
+
 impl fmt::Display for Held {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.holder {
@@ -92,10 +100,9 @@ fn held(store: &dyn Store, tenant: &TenantName, key: impl Fn(&str) -> Option<Str
     for entry in store.list(&layout::leases(tenant))? {
         let Some(key) = key(&entry.name) else { continue };
         // Read before it is asked for: it may go in between, but not come.
-        let text = store.get(&key, MAX_LEASE);
+        let lease = Held::read(store, &key);
         if store.is_held(&key)? {
-            let holder = text.ok().and_then(|text| serde_json::from_slice(&text).ok());
-            held.push(Held { key, holder });
+            held.push(lease);
         }
     }
     Ok(held)
@@ -125,9 +132,7 @@ pub(crate) fn exclusive(
 }
 
 fn busy(store: &dyn Store, tenant: &TenantName, key: &str) -> VaultError {
-    let holder = store.get(key, MAX_LEASE).ok().and_then(|text| serde_json::from_slice(&text).ok());
-    let held = Held { key: key.to_owned(), holder };
-    VaultError::Busy { tenant: tenant.clone(), who: held.to_string() }
+    VaultError::Busy { tenant: tenant.clone(), who: Held::read(store, key).to_string() }
 }
 
 impl Tenant {

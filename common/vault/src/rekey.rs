@@ -111,7 +111,7 @@ impl Record {
         change: impl FnOnce(&mut Successor<'_>) -> Result<(), FormatError>,
     ) -> Result<Record, VaultError> {
         let payload = self.unwrap(kms)?;
-        let keys = self.record.unlock(self.vault, &self.name, &payload).map_err(VaultError::damaged(self.key()))?;
+        let keys = self.keys(&payload)?;
         self.replaced(&payload, kms, &self.kek()?, keys.previous_kek(), change)
     }
 
