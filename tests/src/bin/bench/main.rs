@@ -35,6 +35,7 @@ use std::error::Error;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use host::Disks;
 use plan::Plan;
 use samples::Samples;
 
@@ -47,8 +48,8 @@ fn main() -> ExitCode {
         Some("null-fs") => fakefs::serve_constant(&arguments[1..]),
         Some("log-reads") => fakefs::serve_logged(&arguments[1..]),
         Some("nbd-null") => live::read_into_nothing(&arguments[1..]),
-        Some("live") => Plan::parse(&arguments[1..]).and_then(|plan| measure_live(&plan)),
-        Some("rekey") => Plan::parse(&arguments[1..]).and_then(|plan| measure_rekey(&plan)),
+        Some("live") => Plan::parse(&arguments[1..]).and_then(|plan| measure_again(&plan, live::take)),
+        Some("rekey") => Plan::parse(&arguments[1..]).and_then(|plan| measure_again(&plan, rekey::take)),
         Some("report") => {
             Plan::parse(&arguments[1..]).and_then(|plan| report::write(&plan, &Samples::load(&plan.work)?))
         }
@@ -111,20 +112,12 @@ fn measure_all(plan: &Plan) -> Result<Samples> {
     Ok(samples)
 }
 
-fn measure_live(plan: &Plan) -> Result<()> {
+/// Takes the cases of reseal alone again, and keeps all else that was measured before.
+fn measure_again(plan: &Plan, take: fn(&Plan, &Disks, &mut Samples) -> Result<()>) -> Result<()> {
     host::require_root()?;
     let disks = host::prepare(plan)?;
     let mut samples = Samples::load(&plan.work)?;
-    live::take(plan, &disks, &mut samples)?;
-    samples.save(&plan.work)?;
-    report::write(plan, &samples)
-}
-
-fn measure_rekey(plan: &Plan) -> Result<()> {
-    host::require_root()?;
-    let disks = host::prepare(plan)?;
-    let mut samples = Samples::load(&plan.work)?;
-    rekey::take(plan, &disks, &mut samples)?;
+    take(plan, &disks, &mut samples)?;
     samples.save(&plan.work)?;
     report::write(plan, &samples)
 }
