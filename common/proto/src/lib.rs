@@ -6,3 +6,4 @@
 pub mod kmip;
 pub mod nbd;
 pub mod qmp;
+pub mod wire;

@@ -1,0 +1,45 @@
+//! The protocol between a site that sends and the site that keeps: `docs/PROTOCOL.md` has the byte tables.
+//!
+//! ```text
+//! source: Hello Begin  Disk       Offer … Data …        DiskEnd  Close         Commit
+//! target: Welcome Begun DiskReady Need … Taken … (Distrusted)    Closed        Committed     (Error, any time)
+//! ```
+//!
+//! A message is a [`Header`] and a payload; the header's length is checked against the limit of its kind before anything is
+//! read. Encoding and decoding stand side by side. All numbers are big-endian.
+
+mod fields;
+mod header;
+mod source;
+mod target;
+mod trouble;
+mod violation;
+
+pub use header::{HEADER_LENGTH, Header, Side};
+pub use source::{Begin, Commit, Data, Definition, Disk, DiskEnd, FromSource, Hello, Offer, Said, Task, Tracking};
+pub use target::{Begun, Committed, DiskReady, FromTarget, Need, Newest, NewestDisk, Start, Welcome};
+pub use trouble::{Trouble, TroubleCode};
+pub use violation::Violation;
+
+/// Version of all that is described here. Both sides name theirs in their first message, whose layout stays for ever.
+pub const VERSION: u16 = 1;
+/// What TLS is asked to agree on (ALPN), so that nothing else is taken for it.
+pub const ALPN: &[u8] = b"reseal/1";
+/// Clusters of one offer.
+pub const MAX_CLUSTERS: usize = 16;
+/// Bytes of a cluster's hash.
+pub const HASH: usize = 32;
+/// Longest cluster as frames: the table, and every frame stored as it is.
+pub const MAX_FRAMES: usize = 1 + 2 * 4 + 65_536;
+/// Longest name of a VM or disk.
+pub const MAX_NAME: usize = 80;
+/// Longest text for people, and longest name of a record of changes.
+pub const MAX_TEXT: usize = 4096;
+/// Longest definition of a VM.
+pub const MAX_DEFINITION: usize = 4 << 20;
+/// Most disks of a VM.
+pub const MAX_DISKS: usize = 256;
+/// Most warnings of a restore point.
+pub const MAX_WARNINGS: usize = 1024;
+/// Most areas that are read whatever is said; where there are more, the disk is read whole.
+pub const MAX_AREAS: usize = 65_536;
