@@ -11,7 +11,7 @@ use reseal_store::{Local, Store};
 use reseal_vault::heads::Heads;
 use reseal_vault::{Tenant, VaultError, Wait};
 use reseal_writer::BackupError;
-use reseal_writer::backup::{Backup, Disks, Encoding, Input};
+use reseal_writer::backup::{Backup, Disks, Encoding, Input, Vault};
 use reseal_writer::source::Source;
 
 use crate::model::ReadDisk;
@@ -57,9 +57,6 @@ impl Site {
 /// Backs up one disk in this process. There is no lookup at `state`: one that a process opens stays open in it.
 pub fn backup(tenant: &Arc<Tenant>, heads: &Heads, name: &str, disk: &Path) -> Result<Manifest, BackupError> {
     let backup = Backup {
-        tenant: tenant.clone(),
-        heads,
-        state: PathBuf::from("/dev/null/no-lookup"),
         vm: vm(name),
         disks: Disks::Given(vec![Input {
             name: DiskName::new("disk-0").unwrap(),
@@ -75,7 +72,8 @@ pub fn backup(tenant: &Arc<Tenant>, heads: &Heads, name: &str, disk: &Path) -> R
         workers: 2,
         progress: &|_| {},
     };
-    Ok(backup.run()?.manifest)
+    let to = Vault { tenant: tenant.clone(), heads, state: PathBuf::from("/dev/null/no-lookup") };
+    Ok(backup.run(to)?.manifest)
 }
 
 /// A disk of a restore point, read without FUSE.

@@ -28,17 +28,17 @@ pub(crate) struct Counted {
 }
 
 /// Seals the blobs of one restore point.
-pub(crate) struct Assembler<'a> {
+pub(crate) struct Assembler {
     writer: PackWriter,
-    finisher: &'a Finisher,
+    finisher: Arc<Finisher>,
     nodes: NodeStore,
     /// New blobs that the lookup does not know yet: those of packs that are not finished.
     session: HashMap<BlobId, BlobRef>,
     pub counted: Counted,
 }
 
-impl<'a> Assembler<'a> {
-    pub(crate) fn new(tenant: Arc<Tenant>, finisher: &'a Finisher) -> Assembler<'a> {
+impl Assembler {
+    pub(crate) fn new(tenant: Arc<Tenant>, finisher: Arc<Finisher>) -> Assembler {
         Assembler {
             writer: PackWriter::new(tenant.clone(), Kind::DataPack),
             finisher,
@@ -48,7 +48,7 @@ impl<'a> Assembler<'a> {
         }
     }
 
-    fn add(&mut self, done: Done, index: &mut IndexWriter<'_>) -> Result<(), BackupError> {
+    pub(crate) fn add(&mut self, done: Done, index: &mut IndexWriter<'_>) -> Result<(), BackupError> {
         for ids in self.finisher.learnt() {
             for id in ids {
                 self.session.remove(&id);
@@ -103,7 +103,7 @@ impl<'a> Assembler<'a> {
 
     /// Where index nodes go.
     pub(crate) fn sink(&mut self) -> Sink<'_> {
-        Sink { nodes: &mut self.nodes, finisher: self.finisher }
+        Sink { nodes: &mut self.nodes, finisher: &self.finisher }
     }
 
     /// Hands over the packs that are not full.
@@ -111,37 +111,36 @@ impl<'a> Assembler<'a> {
         if let Some(pack) = self.writer.take_last() {
             self.finisher.submit(pack, true)?;
         }
-        self.nodes.close(self.finisher)
+        self.nodes.close(&self.finisher)
     }
 }
 
-/// Takes results in any order and adds them in the order of the disk.
-pub(crate) struct InOrder<'a, 'b> {
-    assembler: &'a mut Assembler<'b>,
-    index: IndexWriter<'a>,
+/// Puts results back in the order of the disk.
+#[derive(Default)]
+pub(crate) struct InOrder {
     next: u64,
     early: BTreeMap<u64, Done>,
 }
 
-impl<'a, 'b> InOrder<'a, 'b> {
-    pub(crate) fn new(assembler: &'a mut Assembler<'b>, index: IndexWriter<'a>) -> InOrder<'a, 'b> {
-        InOrder { assembler, index, next: 0, early: BTreeMap::new() }
-    }
-
-    /// What it was made of, when every result was taken.
-    pub(crate) fn finish(self) -> Result<(&'a mut Assembler<'b>, IndexWriter<'a>), BackupError> {
-        if self.early.is_empty() { Ok((self.assembler, self.index)) } else { Err(BackupError::Thread) }
-    }
-
-    /// Takes a result; how many units could be added because of it.
-    pub(crate) fn take(&mut self, done: Done) -> Result<usize, BackupError> {
+impl InOrder {
+    /// Takes a result and hands on what is next because of it; how many units that was.
+    pub(crate) fn take(
+        &mut self,
+        done: Done,
+        add: &mut dyn FnMut(Done) -> Result<(), BackupError>,
+    ) -> Result<usize, BackupError> {
         self.early.insert(done.unit.sequence, done);
         let mut added = 0;
         while let Some(done) = self.early.remove(&self.next) {
-            self.assembler.add(done, &mut self.index)?;
+            add(done)?;
             self.next += 1;
             added += 1;
         }
         Ok(added)
+    }
+
+    /// How many units there were, when every result was taken.
+    pub(crate) fn finish(self) -> Result<u64, BackupError> {
+        if self.early.is_empty() { Ok(self.next) } else { Err(BackupError::Thread) }
     }
 }

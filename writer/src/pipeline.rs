@@ -12,12 +12,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use reseal_format::geometry::CLUSTER_U64;
-use reseal_format::manifest::{Disk, Root};
 
 use crate::BackupError;
-use crate::assemble::{Assembler, InOrder};
-use crate::index_writer::IndexWriter;
-use crate::known::{Known, ParentDisk};
+use crate::assemble::InOrder;
+use crate::judge::Judge;
 use crate::nbd::{Read, Request};
 use crate::plan::{Plan, Sample, Task, Unit};
 use crate::source::{Extents, Marked, Source};
@@ -32,9 +30,6 @@ const MAX_IN_FLIGHT: usize = 128;
 /// How a disk is backed up.
 pub(crate) struct Job<'a> {
     pub source: &'a Source,
-    pub known: &'a Known,
-    /// The same disk in the restore point that the backup starts from.
-    pub parent: Option<&'a Disk>,
     /// What changed since that, if somebody says so.
     pub told: Option<&'a Told>,
     pub encoding: Encoding,
@@ -146,9 +141,8 @@ impl Job<'_> {
         }
     }
 
-    fn work(&self, inbox: Inbox<'_>, results: &Sender<Result<Done, BackupError>>) {
-        let parent = ParentDisk::new(self.known, self.parent);
-        let mut worker = match Worker::new(inbox, self.known, parent, self.encoding) {
+    fn work<'r>(&self, inbox: Inbox<'r>, judge: Judge<'r>, results: &Sender<Result<Done, BackupError>>) {
+        let mut worker = match Worker::new(inbox, judge, self.encoding) {
             Ok(worker) => worker,
             Err(e) => return drop(results.send(Err(e))),
         };
@@ -163,42 +157,57 @@ impl Job<'_> {
         }
     }
 
-    /// Reads the disk and stores what is new of it; the root of its index, and how many clusters that maps. After an error
-    /// that is no distrust an export is of no more use.
-    pub(crate) fn run(&self, assembler: &mut Assembler<'_>) -> Result<(Option<Root>, u64), BackupError> {
+    /// Units between plan and index, where all is done in this process.
+    pub(crate) fn in_flight(&self) -> usize {
+        (IN_FLIGHT * self.workers).min(MAX_IN_FLIGHT)
+    }
+
+    /// Reads the disk; how many units it was. At most `in_flight` are anywhere at once. `judge` gives each of
+    /// `workers` the other side of ┃, and `add` takes what they
+    /// have found, in the order of the disk. After an error that is no distrust an export is of no
+    /// more use.
+    pub(crate) fn run<'r>(
+        &self,
+        workers: usize,
+        in_flight: usize,
+        judge: &(dyn Fn() -> Judge<'r> + Sync),
+        add: &mut dyn FnMut(Done) -> Result<(), BackupError>,
+    ) -> Result<u64, BackupError> {
         let (stop, serving) = (AtomicBool::new(false), AtomicUsize::new(0));
         std::thread::scope(|scope| {
             let _stop = StopOnDrop(&stop);
             let (stop, serving) = (&stop, &serving);
             let abandon = |e: BackupError| {
                 // Whoever waits for a silent server need not wait on.
-                if let (Source::Nbd(nbd), false) = (self.source, matches!(e, BackupError::Distrusted { .. })) {
+                let goes_on = matches!(e, BackupError::Distrusted { .. });
+                if let (Source::Nbd(nbd), false) = (self.source, goes_on) {
                     nbd.export().stop();
                 }
                 e
             };
-            let in_flight = (IN_FLIGHT * self.workers).min(MAX_IN_FLIGHT);
             let (ticket, tickets) = bounded(in_flight);
             let (result, results) = bounded(in_flight);
             let outbox = match self.source {
                 Source::File(file) => {
                     let (unit, units) = bounded(in_flight);
-                    for _ in 0..self.workers {
+                    for _ in 0..workers {
                         let (inbox, result) = (Inbox::File(units.clone(), file), result.clone());
-                        scope.spawn(move || self.work(inbox, &result));
+                        let judge = judge();
+                        scope.spawn(move || self.work(inbox, judge, &result));
                     }
                     Outbox::Workers(unit)
                 }
                 Source::Nbd(nbd) => {
                     let (requests, requested) = bounded(in_flight);
                     let (filled, to_do) = bounded(in_flight);
-                    let (empty, pool) = bounded(in_flight + self.workers);
+                    let (empty, pool) = bounded(in_flight + workers);
                     for _ in 0..in_flight {
                         let _ = empty.send(Buffer::default());
                     }
-                    for _ in 0..self.workers {
+                    for _ in 0..workers {
                         let (inbox, result) = (Inbox::Nbd(to_do.clone(), empty.clone()), result.clone());
-                        scope.spawn(move || self.work(inbox, &result));
+                        let judge = judge();
+                        scope.spawn(move || self.work(inbox, judge, &result));
                     }
                     // A first try that was ended by distrust has stopped it.
                     nbd.export().restart();
@@ -216,8 +225,7 @@ impl Job<'_> {
             // Only threads hold channels from here on, so that the loop below ends when they have.
             scope.spawn(move || self.plan(&outbox, &ticket, &result, (stop, serving)));
             let length = self.source.length();
-            let index = IndexWriter::new(self.known, self.parent, length, self.told.is_some());
-            let mut in_order = InOrder::new(assembler, index);
+            let mut in_order = InOrder::default();
             let mut disconnected = None;
             let mut reached = 0;
             for result in results {
@@ -241,15 +249,14 @@ impl Job<'_> {
                         more
                     }
                 });
-                for _ in 0..in_order.take(done).map_err(abandon)? {
+                for _ in 0..in_order.take(done, add).map_err(abandon)? {
                     let _ = tickets.recv();
                 }
             }
             if let Some(e) = disconnected {
                 return Err(e);
             }
-            let (assembler, index) = in_order.finish()?;
-            index.finish(&mut assembler.sink())
+            in_order.finish()
         })
     }
 }

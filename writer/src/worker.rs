@@ -1,14 +1,14 @@
-//! One thread's work on a unit: read, hash, look up, compress.
+//! One thread's work on a unit: read, hash, have it looked up, compress what is needed.
 
 use crossbeam_channel::{Receiver, Sender};
 use reseal_format::frames::{DEFAULT_LEVEL, FrameEncoder, FrameShift};
-use reseal_format::geometry::{CLUSTER, CLUSTER_U64, ClusterIndex, is_zero};
+use reseal_format::geometry::{CLUSTER, CLUSTER_U64, is_zero};
 use reseal_format::ids::BlobId;
 use reseal_format::index::BlobRef;
 use zeroize::Zeroizing;
 
 use crate::BackupError;
-use crate::known::{Known, ParentDisk};
+use crate::judge::{ClusterHash, Judge, Verdict};
 use crate::nbd::{NbdError, Read};
 use crate::plan::{Task, Unit};
 use crate::source::FileSource;
@@ -60,30 +60,18 @@ pub(crate) enum Inbox<'a> {
 pub(crate) struct Worker<'a> {
     inbox: Inbox<'a>,
     buffer: Buffer,
-    decider: Decider<'a>,
-}
-
-/// Decides about one cluster after the other.
-struct Decider<'a> {
-    known: &'a Known,
-    parent: ParentDisk<'a>,
+    judge: Judge<'a>,
     encoder: FrameEncoder,
 }
 
 impl<'a> Worker<'a> {
-    pub(crate) fn new(
-        inbox: Inbox<'a>,
-        known: &'a Known,
-        parent: ParentDisk<'a>,
-        encoding: Encoding,
-    ) -> Result<Worker<'a>, BackupError> {
+    pub(crate) fn new(inbox: Inbox<'a>, judge: Judge<'a>, encoding: Encoding) -> Result<Worker<'a>, BackupError> {
         let encoder = FrameEncoder::new(encoding.shift, encoding.level);
         let failed = |source| BackupError::Source { path: "zstd".into(), action: "get the working memory of", source };
-        let decider = Decider { known, parent, encoder: encoder.map_err(failed)? };
-        Ok(Worker { inbox, buffer: Buffer::default(), decider })
+        Ok(Worker { inbox, buffer: Buffer::default(), judge, encoder: encoder.map_err(failed)? })
     }
 
-    /// Gets the next unit and decides about each of its clusters; `None` when there is none left.
+    /// Gets the next unit and does what there is to do about each of its clusters; `None` when there is none left.
     pub(crate) fn work(&mut self) -> Option<Result<Done, BackupError>> {
         let unit = match &self.inbox {
             Inbox::File(units, file) => {
@@ -110,75 +98,47 @@ impl<'a> Worker<'a> {
                 Err(e) => return Some(Err(e.into())),
             },
         };
-        Some(self.decide(unit))
+        Some(self.hash_and_decide(unit))
     }
 
     /// Decides about clusters that are said to be unchanged and are a hole: zeros need not be read to be checked.
     fn check_hole(&mut self, unit: Unit, length: u64) -> Result<Done, BackupError> {
-        let clusters = (unit.first..unit.first + unit.count).map(|at| self.decider.check_zeros(ClusterIndex(at)));
-        Ok(Done { unit, read: unit.length(length) as u64, clusters: clusters.collect::<Result<_, _>>()? })
+        let hashes: Vec<ClusterHash> = (0..unit.count).map(|_| None).collect();
+        self.decide(unit, unit.length(length) as u64, &hashes)
     }
 
-    fn decide(&mut self, unit: Unit) -> Result<Done, BackupError> {
+    fn hash_and_decide(&mut self, unit: Unit) -> Result<Done, BackupError> {
         let read = self.buffer.len() as u64;
         // The last cluster of a disk may be partly past its end, where it counts as zeros.
         let whole = self.buffer.len().next_multiple_of(CLUSTER);
         self.buffer.resize(whole, 0);
-        let mut clusters = Vec::with_capacity(usize::try_from(unit.count).unwrap_or(0));
-        for (bytes, at) in self.buffer.chunks_exact(CLUSTER).zip(unit.first..) {
-            let at = ClusterIndex(at);
-            clusters.push(match unit.task {
-                Task::Check => self.decider.check(at, bytes)?,
-                _ => self.decider.decide(at, bytes)?,
-            });
-        }
+        let hashes: Vec<_> = self.buffer.chunks_exact(CLUSTER).map(hash).collect();
+        self.decide(unit, read, &hashes)
+    }
+
+    /// Decides by the hashes. The buffer holds those clusters that are no holes, each at its place in the unit.
+    fn decide(&mut self, unit: Unit, read: u64, hashes: &[ClusterHash]) -> Result<Done, BackupError> {
+        let known = self.judge.known();
+        let verdicts = self.judge.judge(unit, hashes, &mut |id| Ok(known.find(id)?))?;
+        let become_of = |(nth, verdict)| match verdict {
+            Verdict::Hole => Cluster::Hole,
+            Verdict::Unchanged(place) => Cluster::Unchanged(place),
+            Verdict::Known(place) => Cluster::Known(place),
+            Verdict::Needed(id) => Cluster::New { id, frames: encode(&mut self.encoder, &self.buffer, nth) },
+        };
+        let clusters = verdicts.into_iter().enumerate().map(become_of).collect();
         Ok(Done { unit, read, clusters })
     }
 }
 
-impl Decider<'_> {
-    fn decide(&mut self, cluster: ClusterIndex, bytes: &[u8]) -> Result<Cluster, BackupError> {
-        if is_zero(bytes) {
-            return Ok(Cluster::Hole);
-        }
-        let id = self.known.packs.tenant().keys().dedup().id_of(bytes);
-        if let Some(place) = self.parent.blob(cluster)?
-            && self.parent.confirms(place, &id)?
-        {
-            return Ok(Cluster::Unchanged(place));
-        }
-        if let Some(place) = self.known.find(&id)? {
-            return Ok(Cluster::Known(place));
-        }
-        // Most clusters shrink to less than half; a larger one grows its vector once.
-        let mut frames = Vec::with_capacity(CLUSTER / 2);
-        self.encoder.encode(bytes, &mut frames);
-        Ok(Cluster::New { id, frames })
-    }
-
-    /// Decides about a cluster that is said to be as the parent has it.
-    fn check(&mut self, cluster: ClusterIndex, bytes: &[u8]) -> Result<Cluster, BackupError> {
-        if is_zero(bytes) {
-            return self.check_zeros(cluster);
-        }
-        let id = self.known.packs.tenant().keys().dedup().id_of(bytes);
-        match self.parent.blob(cluster)? {
-            Some(place) if self.parent.confirms(place, &id)? => Ok(Cluster::Unchanged(place)),
-            _ => Err(distrusted(cluster)),
-        }
-    }
-
-    /// The same for one of zeros.
-    fn check_zeros(&mut self, cluster: ClusterIndex) -> Result<Cluster, BackupError> {
-        match self.parent.blob(cluster)? {
-            None => Ok(Cluster::Hole),
-            Some(_) => Err(distrusted(cluster)),
-        }
-    }
+fn hash(bytes: &[u8]) -> ClusterHash {
+    (!is_zero(bytes)).then(|| blake3::hash(bytes))
 }
 
-fn distrusted(cluster: ClusterIndex) -> BackupError {
-    BackupError::Distrusted {
-        why: format!("the bytes from {} on, said to be unchanged, are others", cluster.first_byte()),
-    }
+/// Compresses the nth cluster of a unit.
+fn encode(encoder: &mut FrameEncoder, unit: &[u8], nth: usize) -> Vec<u8> {
+    // Most clusters shrink to less than half; a larger one grows its vector once.
+    let mut frames = Vec::with_capacity(CLUSTER / 2);
+    encoder.encode(&unit[nth * CLUSTER..][..CLUSTER], &mut frames);
+    frames
 }

@@ -8,7 +8,7 @@ use reseal_cli::{CommonArgs, Failure, Output, Progress, Status, hold_keys, human
 use reseal_format::frames::FrameShift;
 use reseal_format::manifest::{Definition, MAX_DEFINITION, Manifest};
 use reseal_format::names::VmName;
-use reseal_writer::backup::{Backup, Disks, Encoding};
+use reseal_writer::backup::{Backup, Disks, Encoding, Vault};
 use reseal_writer::throttle::Throttle;
 
 use super::sources::{self, parse_size};
@@ -62,9 +62,6 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     };
     let progress = Progress::bytes(output, &args.vm, total);
     let backup = Backup {
-        tenant: opened.tenant,
-        heads: &opened.heads,
-        state: opened.paths.state,
         vm,
         disks,
         definition,
@@ -75,7 +72,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
         expect: &|bytes| progress.expect(bytes),
         say: &|warning| output.warn(warning),
     };
-    let result = backup.run();
+    let result = backup.run(Vault { tenant: opened.tenant, heads: &opened.heads, state: opened.paths.state });
     progress.finish();
     let backed = result?;
     summarize(output, &backed.manifest);

@@ -1,0 +1,399 @@
+//! A restore point in the making, right of ┃: from the VM's place in its chain to the manifest. A backup in this process and a
+//! session of another site fill it in the same way.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, HashSet};
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use reseal_format::ids::{Digest, PointId, VmId};
+use reseal_format::keys::Kind;
+use reseal_format::layout::MAX_NUMBER;
+use reseal_format::manifest::{Claim, Disk, MAX_TEXT, Manifest, Parent, Stats, Tracking};
+use reseal_format::names::VmName;
+use reseal_format::time::Timestamp;
+use reseal_store::Lease;
+use reseal_vault::heads::Heads;
+use reseal_vault::{Holder, PackFile, Packs, Quota, Tenant, Tree, VaultError, random};
+
+use crate::BackupError;
+use crate::assemble::{Assembler, Counted};
+use crate::finisher::Finisher;
+use crate::index_writer::IndexWriter;
+use crate::judge::Judge;
+use crate::known::{Known, ParentDisk};
+use crate::lookup::{Lookup, lookup_folder};
+use crate::pipeline::Job;
+use crate::target::{Asked, DiskFacts, Ending, Start, Target};
+
+/// Bytes of pack tables and of index nodes that a backup keeps.
+const TABLES: usize = 128 << 20;
+const NODES: usize = 16 << 20;
+/// How far the newest point may be ahead of the clock before it is worth a warning.
+const MAX_AHEAD_MS: i64 = 60_000;
+
+/// What the chain says about the next point.
+struct Position {
+    number: u32,
+    vm_id: VmId,
+    parent: Option<Parent>,
+    /// The newest live point, against which changes are found.
+    newest: Option<Manifest>,
+    not_before: Timestamp,
+}
+
+/// The disk that is being read.
+struct Current {
+    facts: DiskFacts,
+    /// The same disk in the restore point that is compared with.
+    parent: Option<Disk>,
+    /// What is said of its changes, if that is believed.
+    claim: Option<Claim>,
+    /// What had been counted before it.
+    before: Counted,
+}
+
+/// A disk's changes since a restore point can be told.
+struct Believed {
+    base: Disk,
+    always: Vec<Range<u64>>,
+    claim: Claim,
+}
+
+/// A restore point that does not exist yet.
+pub(crate) struct Draft {
+    tenant: Arc<Tenant>,
+    heads: Heads,
+    vm: VmName,
+    point: PointId,
+    _lease: Box<dyn Lease>,
+    position: Position,
+    known: Arc<Known>,
+    finisher: Arc<Finisher>,
+    assembler: Assembler,
+    warnings: Vec<String>,
+    current: Option<Current>,
+    disks: Vec<Disk>,
+    /// When all was durable: the time of the point, and the bytes that were stored.
+    closed: Option<(Timestamp, u64)>,
+    made: Option<Made>,
+}
+
+/// A restore point that was made.
+#[derive(Debug)]
+pub(crate) struct Made {
+    pub manifest: Manifest,
+    /// Digest of the manifest's plaintext.
+    pub digest: Digest,
+    /// Why this machine could not remember it, if so.
+    pub not_remembered: Option<VaultError>,
+}
+
+/// What fills the disk that was begun.
+pub(crate) struct Filling<'a> {
+    pub known: &'a Known,
+    pub parent: Option<&'a Disk>,
+    pub assembler: &'a mut Assembler,
+    pub index: IndexWriter<'a>,
+}
+
+impl Draft {
+    /// Begins the next restore point of a VM. `what` says who is at work.
+    pub(crate) fn new(
+        tenant: Arc<Tenant>,
+        heads: Heads,
+        state: &Path,
+        vm: VmName,
+        what: String,
+    ) -> Result<Draft, BackupError> {
+        // Before the record is read on which all that follows relies.
+        let lease = tenant.lease(&Holder::this_process(what))?;
+        tenant.refresh()?;
+        tenant.settle_new_epoch()?;
+        tenant.store().sweep().map_err(VaultError::from)?;
+        let position = position(&tenant, &heads, &vm).map_err(|e| match e {
+            BackupError::Vault(source) if source.damaged_object().is_some() => BackupError::Newest { source },
+            other => other,
+        })?;
+        let point = PointId::from_bytes(random()?);
+        let (known, no_lookup) = open_known(&tenant, state)?;
+        let known = Arc::new(known);
+        let quota = quota(&tenant, &known)?;
+        if let Some(quota) = &quota {
+            quota.check(0, 0)?;
+        }
+        let finisher = Arc::new(Finisher::new(known.clone(), quota));
+        let assembler = Assembler::new(tenant.clone(), finisher.clone());
+        Ok(Draft {
+            tenant,
+            heads,
+            vm,
+            point,
+            _lease: lease,
+            position,
+            known,
+            finisher,
+            assembler,
+            warnings: Vec::from_iter(no_lookup),
+            current: None,
+            disks: Vec::new(),
+            closed: None,
+            made: None,
+        })
+    }
+
+    /// What was made of it.
+    pub(crate) fn into_made(self) -> Option<Made> {
+        self.made
+    }
+
+    /// Whether what is said of a disk's changes can be used; otherwise why not.
+    fn believe(&self, facts: &DiskFacts, asked: &Asked) -> Result<Result<Believed, String>, BackupError> {
+        let Asked { method, id, since } = asked;
+        let newest = self.position.newest.as_ref();
+        let older = match (since, newest) {
+            (Some(number), Some(newest)) if *number != newest.number => {
+                Some(self.tenant.point(&self.vm, *number)?.manifest)
+            }
+            _ => None,
+        };
+        let Some(point) = older.as_ref().or(newest) else { return Ok(Err("there is no restore point yet".into())) };
+        let known = format!("{}@{}", self.vm, point.number);
+        let Some(base) = point.disks.iter().find(|disk| disk.name == facts.name) else {
+            return Ok(Err(format!("{known} has no such disk")));
+        };
+        let tracked = |tracking: &Tracking| tracking.method == *method && tracking.id == *id;
+        if since.is_none() && !base.tracking.as_ref().is_some_and(tracked) {
+            let recorded = match &base.tracking {
+                Some(tracking) => format!("recorded {} {}", tracking.method, tracking.id),
+                None => "recorded nothing to tell changes since".to_owned(),
+            };
+            return Ok(Err(format!("{method} {id} tells changes since another moment: {known} {recorded}")));
+        }
+        if base.length != facts.length {
+            return Ok(Err(format!("the disk had {} bytes in {known} and has {}", base.length, facts.length)));
+        }
+        let always = self.known.not_to_be_kept(base)?;
+        let claim = Claim { method: method.clone(), id: id.clone(), since: point.number, changed: 0, checked: 0 };
+        Ok(Ok(Believed { base: base.clone(), always, claim }))
+    }
+
+    /// Fills the disk that was begun.
+    pub(crate) fn fill(
+        &mut self,
+        fill: impl FnOnce(&mut Filling<'_>) -> Result<(), BackupError>,
+    ) -> Result<(), BackupError> {
+        let current = self.current.as_ref().ok_or(BackupError::Thread)?;
+        let (parent, length, keeps) = (current.parent.as_ref(), current.facts.length, current.claim.is_some());
+        let index = IndexWriter::new(&self.known, parent, length, keeps);
+        let mut filling = Filling { known: &self.known, parent, assembler: &mut self.assembler, index };
+        fill(&mut filling)?;
+        let (root, used_clusters) = filling.index.finish(&mut filling.assembler.sink())?;
+        let Some(Current { facts, claim, before, .. }) = self.current.take() else { return Ok(()) };
+        let counted = self.assembler.counted;
+        let (changed, checked) = (counted.told - before.told, counted.checked - before.checked);
+        self.disks.push(Disk {
+            name: facts.name,
+            length,
+            root,
+            used_clusters,
+            source: facts.source.chars().take(MAX_TEXT / 4).collect(),
+            tracking: facts.tracking,
+            claim: claim.map(|claim| Claim { changed: changed.min(length), checked, ..claim }),
+        });
+        Ok(())
+    }
+}
+
+impl Target for Draft {
+    fn point(&self) -> PointId {
+        self.point
+    }
+
+    fn newest(&self) -> Option<&Manifest> {
+        self.position.newest.as_ref()
+    }
+
+    fn begin(&mut self, facts: DiskFacts, asked: Option<Asked>) -> Result<Start, BackupError> {
+        if let Some(unfinished) = self.current.take() {
+            // What the first try took for changed is counted anew.
+            self.assembler.counted.changed = unfinished.before.changed;
+        }
+        let newest = self.position.newest.iter().flat_map(|newest| &newest.disks);
+        let before = self.assembler.counted;
+        let same = newest.into_iter().find(|disk| disk.name == facts.name).cloned();
+        let (parent, claim, start) = match asked.map(|asked| self.believe(&facts, &asked)).transpose()? {
+            Some(Ok(Believed { base, always, claim })) => (Some(base), Some(claim), Start::Since { always }),
+            Some(Err(why)) => {
+                // That the first restore point reads everything needs no reason.
+                let why = self.position.newest.is_some().then_some(why);
+                (same, None, Start::Whole(why))
+            }
+            None => (same, None, Start::Whole(None)),
+        };
+        self.current = Some(Current { facts, parent, claim, before });
+        Ok(start)
+    }
+
+    fn read(&mut self, job: &Job<'_>) -> Result<(), BackupError> {
+        self.fill(|Filling { known, parent, assembler, index }| {
+            let judge = || Judge::new(known, ParentDisk::new(known, *parent));
+            job.run(job.workers, job.in_flight(), &judge, &mut |done| assembler.add(done, index))?;
+            Ok(())
+        })
+    }
+
+    fn close(&mut self) -> Result<(), BackupError> {
+        self.assembler.close()?;
+        let clock = now()?;
+        let created = clock.max(Timestamp(self.position.not_before.0 + 1));
+        if created.0 - clock.0 > MAX_AHEAD_MS {
+            let ahead = "but the restore point before this one is later";
+            self.warnings.push(format!("this machine's clock says {clock}, {ahead}"));
+        }
+        self.closed = Some((created, self.finisher.wait()?));
+        Ok(())
+    }
+
+    fn commit(&mut self, ending: Ending) -> Result<(), BackupError> {
+        let (created, stored) = self.closed.ok_or(BackupError::Thread)?;
+        if stored > 0
+            && let Some(quota) = quota(&self.tenant, &self.known)?
+        {
+            // What others have stored meanwhile counts too.
+            quota.check(0, 0)?;
+        }
+        let counted = self.assembler.counted;
+        let stats = Stats {
+            read: counted.read,
+            changed: counted.changed,
+            new: counted.new,
+            stored,
+            duration_ms: ending.duration_ms,
+        };
+        let mut warnings = std::mem::take(&mut self.warnings);
+        warnings.extend(ending.warnings);
+        let manifest = Manifest {
+            vm: self.vm.clone(),
+            vm_id: self.position.vm_id,
+            number: self.position.number,
+            point_id: self.point,
+            created,
+            parent: self.position.parent,
+            disks: std::mem::take(&mut self.disks),
+            definition: ending.definition,
+            stats,
+            warnings,
+        };
+        let digest = self.tenant.commit(&manifest)?;
+        // The point exists, whatever becomes of the memory of it.
+        let seen = [(self.vm.clone(), manifest.number)];
+        let not_remembered = self.heads.remember(self.tenant.record_generation(), &seen).err();
+        self.made = Some(Made { manifest, digest, not_remembered });
+        Ok(())
+    }
+
+    fn recover(&mut self, _: &BackupError) -> Result<bool, BackupError> {
+        Ok(false)
+    }
+
+    fn is_made(&self) -> bool {
+        self.made.is_some()
+    }
+}
+
+fn position(tenant: &Tenant, heads: &Heads, vm: &VmName) -> Result<Position, BackupError> {
+    let chain = heads.whole_chain(tenant, vm)?;
+    let newest = match tenant.newest(vm, &chain)? {
+        Some(number) => Some(tenant.point(vm, number)?),
+        None => None,
+    };
+    let number = chain.last().checked_add(1).filter(|number| *number <= MAX_NUMBER);
+    let number = number.ok_or_else(|| BackupError::Usage(format!("{} has no more numbers to give", vm)))?;
+    let Some((parent, point)) = tenant.parent_of_next(vm, &chain)? else {
+        let vm_id = VmId::from_bytes(random().map_err(BackupError::from)?);
+        return Ok(Position { number, vm_id, parent: None, newest: None, not_before: Timestamp(0) });
+    };
+    let (vm_id, not_before) = match (&point, &newest) {
+        (Some(point), _) => (point.manifest.vm_id, point.manifest.created),
+        (None, newest) => {
+            let tombstone = tenant.tombstone(vm, parent.number)?;
+            let live = newest.as_ref().map_or(Timestamp(0), |point| point.manifest.created);
+            (tombstone.vm_id, tombstone.created.max(live))
+        }
+    };
+    Ok(Position { number, vm_id, parent: Some(parent), newest: newest.map(|point| point.manifest), not_before })
+}
+
+/// The tenant's quota, if it has one, beside what the vault has now.
+fn quota(tenant: &Tenant, known: &Known) -> Result<Option<Quota>, VaultError> {
+    match tenant.keys().quota() {
+        Some(_) => Ok(Quota::of(tenant, &known.packs.list()?)),
+        None => Ok(None),
+    }
+}
+
+/// Opens what is known. A backup without a lookup is right, only larger, which is said.
+fn open_known(tenant: &Arc<Tenant>, state: &Path) -> Result<(Known, Option<String>), BackupError> {
+    let packs = Arc::new(Packs::new(tenant.clone(), TABLES));
+    let tree = Tree::new(packs.clone(), NODES);
+    let folder = lookup_folder(state, &tenant.keys().scope());
+    let opened = Lookup::open(&folder).and_then(|lookup| Ok((lookup, lookup.damaged()?, lookup.packs()?)));
+    let (lookup, damaged, held) = match opened {
+        Ok(opened) => opened,
+        Err(e) => {
+            let folder = folder.display();
+            let warning = format!(
+                "the lookup in {folder} can't be used ({e}): clusters that only other VMs have were stored again"
+            );
+            return Ok((Known { packs, tree, lookup: None, damaged: HashSet::new() }, Some(warning)));
+        }
+    };
+    // What it held before the listing and is not in it is gone; what others learnt meanwhile is not. Of a pack that is
+    // being rewritten only the newest generation counts, for the other is about to go.
+    let mut present = packs.list()?;
+    present.sort_by_key(|pack| (pack.id, Reverse(pack.generation)));
+    present.dedup_by_key(|pack| pack.id);
+    let names: BTreeSet<_> = present.iter().map(|pack| (pack.id, pack.generation)).collect();
+    let gone: Vec<_> = held.difference(&names).map(|(id, _)| *id).collect();
+    let unknown: Vec<_> = present.into_iter().filter(|pack| !held.contains(&(pack.id, pack.generation))).collect();
+    if !gone.is_empty() {
+        let _ = lookup.forget(gone.into_iter());
+    }
+    packs.settle(&unknown)?;
+    for pack in unknown {
+        learn(&packs, &lookup, pack)?;
+    }
+    Ok((Known { packs, tree, lookup: Some(lookup), damaged }, None))
+}
+
+/// Lets the lookup learn a pack that it does not know: one of another machine, or one that an aborted backup left.
+fn learn(packs: &Packs, lookup: &Lookup, pack: PackFile) -> Result<(), VaultError> {
+    let handle = match packs.open_generation(pack.id, pack.generation) {
+        Ok(handle) => handle,
+        // A backup without the tenant's new keys would go on sealing under the old.
+        Err(e @ VaultError::NoNewKeys { .. }) => return Err(e),
+        // A damaged pack is nothing to deduplicate against; `verify` reports it.
+        Err(_) => return Ok(()),
+    };
+    let ids = match handle.trailer().kind {
+        Kind::DataPack => packs.read_ids(&handle),
+        _ => Ok(Vec::new()),
+    };
+    if let Ok(ids) = ids {
+        // What it does not learn now, the next backup will.
+        let _ = lookup.learn(pack.id, pack.generation, &ids);
+    }
+    Ok(())
+}
+
+/// The time, in milliseconds since 1970.
+fn now() -> Result<Timestamp, BackupError> {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    let millis = since.ok().and_then(|since| i64::try_from(since.as_millis()).ok()).map(Timestamp);
+    millis
+        .filter(|time| time.is_sane())
+        .ok_or_else(|| BackupError::Usage("this machine's clock is outside the years 1970 to 9999; set it".into()))
+}
