@@ -1,7 +1,8 @@
 //! What the end-to-end tests are made of: a [`site`] with the real programs ([`process`]), disks as they should be
 //! ([`model`], [`random`]), the same work through the libraries ([`library`]) over stores that fail or count
 //! ([`faults`]) and a KMS that does so too ([`moody`]), while the tenant's keys are replaced step by step ([`rekeying`]); and
-//! what ends with a test: mounts of a vault ([`mounting`]), other file systems and devices ([`loops`]), a guest that runs ([`guest`], as a [`domain`] of libvirt too, watched by [`qmp`]).
+//! what ends with a test: mounts of a vault ([`mounting`]), other file systems and devices ([`loops`]), a guest that runs ([`guest`], as a [`domain`] of libvirt too, watched by [`qmp`]); two
+//! sites, of which one sends to the other ([`remote`]).
 #![allow(clippy::unwrap_used)] // all of it is test code: it ends where it meets what it did not expect
 
 pub mod domain;
@@ -18,4 +19,5 @@ pub mod process;
 pub mod qmp;
 pub mod random;
 pub mod rekeying;
+pub mod remote;
 pub mod site;

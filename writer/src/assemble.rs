@@ -48,12 +48,30 @@ impl Assembler {
         }
     }
 
-    pub(crate) fn add(&mut self, done: Done, index: &mut IndexWriter<'_>) -> Result<(), BackupError> {
+    /// Forgets the blobs that are durable and in the lookup.
+    pub(crate) fn learn(&mut self) {
         for ids in self.finisher.learnt() {
             for id in ids {
                 self.session.remove(&id);
             }
         }
+    }
+
+    /// Where a blob was stored that is not known to be durable yet.
+    pub(crate) fn place_of(&self, id: &BlobId) -> Option<BlobRef> {
+        self.session.get(id).copied()
+    }
+
+    /// Hands over the pack of clusters as it is.
+    pub(crate) fn cut(&mut self) -> Result<(), BackupError> {
+        match self.writer.take_last() {
+            Some(pack) => self.finisher.submit(pack, true),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn add(&mut self, done: Done, index: &mut IndexWriter<'_>) -> Result<(), BackupError> {
+        self.learn();
         let unit = done.unit;
         let clusters = unit.first..unit.first + unit.count;
         self.counted.read += done.read;
@@ -87,7 +105,8 @@ impl Assembler {
         Ok(())
     }
 
-    fn store(&mut self, id: BlobId, mut frames: Vec<u8>) -> Result<BlobRef, BackupError> {
+    /// Seals a new blob; where it is.
+    pub(crate) fn store(&mut self, id: BlobId, mut frames: Vec<u8>) -> Result<BlobRef, BackupError> {
         // Two threads may have found the same new cluster.
         if let Some(&place) = self.session.get(&id) {
             return Ok(place);
@@ -108,9 +127,7 @@ impl Assembler {
 
     /// Hands over the packs that are not full.
     pub(crate) fn close(&mut self) -> Result<(), BackupError> {
-        if let Some(pack) = self.writer.take_last() {
-            self.finisher.submit(pack, true)?;
-        }
+        self.cut()?;
         self.nodes.close(&self.finisher)
     }
 }
@@ -137,6 +154,21 @@ impl InOrder {
             added += 1;
         }
         Ok(added)
+    }
+
+    /// The number of the first unit that was not handed on.
+    pub(crate) fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// Whether no unit of that number was taken.
+    pub(crate) fn is_new(&self, sequence: u64) -> bool {
+        sequence >= self.next && !self.early.contains_key(&sequence)
+    }
+
+    /// What was taken and has to wait for what is before it.
+    pub(crate) fn take_early(&mut self) -> Vec<Done> {
+        std::mem::take(&mut self.early).into_values().collect()
     }
 
     /// How many units there were, when every result was taken.

@@ -17,6 +17,7 @@ use crate::live::Hypervisor;
 use crate::nbd::{NbdUri, Options};
 use crate::pipeline::{Job, Told};
 use crate::plan::Sample;
+use crate::remote::{Enrolment, Remote, Sent};
 use crate::source::{NbdSource, Source};
 use crate::target::{Asked, DiskFacts, Ending, Start, Target};
 use crate::throttle::Throttle;
@@ -120,6 +121,14 @@ impl Backup<'_> {
             return Err(BackupError::Thread);
         };
         Ok(Backed { manifest, digest, not_remembered })
+    }
+
+    /// Makes one restore point at another site.
+    pub fn send(mut self, to: &Enrolment) -> Result<Sent, BackupError> {
+        let began = Instant::now();
+        let mut remote = Remote::connect(to, &self.vm, self.say)?;
+        self.make(&mut remote, began)?;
+        remote.into_sent()
     }
 
     fn make(&mut self, target: &mut dyn Target, began: Instant) -> Result<(), BackupError> {

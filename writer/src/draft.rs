@@ -27,6 +27,7 @@ use crate::known::{Known, ParentDisk};
 use crate::lookup::{Lookup, lookup_folder};
 use crate::pipeline::Job;
 use crate::target::{Asked, DiskFacts, Ending, Start, Target};
+use crate::worker::Right;
 
 /// Bytes of pack tables and of index nodes that a backup keeps.
 const TABLES: usize = 128 << 20;
@@ -95,6 +96,10 @@ pub(crate) struct Made {
 pub(crate) struct Filling<'a> {
     pub known: &'a Known,
     pub parent: Option<&'a Disk>,
+    /// Bytes of the disk.
+    pub length: u64,
+    /// Whether clusters may be kept, so that each has to be told of.
+    pub keeps: bool,
     pub assembler: &'a mut Assembler,
     pub index: IndexWriter<'a>,
 }
@@ -144,7 +149,27 @@ impl Draft {
         })
     }
 
+    /// Takes the place of a draft of that id, which another connection began.
+    pub(crate) fn go_on_with(&mut self, point: PointId) {
+        self.point = point;
+    }
+
     /// What was made of it.
+    pub(crate) fn made(&self) -> Option<&Made> {
+        self.made.as_ref()
+    }
+
+    /// Nothing comes of it, but its packs are made durable all the same, for the next draft to use. What can't be is lost.
+    pub(crate) fn give_up(&mut self) {
+        let _ = self.finisher.wait();
+    }
+
+    /// What seals its clusters.
+    pub(crate) fn assembler(&mut self) -> &mut Assembler {
+        &mut self.assembler
+    }
+
+    /// The same, given away.
     pub(crate) fn into_made(self) -> Option<Made> {
         self.made
     }
@@ -188,7 +213,7 @@ impl Draft {
         let current = self.current.as_ref().ok_or(BackupError::Thread)?;
         let (parent, length, keeps) = (current.parent.as_ref(), current.facts.length, current.claim.is_some());
         let index = IndexWriter::new(&self.known, parent, length, keeps);
-        let mut filling = Filling { known: &self.known, parent, assembler: &mut self.assembler, index };
+        let mut filling = Filling { known: &self.known, parent, length, keeps, assembler: &mut self.assembler, index };
         fill(&mut filling)?;
         let (root, used_clusters) = filling.index.finish(&mut filling.assembler.sink())?;
         let Some(Current { facts, claim, before, .. }) = self.current.take() else { return Ok(()) };
@@ -238,9 +263,9 @@ impl Target for Draft {
     }
 
     fn read(&mut self, job: &Job<'_>) -> Result<(), BackupError> {
-        self.fill(|Filling { known, parent, assembler, index }| {
-            let judge = || Judge::new(known, ParentDisk::new(known, *parent));
-            job.run(job.workers, job.in_flight(), &judge, &mut |done| assembler.add(done, index))?;
+        self.fill(|Filling { known, parent, assembler, index, .. }| {
+            let right = || Right::Here(Judge::new(known, ParentDisk::new(known, *parent)));
+            job.run(job.workers, job.in_flight(), &right, &mut |done| assembler.add(done, index))?;
             Ok(())
         })
     }

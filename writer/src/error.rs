@@ -10,6 +10,7 @@ use crate::image::ImageError;
 use crate::libvirt::LibvirtError;
 use crate::nbd::NbdError;
 use crate::qemu::QemuError;
+use crate::remote::RemoteError;
 
 /// A backup that did not make a restore point.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +48,8 @@ pub enum BackupError {
     #[error(transparent)]
     Nbd(#[from] NbdError),
     #[error(transparent)]
+    Remote(#[from] RemoteError),
+    #[error(transparent)]
     Vault(#[from] VaultError),
 }
 
@@ -58,6 +61,7 @@ impl From<BackupError> for Failure {
             BackupError::Source { ref source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 Failure::of(Status::Failed, &error)
             }
+            BackupError::Remote(ref e) => Failure::of(e.status(), e),
             BackupError::Nbd(ref e) => Failure::of(e.status(), e),
             BackupError::Image(ref e) => Failure::of(e.status(), e),
             BackupError::Qemu(ref e) => Failure::of(e.status(), e),

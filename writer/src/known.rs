@@ -64,8 +64,17 @@ impl Known {
 
     /// A blob of that id in any pack of the tenant.
     pub(crate) fn find(&self, id: &BlobId) -> Result<Option<BlobRef>, VaultError> {
+        self.find_where(id, |_| true)
+    }
+
+    /// The same among places that count.
+    pub(crate) fn find_where(
+        &self,
+        id: &BlobId,
+        counts: impl FnOnce(BlobRef) -> bool,
+    ) -> Result<Option<BlobRef>, VaultError> {
         let found = self.lookup.as_ref().and_then(|lookup| lookup.find(id).ok().flatten());
-        let Some(place) = found else { return Ok(None) };
+        let Some(place) = found.filter(|place| counts(*place)) else { return Ok(None) };
         Ok(self.confirms(place, id)?.then_some(place))
     }
 }

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use reseal_cli::{CommonArgs, Detach, Failure, Side, finish, harden};
 
-use commands::{backup, delegate, init, key, list, rekey, show, tenant, verify};
+use commands::{backup, delegate, init, key, list, rekey, serve, show, tenant, verify};
 
 /// Backs up virtual machines so that whoever holds the backup can't read it without its keys
 #[derive(Parser)]
@@ -37,6 +37,8 @@ enum Command {
     Tenant(tenant::Args),
     /// Other keys for the same data
     Rekey(Box<rekey::Args>),
+    /// Takes restore points from other sites, over TLS with client certificates
+    Serve(serve::Args),
     /// Shows restore points as files: every disk, decrypted, under VM/TIME/
     Mount(delegate::Args),
     /// Ends a mount
@@ -66,6 +68,7 @@ fn run(cli: Cli, detach: Option<Detach>) -> Result<(), Failure> {
         Command::Key(args) => key::run(common, args),
         Command::Tenant(args) => tenant::run(common, args),
         Command::Rekey(args) => rekey::run(common, &args, detach),
+        Command::Serve(args) => serve::run(common, &args),
         Command::Mount(_) | Command::Umount(_) | Command::Restore(_) => Ok(()),
     }
 }

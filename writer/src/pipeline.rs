@@ -15,12 +15,11 @@ use reseal_format::geometry::CLUSTER_U64;
 
 use crate::BackupError;
 use crate::assemble::InOrder;
-use crate::judge::Judge;
 use crate::nbd::{Read, Request};
 use crate::plan::{Plan, Sample, Task, Unit};
 use crate::source::{Extents, Marked, Source};
 use crate::throttle::Throttle;
-use crate::worker::{Buffer, Done, Encoding, Inbox, Worker};
+use crate::worker::{Buffer, Done, Encoding, Inbox, Right, Worker};
 
 /// Units of 1 MiB between plan and index for each worker: enough that none waits for a slow neighbour.
 const IN_FLIGHT: usize = 12;
@@ -141,8 +140,8 @@ impl Job<'_> {
         }
     }
 
-    fn work<'r>(&self, inbox: Inbox<'r>, judge: Judge<'r>, results: &Sender<Result<Done, BackupError>>) {
-        let mut worker = match Worker::new(inbox, judge, self.encoding) {
+    fn work<'r>(&self, inbox: Inbox<'r>, right: Right<'r>, results: &Sender<Result<Done, BackupError>>) {
+        let mut worker = match Worker::new(inbox, right, self.encoding) {
             Ok(worker) => worker,
             Err(e) => return drop(results.send(Err(e))),
         };
@@ -162,15 +161,15 @@ impl Job<'_> {
         (IN_FLIGHT * self.workers).min(MAX_IN_FLIGHT)
     }
 
-    /// Reads the disk; how many units it was. At most `in_flight` are anywhere at once. `judge` gives each of
+    /// Reads the disk; how many units it was. At most `in_flight` are anywhere at once. `right` gives each of
     /// `workers` the other side of ┃, and `add` takes what they
-    /// have found, in the order of the disk. After an error that is no distrust an export is of no
+    /// have found, in the order of the disk. After an error that is neither distrust nor another site's an export is of no
     /// more use.
     pub(crate) fn run<'r>(
         &self,
         workers: usize,
         in_flight: usize,
-        judge: &(dyn Fn() -> Judge<'r> + Sync),
+        right: &(dyn Fn() -> Right<'r> + Sync),
         add: &mut dyn FnMut(Done) -> Result<(), BackupError>,
     ) -> Result<u64, BackupError> {
         let (stop, serving) = (AtomicBool::new(false), AtomicUsize::new(0));
@@ -179,7 +178,7 @@ impl Job<'_> {
             let (stop, serving) = (&stop, &serving);
             let abandon = |e: BackupError| {
                 // Whoever waits for a silent server need not wait on.
-                let goes_on = matches!(e, BackupError::Distrusted { .. });
+                let goes_on = matches!(e, BackupError::Distrusted { .. } | BackupError::Remote(_));
                 if let (Source::Nbd(nbd), false) = (self.source, goes_on) {
                     nbd.export().stop();
                 }
@@ -192,8 +191,8 @@ impl Job<'_> {
                     let (unit, units) = bounded(in_flight);
                     for _ in 0..workers {
                         let (inbox, result) = (Inbox::File(units.clone(), file), result.clone());
-                        let judge = judge();
-                        scope.spawn(move || self.work(inbox, judge, &result));
+                        let right = right();
+                        scope.spawn(move || self.work(inbox, right, &result));
                     }
                     Outbox::Workers(unit)
                 }
@@ -206,8 +205,8 @@ impl Job<'_> {
                     }
                     for _ in 0..workers {
                         let (inbox, result) = (Inbox::Nbd(to_do.clone(), empty.clone()), result.clone());
-                        let judge = judge();
-                        scope.spawn(move || self.work(inbox, judge, &result));
+                        let right = right();
+                        scope.spawn(move || self.work(inbox, right, &result));
                     }
                     // A first try that was ended by distrust has stopped it.
                     nbd.export().restart();

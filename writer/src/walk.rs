@@ -24,6 +24,18 @@ impl Ordinals {
         self.0[word] |= 1 << (ordinal % 64);
     }
 
+    pub(crate) fn contains(&self, ordinal: u32) -> bool {
+        self.0.get(ordinal as usize / 64).is_some_and(|bits| bits >> (ordinal % 64) & 1 == 1)
+    }
+
+    /// Adds the members of another.
+    pub(crate) fn extend(&mut self, other: &Ordinals) {
+        if self.0.len() < other.0.len() {
+            self.0.resize(other.0.len(), 0);
+        }
+        self.0.iter_mut().zip(&other.0).for_each(|(bits, more)| *bits |= more);
+    }
+
     /// Its members, ascending.
     pub(crate) fn iter(&self) -> impl Iterator<Item = u32> + '_ {
         let bits =

@@ -11,6 +11,7 @@ use crate::BackupError;
 use crate::judge::{ClusterHash, Judge, Verdict};
 use crate::nbd::{NbdError, Read};
 use crate::plan::{Task, Unit};
+use crate::remote::Asker;
 use crate::source::FileSource;
 
 /// Bytes of a disk on their way.
@@ -40,11 +41,20 @@ pub(crate) enum Cluster {
     New { id: BlobId, frames: Vec<u8> },
 }
 
+/// What a worker has of the other side of ┃.
+pub(crate) enum Right<'a> {
+    /// It is in this process.
+    Here(Judge<'a>),
+    /// It is at another site.
+    There(Asker<'a>),
+}
+
 /// A unit whose clusters were looked at.
 pub(crate) struct Done {
     pub unit: Unit,
     /// Bytes read.
     pub read: u64,
+    /// None where another site has what is needed of them.
     pub clusters: Vec<Cluster>,
 }
 
@@ -60,15 +70,15 @@ pub(crate) enum Inbox<'a> {
 pub(crate) struct Worker<'a> {
     inbox: Inbox<'a>,
     buffer: Buffer,
-    judge: Judge<'a>,
+    right: Right<'a>,
     encoder: FrameEncoder,
 }
 
 impl<'a> Worker<'a> {
-    pub(crate) fn new(inbox: Inbox<'a>, judge: Judge<'a>, encoding: Encoding) -> Result<Worker<'a>, BackupError> {
+    pub(crate) fn new(inbox: Inbox<'a>, right: Right<'a>, encoding: Encoding) -> Result<Worker<'a>, BackupError> {
         let encoder = FrameEncoder::new(encoding.shift, encoding.level);
         let failed = |source| BackupError::Source { path: "zstd".into(), action: "get the working memory of", source };
-        Ok(Worker { inbox, buffer: Buffer::default(), judge, encoder: encoder.map_err(failed)? })
+        Ok(Worker { inbox, buffer: Buffer::default(), right, encoder: encoder.map_err(failed)? })
     }
 
     /// Gets the next unit and does what there is to do about each of its clusters; `None` when there is none left.
@@ -118,15 +128,29 @@ impl<'a> Worker<'a> {
 
     /// Decides by the hashes. The buffer holds those clusters that are no holes, each at its place in the unit.
     fn decide(&mut self, unit: Unit, read: u64, hashes: &[ClusterHash]) -> Result<Done, BackupError> {
-        let known = self.judge.known();
-        let verdicts = self.judge.judge(unit, hashes, &mut |id| Ok(known.find(id)?))?;
-        let become_of = |(nth, verdict)| match verdict {
-            Verdict::Hole => Cluster::Hole,
-            Verdict::Unchanged(place) => Cluster::Unchanged(place),
-            Verdict::Known(place) => Cluster::Known(place),
-            Verdict::Needed(id) => Cluster::New { id, frames: encode(&mut self.encoder, &self.buffer, nth) },
+        let (encoder, buffer) = (&mut self.encoder, &self.buffer);
+        let clusters = match &mut self.right {
+            Right::Here(judge) => {
+                let known = judge.known();
+                let verdicts = judge.judge(unit, hashes, &mut |id| Ok(known.find(id)?))?;
+                let become_of = |(nth, verdict)| match verdict {
+                    Verdict::Hole => Cluster::Hole,
+                    Verdict::Unchanged(place) => Cluster::Unchanged(place),
+                    Verdict::Known(place) => Cluster::Known(place),
+                    Verdict::Needed(id) => Cluster::New { id, frames: encode(encoder, buffer, nth) },
+                };
+                verdicts.into_iter().enumerate().map(become_of).collect()
+            }
+            Right::There(asker) => {
+                let needed = asker.offer(unit, hashes)?;
+                let needed = (0..hashes.len()).filter(|nth| needed >> nth & 1 == 1);
+                let frames: Vec<_> = needed.map(|nth| encode(encoder, buffer, nth)).collect();
+                if !frames.is_empty() {
+                    asker.send(unit, frames)?;
+                }
+                Vec::new()
+            }
         };
-        let clusters = verdicts.into_iter().enumerate().map(become_of).collect();
         Ok(Done { unit, read, clusters })
     }
 }

@@ -12,14 +12,17 @@ use reseal_vault::{Chain, Record, Tenant};
 
 use crate::{Failure, Output, Paths, Status, open_store, read_passphrase};
 
+/// The tenant of whoever has but one.
+pub const DEFAULT_TENANT: &str = "default";
+
 /// Common arguments.
 #[derive(Debug, Clone, Args)]
 pub struct CommonArgs {
-    /// The vault: a folder
+    /// The vault: a folder; or for `backup` the enrolment file of a vault at another site
     #[arg(long, env = "RESEAL_REPO", global = true, value_name = "URL")]
     pub repo: Option<String>,
     /// Whose restore points
-    #[arg(long, env = "RESEAL_TENANT", global = true, default_value = "default", value_name = "NAME")]
+    #[arg(long, env = "RESEAL_TENANT", global = true, default_value = DEFAULT_TENANT, value_name = "NAME")]
     pub tenant: String,
     /// The embedded KMS [default: /etc/reseal/keyring.json for root, otherwise in the user's configuration]
     #[arg(long, env = "RESEAL_KEYRING", global = true, value_name = "FILE")]

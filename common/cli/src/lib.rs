@@ -19,7 +19,7 @@ mod passphrase;
 mod paths;
 mod progress;
 
-pub use args::{CommonArgs, Found, Opened};
+pub use args::{CommonArgs, DEFAULT_TENANT, Found, Opened};
 pub use background::{Detach, Side, split};
 pub use failure::{Failure, Status, finish};
 pub use harden::{harden, unlocked};

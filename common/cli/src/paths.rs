@@ -67,7 +67,10 @@ pub fn open_store(repo: &str) -> Result<Arc<dyn Store>, Failure> {
         return Err(Failure::new(Status::Usage, message));
     }
     if Path::new(repo).is_file() {
-        let message = format!("--repo {repo} is a file; a vault is a folder");
+        let message = format!(
+            "--repo {repo} is a file; a vault is a folder. An enrolment file is for `reseal backup` only: the rest is done where the \
+             vault is"
+        );
         return Err(Failure::new(Status::Usage, message));
     }
     Ok(Arc::new(Local::new(repo)))

@@ -45,5 +45,6 @@ pub use keyring::{Keyring, is_passphrase_protected};
 pub use kmip::{Kmip, KmipConfig};
 pub use kms::Kms;
 pub use names::KeyName;
+pub use private_file::{read_private, read_trusted};
 pub use secret::{KeyBytes, NamedKey, Passphrase, Secret};
 pub use transit::Transit;

@@ -39,7 +39,7 @@ pub(crate) fn read(path: &Path, limit: u64) -> Result<Option<Secret>, KmsError> 
 }
 
 /// The same for a file with secrets in it: refused unless it belongs to this user and nobody else has any access.
-pub(crate) fn read_private(path: &Path, limit: u64) -> Result<Option<Secret>, KmsError> {
+pub fn read_private(path: &Path, limit: u64) -> Result<Option<Secret>, KmsError> {
     let Some(file) = open(path)? else {
         return Ok(None);
     };
@@ -56,7 +56,7 @@ pub(crate) fn read_private(path: &Path, limit: u64) -> Result<Option<Secret>, Km
 
 /// The same for a file that decides where secrets go: others may read it, but only its owner, who is root or this
 /// user, may write it.
-pub(crate) fn read_trusted(path: &Path, limit: u64) -> Result<Option<Secret>, KmsError> {
+pub fn read_trusted(path: &Path, limit: u64) -> Result<Option<Secret>, KmsError> {
     let Some(file) = open(path)? else {
         return Ok(None);
     };

@@ -74,7 +74,7 @@ fn source_messages() -> impl Strategy<Value = FromSource> {
         offer().prop_map(FromSource::Offer),
         (any::<u64>(), vec(vec(any::<u8>(), 0..300), 0..=MAX_CLUSTERS))
             .prop_map(|(sequence, frames)| FromSource::Data(Data { sequence, frames })),
-        (any::<u64>(), any::<u64>()).prop_map(|(offers, read)| FromSource::DiskEnd(DiskEnd { offers, read })),
+        any::<u64>().prop_map(|offers| FromSource::DiskEnd(DiskEnd { offers })),
         Just(FromSource::Close),
         commit.prop_map(|(duration_ms, definition, warnings)| {
             FromSource::Commit(Commit { duration_ms, definition, warnings })
@@ -110,7 +110,7 @@ fn target_messages() -> impl Strategy<Value = FromTarget> {
         (any::<[u8; 16]>(), option::of(newest)).prop_map(|(point, newest)| FromTarget::Begun(Begun { point, newest })),
         start.prop_map(|start| FromTarget::DiskReady(DiskReady { start })),
         (any::<u64>(), any::<u16>()).prop_map(|(sequence, clusters)| FromTarget::Need(Need { sequence, clusters })),
-        any::<u64>().prop_map(FromTarget::Taken),
+        Just(FromTarget::DiskDone),
         line().prop_map(FromTarget::Distrusted),
         Just(FromTarget::Closed),
         committed.prop_map(|(number, point, created, warnings)| {

@@ -4,12 +4,16 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use reseal_cli::{CommonArgs, Failure, Output, Progress, Status, hold_keys, human_bytes, human_duration};
+use reseal_cli::{
+    CommonArgs, DEFAULT_TENANT, Failure, Opened, Output, Progress, Status, hold_keys, human_bytes, human_duration,
+};
 use reseal_format::frames::FrameShift;
 use reseal_format::manifest::{Definition, MAX_DEFINITION, Manifest};
 use reseal_format::names::VmName;
 use reseal_writer::backup::{Backup, Disks, Encoding, Vault};
+use reseal_writer::remote::{Enrolment, Sent};
 use reseal_writer::throttle::Throttle;
+use serde::Serialize;
 
 use super::sources::{self, parse_size};
 use super::{PointJson, cores};
@@ -53,9 +57,19 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     let encoding = args.encoding();
     let definition = args.definition.as_deref().map(read_definition).transpose()?;
     let named = args.sources.named()?;
-    let opened = common.open()?;
-    let _lease = hold_keys(&opened.tenant, format!("backup of {vm}"));
-    let disks = args.sources.open(named, &vm, &opened)?;
+    let opened = match enrolment(common)? {
+        Some(enrolment) => To::Site(enrolment),
+        None => To::Vault(common.open()?),
+    };
+    let _lease = match &opened {
+        To::Vault(opened) => hold_keys(&opened.tenant, format!("backup of {vm}")),
+        To::Site(_) => None,
+    };
+    let state = common.paths()?.state;
+    let disks = args.sources.open(named, &state, &|number| match &opened {
+        To::Vault(opened) => sources::number_of(number, &vm, opened),
+        To::Site(_) => sources::given_number(number, &vm),
+    })?;
     let total = match &disks {
         Disks::Given(inputs) => inputs.iter().map(|input| input.source.expected()).sum(),
         Disks::Live(_) => 0,
@@ -72,14 +86,95 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
         expect: &|bytes| progress.expect(bytes),
         say: &|warning| output.warn(warning),
     };
-    let result = backup.run(Vault { tenant: opened.tenant, heads: &opened.heads, state: opened.paths.state });
-    progress.finish();
-    let backed = result?;
-    summarize(output, &backed.manifest);
-    if let Some(e) = backed.not_remembered {
-        output.warn(format!("the restore point is made, but this machine could not remember it: {e}"));
+    match opened {
+        To::Vault(opened) => {
+            let to = Vault { tenant: opened.tenant, heads: &opened.heads, state: opened.paths.state };
+            let result = backup.run(to);
+            progress.finish();
+            let backed = result?;
+            summarize(output, &backed.manifest);
+            if let Some(e) = backed.not_remembered {
+                output.warn(format!("the restore point is made, but this machine could not remember it: {e}"));
+            }
+        }
+        To::Site(enrolment) => {
+            let result = backup.send(&enrolment);
+            progress.finish();
+            summarize_sent(output, &result?);
+        }
     }
     Ok(())
+}
+
+/// Where a backup goes.
+enum To {
+    Vault(Opened),
+    Site(Enrolment),
+}
+
+/// The enrolment file, if --repo names one.
+fn enrolment(common: &CommonArgs) -> Result<Option<Enrolment>, Failure> {
+    let repo = common.repo()?;
+    let path = Path::new(&repo);
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let enrolment = Enrolment::read(path)?;
+    let given = common.tenant()?;
+    if given != *enrolment.tenant() && common.tenant != DEFAULT_TENANT {
+        let message = format!("--tenant {given}: the enrolment file {repo} is of tenant {}", enrolment.tenant());
+        return Err(Failure::new(Status::Usage, message));
+    }
+    common.refuse_recovery_kit()?;
+    Ok(Some(enrolment))
+}
+
+/// A restore point at another site as `--json` prints it. Stable: fields are only ever added.
+#[derive(Serialize)]
+struct SentJson<'a> {
+    vm: &'a VmName,
+    number: u32,
+    time: String,
+    point_id: String,
+    stats: SentStats,
+    warnings: &'a [String],
+}
+
+#[derive(Serialize)]
+struct SentStats {
+    read: u64,
+    changed: u64,
+    sent: u64,
+    duration_ms: u64,
+}
+
+fn summarize_sent(output: Output, sent: &Sent) {
+    output.json(&SentJson {
+        vm: &sent.vm,
+        number: sent.number,
+        time: sent.created.to_string(),
+        point_id: sent.point.to_string(),
+        stats: SentStats {
+            read: sent.read,
+            changed: sent.changed,
+            sent: sent.sent,
+            duration_ms: u64::try_from(sent.duration.as_millis()).unwrap_or(u64::MAX),
+        },
+        warnings: &sent.warnings,
+    });
+    for warning in &sent.warnings {
+        output.warn(warning);
+    }
+    output.say(format!(
+        "{}@{} {}: read {}, changed {}, sent {}, in {}",
+        sent.vm,
+        sent.number,
+        sent.created,
+        human_bytes(sent.read),
+        human_bytes(sent.changed),
+        human_bytes(sent.sent),
+        human_duration(sent.duration),
+    ));
 }
 
 fn read_definition(path: &Path) -> Result<Definition, Failure> {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use reseal_cli::{Failure, Opened, Status};
 use reseal_format::manifest::{MAX_DISKS, Tracking, method};
 use reseal_format::names::{DiskName, VmName};
-use reseal_vault::PointSpec;
+use reseal_vault::{PointSpec, Which};
 use reseal_writer::BackupError;
 use reseal_writer::backup::{Disks, Input, Live, Said, Since};
 use reseal_writer::changes::Changes;
@@ -140,7 +140,12 @@ impl SourceArgs {
     }
 
     /// Opens the disks.
-    pub(crate) fn open(&self, named: Vec<Named>, vm: &VmName, opened: &Opened) -> Result<Disks, Failure> {
+    pub(crate) fn open(
+        &self,
+        named: Vec<Named>,
+        state: &Path,
+        number: &dyn Fn(&str) -> Result<u32, Failure>,
+    ) -> Result<Disks, Failure> {
         let hypervisor: Box<dyn Hypervisor> = match (&self.libvirt, &self.qmp) {
             (Some(domain), _) => {
                 let options = LibvirtOptions { scratch: self.scratch.clone(), ..LibvirtOptions::new(domain) };
@@ -149,7 +154,7 @@ impl SourceArgs {
             (None, Some(qmp)) => {
                 let scratch = match &self.scratch {
                     Some(folder) => folder.clone(),
-                    None => own_scratch(&opened.paths.state)?,
+                    None => own_scratch(state)?,
                 };
                 Box::new(Qemu::new(QemuOptions {
                     qga: self.qga.clone(),
@@ -157,14 +162,14 @@ impl SourceArgs {
                     ..QemuOptions::new(qmp.clone(), scratch)
                 }))
             }
-            (None, None) => return Ok(Disks::Given(self.inputs(named, vm, opened)?)),
+            (None, None) => return Ok(Disks::Given(self.inputs(named, number)?)),
         };
         let check_percent = self.check_unchanged.unwrap_or(0.0);
         Ok(Disks::Live(Live { hypervisor, options: self.options(), check_percent }))
     }
 
-    fn inputs(&self, named: Vec<Named>, vm: &VmName, opened: &Opened) -> Result<Vec<Input>, Failure> {
-        let since = self.since.as_deref().map(|text| self.since(text, vm, opened)).transpose()?;
+    fn inputs(&self, named: Vec<Named>, number: &dyn Fn(&str) -> Result<u32, Failure>) -> Result<Vec<Input>, Failure> {
+        let since = self.since.as_deref().map(number).transpose()?.map(Since::Number);
         let check_percent = self.check_unchanged.unwrap_or(CHECK_PERCENT);
         let mut inputs = Vec::with_capacity(named.len());
         for Named { name, place, changes, bitmap } in named {
@@ -197,17 +202,6 @@ impl SourceArgs {
         Ok(inputs)
     }
 
-    /// The restore point that --since names.
-    fn since(&self, text: &str, vm: &VmName, opened: &Opened) -> Result<Since, Failure> {
-        let spec = PointSpec::parse(text)?;
-        if spec.vm != *vm {
-            let message = format!("--since {text}: it has to be a restore point of {vm}");
-            return Err(Failure::new(Status::Usage, message));
-        }
-        opened.chain(&spec.vm)?;
-        Ok(Since::Number(opened.tenant.resolve(&spec)?.manifest.number))
-    }
-
     fn source(&self, name: &DiskName, place: &OsStr, bitmap: Option<&str>) -> Result<Source, Failure> {
         if nbd::is_uri(place) {
             let text = place.to_str();
@@ -226,6 +220,34 @@ impl SourceArgs {
         let uri = NbdUri::unix(image.socket(), image.export());
         let source = NbdSource::open(&uri, &self.options(), None).map_err(BackupError::Nbd)?;
         Ok(Source::Nbd(Box::new(source.named(path.display().to_string()).with_server(image))))
+    }
+}
+
+/// The restore point that --since names, which has to be one of this VM.
+fn of_vm(text: &str, vm: &VmName) -> Result<PointSpec, Failure> {
+    let spec = PointSpec::parse(text)?;
+    if spec.vm != *vm {
+        let message = format!("--since {text}: it has to be a restore point of {vm}");
+        return Err(Failure::new(Status::Usage, message));
+    }
+    Ok(spec)
+}
+
+/// Its number, looked up in the vault.
+pub(crate) fn number_of(text: &str, vm: &VmName, opened: &Opened) -> Result<u32, Failure> {
+    let spec = of_vm(text, vm)?;
+    opened.chain(&spec.vm)?;
+    Ok(opened.tenant.resolve(&spec)?.manifest.number)
+}
+
+/// Its number, where the vault is at another site.
+pub(crate) fn given_number(text: &str, vm: &VmName) -> Result<u32, Failure> {
+    match of_vm(text, vm)?.which {
+        Which::Number(number) => Ok(number),
+        _ => {
+            let message = format!("--since {text}: a backup to another site takes numbers only, as {vm}@NUMBER");
+            Err(Failure::new(Status::Usage, message))
+        }
     }
 }
 

@@ -34,7 +34,7 @@ pub(super) mod kind {
     pub(crate) const BEGUN: u8 = 0x82;
     pub(crate) const DISK_READY: u8 = 0x83;
     pub(crate) const NEED: u8 = 0x84;
-    pub(crate) const TAKEN: u8 = 0x85;
+    pub(crate) const DISK_DONE: u8 = 0x85;
     pub(crate) const DISTRUSTED: u8 = 0x86;
     pub(crate) const CLOSED: u8 = 0x87;
     pub(crate) const COMMITTED: u8 = 0x88;
@@ -59,8 +59,9 @@ fn limit(side: Side, kind: u8) -> Option<usize> {
         (Side::Source, kind::DISK) => text(MAX_NAME) + 8 + text(MAX_TEXT) + 2 * TRACKING + 4,
         (Side::Source, kind::OFFER) => 8 + 8 + 8 + 1 + 2 + MAX_CLUSTERS * 32,
         (Side::Source, kind::DATA) => 8 + 4 + MAX_CLUSTERS * (4 + MAX_FRAMES),
-        (Side::Source, kind::DISK_END) => 16,
-        (Side::Source, kind::CLOSE | kind::ALIVE) | (Side::Target, kind::CLOSED | kind::TARGET_ALIVE) => 0,
+        (Side::Source, kind::DISK_END) => 8,
+        (Side::Source, kind::CLOSE | kind::ALIVE)
+        | (Side::Target, kind::DISK_DONE | kind::CLOSED | kind::TARGET_ALIVE) => 0,
         (Side::Source, kind::COMMIT) => {
             8 + 1 + text(MAX_TEXT) + text(MAX_DEFINITION) + 4 + MAX_WARNINGS * text(MAX_TEXT)
         }
@@ -68,7 +69,6 @@ fn limit(side: Side, kind: u8) -> Option<usize> {
         (Side::Target, kind::BEGUN) => 64 + MAX_DISKS * (text(MAX_NAME) + 8 + TRACKING),
         (Side::Target, kind::DISK_READY) => 1 + 4 + 4 + MAX_AREAS * 16,
         (Side::Target, kind::NEED) => 10,
-        (Side::Target, kind::TAKEN) => 8,
         (Side::Target, kind::DISTRUSTED) => text(MAX_TEXT),
         (Side::Target, kind::COMMITTED) => 4 + 16 + 8 + 4 + MAX_WARNINGS * text(MAX_TEXT),
         _ => return None,

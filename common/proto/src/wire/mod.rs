@@ -1,8 +1,8 @@
 //! The protocol between a site that sends and the site that keeps: `docs/PROTOCOL.md` has the byte tables.
 //!
 //! ```text
-//! source: Hello Begin  Disk       Offer … Data …        DiskEnd  Close         Commit
-//! target: Welcome Begun DiskReady Need … Taken … (Distrusted)    Closed        Committed     (Error, any time)
+//! source: Hello    Begin  Disk       Offer … Data …  DiskEnd   Close   Commit
+//! target: Welcome  Begun  DiskReady  Need …          DiskDone  Closed  Committed
 //! ```
 //!
 //! A message is a [`Header`] and a payload; the header's length is checked against the limit of its kind before anything is

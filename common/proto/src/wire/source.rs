@@ -128,8 +128,6 @@ pub struct Data {
 pub struct DiskEnd {
     /// How many offers there were.
     pub offers: u64,
-    /// Bytes that were read.
-    pub read: u64,
 }
 
 /// Makes the restore point exist.
@@ -231,7 +229,7 @@ impl Commit {
     fn put(&self, out: &mut Out) {
         out.u64(self.duration_ms);
         out.option(self.definition.as_ref(), |out, definition| {
-            out.text(&definition.file_name).text(&definition.text);
+            out.line(&definition.file_name, MAX_TEXT).text(&definition.text);
         });
         let warnings = &self.warnings[..self.warnings.len().min(MAX_WARNINGS)];
         out.list(warnings, |out, warning| {
@@ -270,7 +268,7 @@ impl FromSource {
             FromSource::Offer(offer) => message(kind::OFFER, |out| offer.put(out)),
             FromSource::Data(data) => message(kind::DATA, |out| data.put(out)),
             FromSource::DiskEnd(end) => message(kind::DISK_END, |out| {
-                out.u64(end.offers).u64(end.read);
+                out.u64(end.offers);
             }),
             FromSource::Close => message(kind::CLOSE, |_| {}),
             FromSource::Commit(commit) => message(kind::COMMIT, |out| commit.put(out)),
@@ -307,7 +305,7 @@ impl FromSource {
             }),
             kind::OFFER => FromSource::Offer(Offer::take(&mut fields)?),
             kind::DATA => FromSource::Data(Data::take(&mut fields)?),
-            kind::DISK_END => FromSource::DiskEnd(DiskEnd { offers: fields.u64()?, read: fields.u64()? }),
+            kind::DISK_END => FromSource::DiskEnd(DiskEnd { offers: fields.u64()? }),
             kind::CLOSE => FromSource::Close,
             kind::COMMIT => FromSource::Commit(Commit::take(&mut fields)?),
             kind::ALIVE => FromSource::Alive,

@@ -13,8 +13,8 @@ pub enum FromTarget {
     Begun(Begun),
     DiskReady(DiskReady),
     Need(Need),
-    /// All offers of the disk before this number are done with: so many more may be sent.
-    Taken(u64),
+    /// All of the disk was offered, and what was needed came.
+    DiskDone,
     /// What was said about the disk's changes is wrong: it has to be begun anew, and read whole.
     Distrusted(String),
     /// All packs are durable.
@@ -168,9 +168,7 @@ impl FromTarget {
             FromTarget::Need(need) => message(kind::NEED, |out| {
                 out.u64(need.sequence).u16(need.clusters);
             }),
-            FromTarget::Taken(next) => message(kind::TAKEN, |out| {
-                out.u64(*next);
-            }),
+            FromTarget::DiskDone => message(kind::DISK_DONE, |_| {}),
             FromTarget::Distrusted(why) => message(kind::DISTRUSTED, |out| {
                 out.line(why, MAX_TEXT);
             }),
@@ -211,7 +209,7 @@ impl FromTarget {
             kind::BEGUN => FromTarget::Begun(Begun::take(&mut fields)?),
             kind::DISK_READY => FromTarget::DiskReady(DiskReady::take(&mut fields)?),
             kind::NEED => FromTarget::Need(Need { sequence: fields.u64()?, clusters: fields.u16()? }),
-            kind::TAKEN => FromTarget::Taken(fields.u64()?),
+            kind::DISK_DONE => FromTarget::DiskDone,
             kind::DISTRUSTED => FromTarget::Distrusted(fields.line("a reason", MAX_TEXT)?),
             kind::CLOSED => FromTarget::Closed,
             kind::COMMITTED => FromTarget::Committed(Committed {

@@ -1,0 +1,289 @@
+//! Two sites: a source without keys, a target with a server, certificates for both, and a proxy on the way between them.
+
+use std::fs::{self, Permissions};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+use reseal_proto::wire::{ALPN, FromSource, FromTarget, HEADER_LENGTH, Header, Side};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+use sha2::{Digest, Sha256};
+
+use crate::process::{Run, Running, signal};
+use crate::site::Site;
+
+/// An authority.
+pub struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    pem: String,
+}
+
+/// A certificate with its key.
+#[derive(Clone)]
+pub struct Identity {
+    pub certificate: String,
+    pub key: String,
+    pub sha256: String,
+}
+
+impl Authority {
+    /// A new one.
+    pub fn new() -> Authority {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec![]).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let pem = params.self_signed(&key).unwrap().pem();
+        Authority { issuer: Issuer::new(params, key), pem }
+    }
+
+    /// Issues a certificate.
+    pub fn issue(&self, change: impl FnOnce(&mut CertificateParams)) -> Identity {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec!["localhost".into()]).unwrap();
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        change(&mut params);
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        let sha256 = hex::encode(Sha256::digest(certificate.der()));
+        Identity { certificate: certificate.pem(), key: key.serialize_pem(), sha256 }
+    }
+}
+
+impl Default for Authority {
+    fn default() -> Authority {
+        Authority::new()
+    }
+}
+
+/// A target with a server, and a source that is enrolled there.
+pub struct Sites {
+    pub target: Site,
+    pub source: Site,
+    pub authority: Authority,
+    pub client: Identity,
+    pub port: u16,
+    server: Option<Running>,
+}
+
+fn private(path: PathBuf, content: &str) -> PathBuf {
+    fs::write(&path, content).unwrap();
+    fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+    path
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+impl Sites {
+    /// Both, with a client that may append to any VM of the tenant `default`.
+    pub fn new() -> Sites {
+        let authority = Authority::new();
+        let client = authority.issue(|_| {});
+        let clients = [(client.clone(), "append", "[\"*\"]")];
+        Sites::with(authority, &clients)
+    }
+
+    /// The same with these clients, by role and VMs; the first is the source.
+    pub fn with(authority: Authority, clients: &[(Identity, &str, &str)]) -> Sites {
+        let (target, source) = (Site::new(), Site::bare());
+        let server = authority.issue(|_| {});
+        let certificate = private(target.path("server.pem"), &server.certificate);
+        let key = private(target.path("server.key"), &server.key);
+        let ca = private(target.path("clients.pem"), &authority.pem);
+        let port = free_port();
+        let mut config = format!(
+            "listen = \"127.0.0.1:{port}\"\n[tls]\ncertificate = {certificate:?}\nkey = {key:?}\nclient_ca = {ca:?}\n"
+        );
+        for (nth, (client, role, vms)) in clients.iter().enumerate() {
+            let sha256 = &client.sha256;
+            config += &format!(
+                "[[client]]\nname = \"client-{nth}\"\ncertificate_sha256 = \"{sha256}\"\ntenant = \"default\"\nrole = \"{role}\"\nvms = {vms}\n"
+            );
+        }
+        private(target.path("serve.toml"), &config);
+        let client = clients[0].0.clone();
+        let mut sites = Sites { target, source, authority, client, port, server: None };
+        sites.start();
+        sites
+    }
+
+    /// Starts the server.
+    pub fn start(&mut self) {
+        let config = self.target.path("serve.toml");
+        self.server = Some(self.target.start(["serve", "--config", config.to_str().unwrap()]));
+        let began = Instant::now();
+        while TcpStream::connect(("127.0.0.1", self.port)).is_err() {
+            if self.server.as_ref().unwrap().has_ended() || began.elapsed() > Duration::from_secs(20) {
+                panic!("the server does not come up: {:#?}", self.server.take().unwrap().kill());
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Ends the server as its administrator does; what it printed.
+    pub fn stop(&mut self) -> Run {
+        let server = self.server.take().unwrap();
+        signal(server.id(), libc::SIGTERM);
+        server.wait()
+    }
+
+    /// Kills the server.
+    pub fn kill(&mut self) {
+        self.server.take().unwrap().kill();
+    }
+
+    /// An enrolment file of somebody for a port.
+    pub fn enrolment(&self, name: &str, identity: &Identity, authority: &Authority, port: u16) -> PathBuf {
+        let Identity { certificate, key, .. } = identity;
+        let text = format!(
+            "version = 1\naddress = \"127.0.0.1:{port}\"\nserver_name = \"localhost\"\ntenant = \"default\"\n\
+             server_ca = \"\"\"{}\"\"\"\ncertificate = \"\"\"{certificate}\"\"\"\nkey = \"\"\"{key}\"\"\"\n",
+            authority.pem
+        );
+        private(self.source.path(name), &text)
+    }
+
+    /// The source's own enrolment file, by way of a port.
+    pub fn enrolled(&self, port: u16) -> PathBuf {
+        self.enrolment("site.reseal", &self.client, &self.authority, port)
+    }
+
+    /// The words of a backup from the source.
+    pub fn words(&self, port: u16, vm: &str, disks: &[&str]) -> Vec<String> {
+        let enrolment = self.enrolled(port);
+        let words = ["--repo", enrolment.to_str().unwrap(), "--json", "backup", vm];
+        words.iter().chain(disks).map(|word| (*word).to_owned()).collect()
+    }
+
+    /// A connection of somebody who writes messages by himself.
+    pub fn connect(&self, identity: &Identity) -> Peer {
+        Peer::connect(self, identity)
+    }
+}
+
+impl Default for Sites {
+    fn default() -> Sites {
+        Sites::new()
+    }
+}
+
+impl Drop for Sites {
+    fn drop(&mut self) {
+        if let Some(server) = self.server.take() {
+            server.kill();
+        }
+    }
+}
+
+/// One who speaks the protocol, and says what he likes.
+pub struct Peer(StreamOwned<ClientConnection, TcpStream>);
+
+impl Peer {
+    fn connect(sites: &Sites, identity: &Identity) -> Peer {
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(sites.authority.pem.as_bytes()).unwrap()).unwrap();
+        let chain = vec![CertificateDer::from_pem_slice(identity.certificate.as_bytes()).unwrap()];
+        let key = PrivateKeyDer::from_pem_slice(identity.key.as_bytes()).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let mut config = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_client_auth_cert(chain, key)
+            .unwrap();
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        let name = ServerName::try_from("localhost").unwrap();
+        let connection = ClientConnection::new(Arc::new(config), name).unwrap();
+        let stream = TcpStream::connect(("127.0.0.1", sites.port)).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        Peer(StreamOwned::new(connection, stream))
+    }
+
+    /// Sends a message.
+    pub fn say(&mut self, message: &FromSource) {
+        self.write(&message.encode());
+    }
+
+    /// Sends any bytes. That they are not taken any more shows when the answer is read.
+    pub fn write(&mut self, bytes: &[u8]) {
+        let _ = self.0.write_all(bytes).and_then(|()| self.0.flush());
+    }
+
+    /// The next message; `None` where the connection ended.
+    pub fn hear(&mut self) -> Option<FromTarget> {
+        let mut header = [0; HEADER_LENGTH];
+        match self.0.read_exact(&mut header) {
+            Err(e) if e.kind() == ErrorKind::WouldBlock => panic!("the server says nothing"),
+            Err(_) => return None,
+            Ok(()) => {}
+        }
+        let header = Header::decode(Side::Target, header).unwrap();
+        let mut payload = vec![0; header.payload()];
+        self.0.read_exact(&mut payload).unwrap();
+        Some(FromTarget::decode(header, &payload).unwrap())
+    }
+}
+
+/// What lies between the sites. It counts what the source sends, and can cut the line.
+pub struct Proxy {
+    pub port: u16,
+    sent: Arc<AtomicU64>,
+    cut_at: Arc<AtomicU64>,
+}
+
+impl Proxy {
+    /// In front of a port.
+    pub fn new(to: u16) -> Proxy {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (sent, cut_at) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(u64::MAX)));
+        let proxy = Proxy { port, sent: sent.clone(), cut_at: cut_at.clone() };
+        thread::spawn(move || {
+            for source in listener.incoming().flatten() {
+                let Ok(target) = TcpStream::connect(("127.0.0.1", to)) else { continue };
+                let (mut from, mut back) = (source.try_clone().unwrap(), target.try_clone().unwrap());
+                let (mut source, mut target) = (source, target);
+                thread::spawn(move || {
+                    let _ = std::io::copy(&mut back, &mut source);
+                    let _ = source.shutdown(Shutdown::Both);
+                });
+                let (sent, cut_at) = (sent.clone(), cut_at.clone());
+                thread::spawn(move || {
+                    let mut bytes = vec![0; 64 << 10];
+                    while let Ok(count @ 1..) = from.read(&mut bytes) {
+                        let so_far = sent.fetch_add(count as u64, Ordering::Relaxed) + count as u64;
+                        let cut = so_far > cut_at.load(Ordering::Relaxed);
+                        if cut {
+                            cut_at.store(u64::MAX, Ordering::Relaxed);
+                        }
+                        if cut || target.write_all(&bytes[..count]).is_err() {
+                            break;
+                        }
+                    }
+                    let _ = (target.shutdown(Shutdown::Both), from.shutdown(Shutdown::Both));
+                });
+            }
+        });
+        proxy
+    }
+
+    /// Bytes that the source has sent so far.
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    /// Cuts the connection once when so many more bytes have passed.
+    pub fn cut_after(&self, bytes: u64) {
+        self.cut_at.store(self.sent() + bytes, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,42 @@
+//! Certificates and keys in PEM form, for both ends of a connection between sites.
+
+use std::sync::Arc;
+
+use rustls::RootCertStore;
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::CertifiedKey;
+use zeroize::Zeroize;
+
+/// The cryptography of all connections.
+pub(crate) fn provider() -> Arc<CryptoProvider> {
+    Arc::new(aws_lc_rs::default_provider())
+}
+
+fn certificates(text: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
+    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(text).collect();
+    let found = found.map_err(|e| format!("not in PEM form: {e}"))?;
+    if found.is_empty() { Err("there is no certificate in PEM form".into()) } else { Ok(found) }
+}
+
+/// Authorities that are trusted.
+pub(crate) fn authorities(text: &[u8]) -> Result<RootCertStore, String> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(text)? {
+        roots.add(certificate).map_err(|e| format!("not the certificate of an authority: {e}"))?;
+    }
+    Ok(roots)
+}
+
+/// A certificate with its chain, and its private key.
+pub(crate) fn identity(chain: &[u8], key: &[u8]) -> Result<CertifiedKey, String> {
+    let chain = certificates(chain)?;
+    let mut parsed = PrivateKeyDer::from_pem_slice(key).map_err(|_| "no private key in PEM form".to_owned())?;
+    let signing = aws_lc_rs::sign::any_supported_type(&parsed);
+    parsed.zeroize();
+    let signing = signing.map_err(|_| "the private key is of no kind that is supported".to_owned())?;
+    let certified = CertifiedKey::new(chain, signing);
+    certified.keys_match().map_err(|_| "the private key is not that of the certificate".to_owned())?;
+    Ok(certified)
+}
