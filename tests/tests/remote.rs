@@ -3,16 +3,20 @@
 
 use std::fs;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use reseal_proto::wire::{
     Begin, Begun, Commit, Data, Disk, DiskEnd, FromSource, FromTarget, Hello, Need, Offer, Task, TroubleCode, VERSION,
 };
+use reseal_tests::process::{bound_to_us, start};
+use reseal_tests::qmp::Qmp;
 use reseal_tests::random::Random;
 use reseal_tests::remote::{Authority, Peer, Proxy, Sites};
-use reseal_tests::site::Site;
+use reseal_tests::site::{Site, files_below};
 
 const CLUSTER: usize = 65_536;
 
@@ -347,19 +351,26 @@ fn wait_for(proxy: &Proxy, bytes: u64) {
 fn a_server_that_is_killed_and_comes_back_is_found_again() {
     let mut sites = Sites::new();
     let proxy = Proxy::new(sites.port);
-    let disk = make_disk(&sites.source, "disk", 1600, 8);
-    let words = sites.words(proxy.port, "vm", &[disk.to_str().unwrap()]);
+    let disk = make_disk(&sites.source, "disk", 2400, 8);
+    // Held back, so that little is under way when the server dies.
+    let mut words = sites.words(proxy.port, "vm", &[disk.to_str().unwrap()]);
+    words.extend(["--limit-rate".to_owned(), "60M".to_owned()]);
     let source = sites.source.start(&words);
-    // More than a group, so that something has landed.
-    wait_for(&proxy, 80 << 20);
+    // A group has landed.
+    let landed = || files_below(&sites.target.state).into_iter().find(|path| path.ends_with("landed/vm"));
+    let began = Instant::now();
+    while landed().is_none_or(|path| fs::metadata(path).unwrap().len() <= 24) {
+        assert!(began.elapsed() < Duration::from_secs(40), "nothing lands");
+        thread::sleep(Duration::from_millis(5));
+    }
     sites.kill();
     assert_eq!(points(&sites.target), 0);
     sites.start();
     let json = source.wait().ok().json();
     assert_eq!(json["number"], 1);
-    // The group that was being filled, and what was under way, was lost.
+    // The group that was being filled, and what was under way, was lost; the one that had landed was not.
     let sent = json["stats"]["sent"].as_u64().unwrap();
-    assert!(sent < used(1600) + (70 << 20), "{sent} of {}", used(1600));
+    assert!(sent < used(2400) + (48 << 20), "{sent} of {}", used(2400));
     assert_restores(&sites.target, "vm@1", "disk-0", &disk);
     sites.target.verify();
 }
@@ -387,7 +398,8 @@ fn a_server_that_is_stopped_lands_what_came_and_says_so() {
     let mut sites = Sites::new();
     let proxy = Proxy::new(sites.port);
     let disk = make_disk(&sites.source, "disk", 800, 10);
-    let words = sites.words(proxy.port, "vm", &[disk.to_str().unwrap()]);
+    let mut words = sites.words(proxy.port, "vm", &[disk.to_str().unwrap()]);
+    words.extend(["--limit-rate".to_owned(), "30M".to_owned()]);
     let source = sites.source.start(&words);
     wait_for(&proxy, 25 << 20);
     let log = sites.stop().ok().stdout;
@@ -435,4 +447,69 @@ fn told_changes_are_used_over_the_wire_and_a_wrong_word_is_found_out() {
     assert!(json["warnings"][0].as_str().unwrap().contains("was wrong"), "{json}");
     assert_restores(&sites.target, "vm@4", "disk-0", &disk);
     sites.target.verify();
+}
+
+#[test]
+fn a_running_vm_is_sent_by_its_bitmap_and_its_moment_outlasts_a_cut_line() {
+    let sites = Sites::new();
+    let proxy = Proxy::new(sites.port);
+    let mut model = Random::new(12).bytes(400 * CLUSTER);
+    let image = sites.source.disk("vm.raw");
+    fs::write(&image, &model).unwrap();
+    let socket = sites.source.path("vm.qmp");
+    let mut command = Command::new("qemu-system-x86_64");
+    command.args(["-machine", "q35,accel=tcg", "-m", "64", "-display", "none", "-nodefaults", "-S"]);
+    command.args(["-blockdev", &format!("driver=file,filename={},node-name=file", image.display())]);
+    command.args(["-blockdev", "driver=raw,file=file,node-name=disk", "-device", "virtio-blk-pci,drive=disk,id=vd0"]);
+    command.args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())]);
+    let vm = start(bound_to_us(&mut command));
+    let began = Instant::now();
+    while UnixStream::connect(&socket).is_err() {
+        assert!(began.elapsed() < Duration::from_secs(20) && !vm.has_ended(), "QEMU does not come up");
+        thread::sleep(Duration::from_millis(20));
+    }
+    let write = |pattern: u8, at: usize| {
+        let line = format!("qemu-io -d /machine/peripheral/vd0/virtio-backend \"write -P {pattern} {at} 4096\"");
+        Qmp::connect(&socket).run("human-monitor-command", serde_json::json!({ "command-line": line }));
+    };
+    let words = sites.words(proxy.port, "vm", &["--qmp", socket.to_str().unwrap()]);
+    proxy.cut_after(8 << 20);
+    let run = sites.source.reseal(&words).ok();
+    assert!(run.stderr.contains("trying again"), "{run:#?}");
+    let right = sites.source.disk("right");
+    fs::write(&right, &model).unwrap();
+    assert_restores(&sites.target, "vm@1", "disk-0", &right);
+    for (pattern, at) in [(7, 0), (8, 99 * CLUSTER + 4096)] {
+        write(pattern, at);
+        model[at..at + 4096].fill(pattern);
+    }
+    let json = sites.source.reseal(&words).ok().json();
+    assert_eq!((&json["stats"]["read"], &json["warnings"]), (&(2 * CLUSTER as u64).into(), &serde_json::json!([])));
+    fs::write(&right, &model).unwrap();
+    assert_restores(&sites.target, "vm@2", "disk-0", &right);
+    let left = Qmp::connect(&socket).left_behind();
+    assert_eq!((left.jobs, left.exports, left.bitmaps.len()), (0, 0, 1), "{left:?}");
+    vm.kill();
+    sites.target.verify();
+}
+
+#[test]
+fn a_client_that_stalls_or_floods_is_held_back_and_harms_no_other() {
+    let sites = Sites::new();
+    // One says nothing after the first word, one never ends its handshake, one sends more offers than the window has and
+    // reads no answer.
+    let mut silent = sites.connect(&sites.client);
+    silent.say(&FromSource::Hello(Hello { version: VERSION, software: "x".into() }));
+    let _half = std::net::TcpStream::connect(("127.0.0.1", sites.port)).unwrap();
+    let mut flood = begun(&sites, "flood");
+    flood.say(&disk(1 << 40));
+    (0..100).for_each(|sequence| flood.say(&offer(sequence, sequence, &[[7; 32]])));
+    let path = make_disk(&sites.source, "disk", 50, 13);
+    let began = Instant::now();
+    sites.source.reseal(sites.words(sites.port, "vm", &[path.to_str().unwrap()])).ok();
+    assert!(began.elapsed() < Duration::from_secs(20));
+    assert_restores(&sites.target, "vm@1", "disk-0", &path);
+    let mut heard = std::iter::from_fn(|| flood.hear());
+    let needs = heard.by_ref().take_while(|message| !matches!(message, FromTarget::Trouble(_))).count();
+    assert_eq!(needs, 1 + 64, "it was served beyond its window");
 }
