@@ -7,8 +7,8 @@
 //!
 //! The network has its own runtime; a session is a thread, and fills the same [`crate::draft`] that a local backup does.
 //!
-//! Architecture invariant: whether another VM has a cluster is looked up only when its content has arrived, and nothing that
-//! is answered depends on it (`docs/PROTOCOL.md`).
+//! Architecture invariant: what another VM has is used only when the content has arrived, and nothing that is answered depends
+//! on it (`docs/PROTOCOL.md`).
 
 mod config;
 mod landed;
