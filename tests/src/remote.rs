@@ -287,3 +287,44 @@ impl Proxy {
         self.cut_at.store(self.sent() + bytes, Ordering::Relaxed);
     }
 }
+
+/// A line that is long and narrow: so long one way, and so many bytes a second from the source.
+pub fn long_line(to: u16, delay: Duration, rate: u64) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        for source in listener.incoming().flatten() {
+            let Ok(target) = TcpStream::connect(("127.0.0.1", to)) else { continue };
+            let ends = || (source.try_clone().unwrap(), target.try_clone().unwrap());
+            let ((from, back), (to, from_target)) = (ends(), ends());
+            one_way(from, back, delay, rate);
+            one_way(from_target, to, delay, u64::MAX);
+        }
+    });
+    port
+}
+
+/// What a line holds is what is on its way, and some more: as a router's buffer.
+fn one_way(mut from: TcpStream, mut to: TcpStream, delay: Duration, rate: u64) {
+    let (pieces, arriving) = crossbeam_channel::bounded::<(Instant, Vec<u8>)>(64);
+    thread::spawn(move || {
+        let mut free = Instant::now();
+        let mut bytes = vec![0; 64 << 10];
+        while let Ok(count @ 1..) = from.read(&mut bytes) {
+            free = free.max(Instant::now()) + Duration::from_secs_f64(count as f64 / rate as f64);
+            thread::sleep(free.saturating_duration_since(Instant::now()));
+            if pieces.send((free + delay, bytes[..count].to_vec())).is_err() {
+                return;
+            }
+        }
+    });
+    thread::spawn(move || {
+        for (at, bytes) in arriving {
+            thread::sleep(at.saturating_duration_since(Instant::now()));
+            if to.write_all(&bytes).is_err() {
+                break;
+            }
+        }
+        let _ = to.shutdown(Shutdown::Write);
+    });
+}

@@ -15,7 +15,7 @@ use reseal_proto::wire::{
 use reseal_tests::process::{bound_to_us, start};
 use reseal_tests::qmp::Qmp;
 use reseal_tests::random::Random;
-use reseal_tests::remote::{Authority, Peer, Proxy, Sites};
+use reseal_tests::remote::{Authority, Peer, Proxy, Sites, long_line};
 use reseal_tests::site::{Site, files_below};
 
 const CLUSTER: usize = 65_536;
@@ -512,4 +512,22 @@ fn a_client_that_stalls_or_floods_is_held_back_and_harms_no_other() {
     let mut heard = std::iter::from_fn(|| flood.hear());
     let needs = heard.by_ref().take_while(|message| !matches!(message, FromTarget::Trouble(_))).count();
     assert_eq!(needs, 1 + 64, "it was served beyond its window");
+}
+
+#[test]
+fn a_line_of_100_ms_and_200_mbit_is_used_to_four_fifths() {
+    let sites = Sites::new();
+    let rate = 25_000_000_u32;
+    let line = long_line(sites.port, Duration::from_millis(50), rate.into());
+    let proxy = Proxy::new(line);
+    let disk = make_disk(&sites.source, "disk", 2400, 14);
+    let source = sites.source.start(sites.words(proxy.port, "vm", &[disk.to_str().unwrap()]));
+    // Between two moments while it sends: how long a session takes to begin and to end is another matter.
+    wait_for(&proxy, 20_000_000);
+    let (began, before) = (Instant::now(), proxy.sent());
+    wait_for(&proxy, 120_000_000);
+    let reached = (proxy.sent() - before) as f64 / began.elapsed().as_secs_f64();
+    assert!(reached > 0.8 * f64::from(rate), "{reached} of {rate} bytes a second");
+    source.wait().ok();
+    assert_restores(&sites.target, "vm@1", "disk-0", &disk);
 }
