@@ -69,7 +69,6 @@ pub(crate) struct Draft {
     heads: Heads,
     vm: VmName,
     point: PointId,
-    _lease: Box<dyn Lease>,
     position: Position,
     known: Arc<Known>,
     finisher: Arc<Finisher>,
@@ -80,6 +79,8 @@ pub(crate) struct Draft {
     /// When all was durable: the time of the point, and the bytes that were stored.
     closed: Option<(Timestamp, u64)>,
     made: Option<Made>,
+    /// Dropped last: nobody seals under keys that he does not say he has.
+    _lease: Box<dyn Lease>,
 }
 
 /// A restore point that was made.
