@@ -12,12 +12,11 @@ use serde_json::Value;
 /// Longest that one command may take: what takes longer hangs.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// One of this workspace's programs, which lie in the folder above the test's own.
+/// One of this workspace's programs, which lie in the folder above the test's own, and beside the bench.
 pub fn program(name: &str) -> PathBuf {
     let own = std::env::current_exe().unwrap();
-    let path = own.ancestors().nth(2).unwrap().join(name);
-    assert!(path.exists(), "{} is missing: run `cargo build --workspace` first", path.display());
-    path
+    let found = own.ancestors().skip(1).take(2).map(|folder| folder.join(name)).find(|path| path.is_file());
+    found.unwrap_or_else(|| panic!("{name} is missing: run `cargo build --workspace` first"))
 }
 
 /// A program that has ended.

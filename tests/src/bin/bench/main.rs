@@ -3,12 +3,13 @@
 //!     bench [--rounds N] [--only NAME,…] [--output FILE]     measures all, interleaved, and writes docs/BENCHMARKS.md
 //!     bench live [--output FILE]                             measures live sources again, beside the last samples
 //!     bench rekey [--output FILE]                            measures the rotation of keys again, likewise
+//!     bench remote [--output FILE]                           measures two sites again, likewise
 //!     bench report [--output FILE]                           writes the document again from the last samples
 //!
 //! The modules, in the order of the data's path: `plan` says what to run, `host` finds the machine, disks and programs,
 //! `process` runs a program and weighs it, `contender` is what each tool can do (one module each: `reseal`, `restic`,
 //! `rustic`, `borg`, `luks`, `null`), `round` takes a round's figures with `reads` and `trace`, `memory`,
-//! `live` and `rekey` the cases of reseal alone, `samples` keeps them, `targets` judges them, `report` writes them down.
+//! `live`, `rekey` and `remote` the cases of reseal alone, `samples` keeps them, `targets` judges them, `report` writes them down.
 
 mod borg;
 mod contender;
@@ -22,6 +23,7 @@ mod plan;
 mod process;
 mod reads;
 mod rekey;
+mod remote;
 mod report;
 mod reseal;
 mod restic;
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         Some("nbd-null") => live::read_into_nothing(&arguments[1..]),
         Some("live") => Plan::parse(&arguments[1..]).and_then(|plan| measure_again(&plan, live::take)),
         Some("rekey") => Plan::parse(&arguments[1..]).and_then(|plan| measure_again(&plan, rekey::take)),
+        Some("remote") => Plan::parse(&arguments[1..]).and_then(|plan| measure_again(&plan, remote::take)),
         Some("report") => {
             Plan::parse(&arguments[1..]).and_then(|plan| report::write(&plan, &Samples::load(&plan.work)?))
         }
@@ -109,6 +112,7 @@ fn measure_all(plan: &Plan) -> Result<Samples> {
     memory::take(plan, &disks, &mut samples)?;
     live::take(plan, &disks, &mut samples)?;
     rekey::take(plan, &disks, &mut samples)?;
+    remote::take(plan, &disks, &mut samples)?;
     Ok(samples)
 }
 

@@ -43,6 +43,7 @@ fn document(plan: &Plan, samples: &Samples) -> Result<String> {
     memory(&mut text, samples)?;
     figures(&mut text, "Live sources", &samples.live)?;
     figures(&mut text, "New keys", &samples.rekey)?;
+    figures(&mut text, "Two sites", &samples.remote)?;
     text.push_str(METHOD);
     Ok(text)
 }
@@ -190,5 +191,7 @@ All tools take their turns within each round, and each round begins with another
   QEMU whose disk is backed up through `--qmp` meanwhile.
 - **New keys**: `reseal rekey --kek` for a tenant of 100 restore points, from the start of the program to its end, OpenBao and PyKMIP on this
   machine over TLS; median of at least three, after each of which the vault's files are compared with before. `reseal rekey --data`: median of as many, page cache warm.
+- **Two sites**: a source and a target in two folders of this machine, `reseal serve` on the loopback interface, medians of at least three; the bytes sent are
+  counted by a proxy, TLS included. The long line is a proxy that holds back each byte for 50 ms either way, and the source's by 25 MB/s.
 - **null**: a FUSE file system of one file of constant bytes: the limit of every mount here.
 ";

@@ -89,6 +89,8 @@ pub(crate) struct Samples {
     pub(crate) live: Vec<Figure>,
     #[serde(default)]
     pub(crate) rekey: Vec<Figure>,
+    #[serde(default)]
+    pub(crate) remote: Vec<Figure>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -112,6 +114,7 @@ impl Samples {
             memory: Vec::new(),
             live: Vec::new(),
             rekey: Vec::new(),
+            remote: Vec::new(),
         }
     }
 
