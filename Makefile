@@ -1,7 +1,7 @@
 # The two commands that a newcomer needs are `make demo` and `make test`.
 
 SHELL := /bin/bash
-.PHONY: all setup demo test lint bench soak frames clean
+.PHONY: all setup demo test lint bench soak fuzz frames clean
 
 all:
 	cargo build --release --workspace
@@ -41,6 +41,10 @@ frames: setup
 soak: setup
 	cargo build --workspace
 	RESEAL_SOAK=$${RESEAL_SOAK:-1} cargo test -p reseal-tests --no-fail-fast -- --nocapture
+
+# Decoders against inputs that coverage leads to, FUZZ seconds each.
+fuzz:
+	tests/scripts/fuzz.sh $${FUZZ:-60}
 
 clean:
 	cargo clean
