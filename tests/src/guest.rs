@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::marker::Marker;
 use crate::process::{Run, Running, bound_to_us, run, start, system};
 use crate::qmp::Qmp;
 
@@ -44,6 +45,11 @@ pub struct Images {
 impl Images {
     /// Makes fresh ones from the disk in the cache, which is made once.
     pub fn new(folder: &Path) -> Images {
+        Images::with(folder, SECRET, None)
+    }
+
+    /// The same with another secret, and with a marker in a file of the system disk.
+    pub fn with(folder: &Path, secret: &str, marker: Option<&Marker>) -> Images {
         let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
         let cache = std::env::var_os("RESEAL_CACHE").map_or(workspace.join(".cache"), PathBuf::from);
         let disks = cache.join("disk-guest");
@@ -53,10 +59,14 @@ impl Images {
         let at = |name: &str| folder.join(name);
         let images =
             Images { system: at("system.qcow2"), data: at("data.qcow2"), secret: at("secret"), folder: folder.clone() };
-        fs::write(&images.secret, SECRET).unwrap();
+        fs::write(&images.secret, secret).unwrap();
         let object = format!("secret,id=key,file={}", images.secret.display());
         let encrypted = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10,encrypt.hash-alg=sha512";
-        convert(&["--object", &object, "-o", encrypted], &disks.join("base.raw"), &images.system);
+        let raw = match marker {
+            None => disks.join("base.raw"),
+            Some(marker) => marked(&disks.join("base.raw"), &images, marker),
+        };
+        convert(&["--object", &object, "-o", encrypted], &raw, &images.system);
         convert(&[], &disks.join("data.raw"), &images.data);
         images
     }
@@ -106,6 +116,17 @@ impl Images {
             self.path("console").display(),
         )
     }
+}
+
+/// A copy of the system disk with a file of its own.
+fn marked(base: &Path, images: &Images, marker: &Marker) -> PathBuf {
+    let [raw, file] = ["marked.raw", "marker"].map(|name| images.path(name));
+    let [from, to] = [base, &raw].map(|path| path.to_str().unwrap());
+    system("cp", &["--sparse=always", from, to]);
+    fs::write(&file, marker.bytes().repeat(1000)).unwrap();
+    let device = format!("{to}?offset={}", PARTITION_MIB << 20);
+    system("debugfs", &["-w", "-R", &format!("write {} /marker", file.display()), &device]);
+    raw
 }
 
 /// Makes an image of a raw disk.

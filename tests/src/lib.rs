@@ -1,5 +1,5 @@
 //! What the end-to-end tests are made of: a [`site`] with the real programs ([`process`]), disks as they should be
-//! ([`model`], [`random`]), the same work through the libraries ([`library`]) over stores that fail or count
+//! ([`model`], [`random`], with a [`marker`] to look for), the same work through the libraries ([`library`]) over stores that fail or count
 //! ([`faults`]) and a KMS that does so too ([`moody`]), while the tenant's keys are replaced step by step ([`rekeying`]); and
 //! what ends with a test: mounts of a vault ([`mounting`]), other file systems and devices ([`loops`]), a guest that runs ([`guest`], as a [`domain`] of libvirt too, watched by [`qmp`]); two
 //! sites, of which one sends to the other ([`remote`]).
@@ -12,6 +12,7 @@ pub mod guest;
 pub mod library;
 pub mod libvirtd;
 pub mod loops;
+pub mod marker;
 pub mod model;
 pub mod moody;
 pub mod mounting;

@@ -5,8 +5,8 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -285,6 +285,47 @@ impl Proxy {
     /// Cuts the connection once when so many more bytes have passed.
     pub fn cut_after(&self, bytes: u64) {
         self.cut_at.store(self.sent() + bytes, Ordering::Relaxed);
+    }
+}
+
+/// A line that somebody listens to: it keeps all that passes, either way.
+pub struct Tapped {
+    pub port: u16,
+    heard: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Tapped {
+    /// In front of a port.
+    pub fn new(to: u16) -> Tapped {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (port, heard) = (listener.local_addr().unwrap().port(), Arc::<Mutex<Vec<u8>>>::default());
+        let ear = heard.clone();
+        thread::spawn(move || {
+            for source in listener.incoming().flatten() {
+                let Ok(target) = TcpStream::connect(("127.0.0.1", to)) else { continue };
+                let ends = || (source.try_clone().unwrap(), target.try_clone().unwrap());
+                let ((from_source, to_target), (to_source, from_target)) = (ends(), ends());
+                for (mut from, mut to) in [(from_source, to_target), (from_target, to_source)] {
+                    let ear = ear.clone();
+                    thread::spawn(move || {
+                        let mut bytes = vec![0; 64 << 10];
+                        while let Ok(count @ 1..) = from.read(&mut bytes) {
+                            ear.lock().unwrap().extend_from_slice(&bytes[..count]);
+                            if to.write_all(&bytes[..count]).is_err() {
+                                break;
+                            }
+                        }
+                        let _ = (to.shutdown(Shutdown::Both), from.shutdown(Shutdown::Both));
+                    });
+                }
+            }
+        });
+        Tapped { port, heard }
+    }
+
+    /// What was heard so far.
+    pub fn heard(&self) -> Vec<u8> {
+        self.heard.lock().unwrap().clone()
     }
 }
 

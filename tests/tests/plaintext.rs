@@ -3,40 +3,12 @@
 #![allow(clippy::unwrap_used)] // helpers of tests end where they meet what they did not expect
 
 use std::fs;
-use std::path::Path;
 
+use reseal_tests::marker::{MARKER, Marker};
 use reseal_tests::model::{DiskFile, ReadDisk};
 use reseal_tests::mounting::Mounted;
 use reseal_tests::random::Random;
-use reseal_tests::site::{Site, files_below};
-
-/// Bytes of a marker. Found text needs far fewer: [`PIECE`].
-const MARKER: usize = 64;
-/// A piece of the marker that would be found: shorter than any encoding unit that could split it.
-const PIECE: usize = 16;
-
-struct Marker(Vec<u8>);
-
-impl Marker {
-    /// Printable, so that it can stand in a definition too.
-    fn new(seed: u64) -> Marker {
-        let mut random = Random::new(seed);
-        Marker((0..MARKER).map(|_| b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"[random.index(32)]).collect())
-    }
-
-    fn text(&self) -> &str {
-        std::str::from_utf8(&self.0).unwrap()
-    }
-
-    /// Files below a folder that hold any piece of it.
-    fn found_below(&self, folder: &Path) -> Vec<String> {
-        let pieces: std::collections::HashSet<&[u8]> = self.0.windows(PIECE).collect();
-        let holds = |bytes: &[u8]| bytes.windows(PIECE).any(|window| pieces.contains(window));
-        let is_found =
-            |path: &std::path::PathBuf| holds(&fs::read(path).unwrap()) || holds(path.as_os_str().as_encoded_bytes());
-        files_below(folder).into_iter().filter(is_found).map(|path| path.display().to_string()).collect()
-    }
-}
+use reseal_tests::site::Site;
 
 #[test]
 fn a_marker_is_found_nowhere_but_where_it_was_restored() {
@@ -45,25 +17,25 @@ fn a_marker_is_found_nowhere_but_where_it_was_restored() {
     let disk = site.disk("d.raw");
     // Clusters that compress well, badly and not at all, a partial last one, and one marker that crosses a border.
     let mut random = Random::new(3);
-    let mut content: Vec<u8> = marker.0.iter().copied().cycle().take(300_000).collect();
+    let mut content: Vec<u8> = marker.bytes().iter().copied().cycle().take(300_000).collect();
     for at in (300_000..900_000).step_by(5000) {
         content.extend(random.bytes(4900));
-        content.extend(&marker.0);
+        content.extend(marker.bytes());
         content.resize(at + 5000, 0);
     }
-    content[65_536 * 5 - 30..][..MARKER].copy_from_slice(&marker.0);
+    content[65_536 * 5 - 30..][..MARKER].copy_from_slice(marker.bytes());
     fs::write(&disk, &content).unwrap();
     let definition = site.disk("vm.xml");
     fs::write(&definition, format!("<domain>{}</domain>", defined.text())).unwrap();
     assert_eq!(marker.found_below(&site.path("disks")).len(), 1, "the search finds what is there");
 
     let said = |run: reseal_tests::process::Run| {
-        assert!(!run.said().contains(&marker.text()[..PIECE]), "{run:#?}");
+        assert!(!run.said().contains(marker.piece()), "{run:#?}");
         run
     };
     let words = ["backup", "-v", "vm", disk.to_str().unwrap(), "--definition", definition.to_str().unwrap()];
     said(site.reseal(words)).ok();
-    fs::write(&disk, [&marker.0[7..], &content].concat()).unwrap();
+    fs::write(&disk, [&marker.bytes()[7..], &content].concat()).unwrap();
     said(site.reseal(words)).ok();
     said(site.reseal(["verify", "-v"])).ok();
     said(site.reseal(["list", "-v"])).ok();
@@ -95,7 +67,7 @@ fn a_marker_is_found_nowhere_but_where_it_was_restored() {
     let big = site.disk("big.raw");
     let file = DiskFile::create(&big, 64 << 20);
     for at in (0..64u64 << 20).step_by(4096) {
-        file.write(at, &[&at.to_le_bytes()[..], &marker.0].concat());
+        file.write(at, &[&at.to_le_bytes()[..], marker.bytes()].concat());
     }
     for after in [20, 60, 100] {
         let running = site.start(["backup", "big", big.to_str().unwrap()]);
