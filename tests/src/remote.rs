@@ -219,6 +219,12 @@ impl Peer {
         let _ = self.0.write_all(bytes).and_then(|()| self.0.flush());
     }
 
+    /// Says that nothing more comes.
+    pub fn end(&mut self) {
+        self.0.conn.send_close_notify();
+        let _ = self.0.flush();
+    }
+
     /// The next message; `None` where the connection ended.
     pub fn hear(&mut self) -> Option<FromTarget> {
         let mut header = [0; HEADER_LENGTH];
