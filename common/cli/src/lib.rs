@@ -28,5 +28,5 @@ pub use kit::of_kit;
 pub use kms::of_tenant;
 pub use output::{Output, human_bytes, human_duration};
 pub use passphrase::{read_new_passphrase, read_passphrase};
-pub use paths::{Paths, open_store};
+pub use paths::{Paths, open_store, serve_config};
 pub use progress::Progress;

@@ -60,6 +60,15 @@ impl Paths {
     }
 }
 
+/// The server's configuration: as given, or the default.
+pub fn serve_config(given: Option<&Path>) -> Result<PathBuf, Failure> {
+    // Beside the KMS configuration, which has a place of its own if the environment says so.
+    let beside =
+        || Paths::new(None, None, None).ok().and_then(|paths| Some(paths.kms_config?.with_file_name("serve.toml")));
+    let none = || Failure::new(Status::Usage, "neither XDG_CONFIG_HOME nor HOME is set; give --config");
+    given.map(Path::to_owned).or_else(beside).ok_or_else(none)
+}
+
 /// The store that `--repo` names.
 pub fn open_store(repo: &str) -> Result<Arc<dyn Store>, Failure> {
     if let Some((scheme, _)) = repo.split_once("://") {

@@ -97,6 +97,7 @@ macro_rules! name {
 
 name!(/** A customer of the vault. */ TenantName, "tenant", []);
 name!(/** A virtual machine. */ VmName, "VM", []);
+name!(/** A site that may send to a tenant. */ ClientName, "client", []);
 name!(/** A disk of a VM. */ DiskName, "disk", [('=', "contains '=', which ends the name in NAME=DISK")]);
 
 #[cfg(test)]

@@ -34,7 +34,7 @@ pub mod kmip;
 pub mod kms;
 mod names;
 mod pinned;
-mod private_file;
+pub mod private_file;
 mod seal;
 mod secret;
 pub mod transit;

@@ -18,7 +18,7 @@ use zeroize::Zeroizing;
 use crate::{KmsError, Secret};
 
 /// How long to wait for another process that changes the file. Holders need milliseconds, so this is a dead one or a stalled disk.
-pub(crate) const LOCK_PATIENCE: Duration = Duration::from_secs(30);
+pub const LOCK_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Pause between two attempts to lock.
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
@@ -103,7 +103,7 @@ fn read_open(file: &File, path: &Path, limit: u64) -> Result<Secret, KmsError> {
 }
 
 /// Writes a file that must not exist yet, through `staged`; false if it exists.
-pub(crate) fn write_new(path: &Path, staged: &Path, bytes: &[u8]) -> Result<bool, KmsError> {
+pub fn write_new(path: &Path, staged: &Path, bytes: &[u8]) -> Result<bool, KmsError> {
     stage(staged, bytes)?;
     let named = name_new(staged, path);
     if !matches!(named, Ok(true)) {
@@ -119,7 +119,7 @@ pub(crate) fn write_new(path: &Path, staged: &Path, bytes: &[u8]) -> Result<bool
 }
 
 /// Replaces a file, through `staged`.
-pub(crate) fn replace(path: &Path, staged: &Path, bytes: &[u8]) -> Result<(), KmsError> {
+pub fn replace(path: &Path, staged: &Path, bytes: &[u8]) -> Result<(), KmsError> {
     stage(staged, bytes)?;
     if let Err(error) = fs::rename(staged, path) {
         let _ = fs::remove_file(staged);
@@ -159,7 +159,7 @@ fn link_new(staged: &Path, path: &Path) -> io::Result<bool> {
 }
 
 /// Makes the folders above `path` that are missing, for this user only, each durable in its own parent.
-pub(crate) fn make_parents(path: &Path) -> Result<(), KmsError> {
+pub fn make_parents(path: &Path) -> Result<(), KmsError> {
     let missing: Vec<&Path> =
         path.ancestors().skip(1).take_while(|folder| !folder.as_os_str().is_empty() && !folder.exists()).collect();
     for folder in missing.into_iter().rev() {
@@ -187,12 +187,12 @@ fn sync_folder(path: &Path) -> Result<(), KmsError> {
 }
 
 /// An exclusive lock among all processes that change a file. It ends with the value, or with the process.
-pub(crate) struct Lock(#[expect(dead_code, reason = "held open: closing it ends the lock")] File);
+pub struct Lock(#[expect(dead_code, reason = "held open: closing it ends the lock")] File);
 
 impl Lock {
     /// Waits at most `patience` for the lock at `path`, a file of its own that stays: the locked file itself is replaced, and to
     /// remove a lock file is a race.
-    pub(crate) fn acquire(path: &Path, patience: Duration) -> Result<Self, KmsError> {
+    pub fn acquire(path: &Path, patience: Duration) -> Result<Self, KmsError> {
         let flags = OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::NOFOLLOW;
         let file = OpenOptions::new()
             .read(true)
@@ -216,7 +216,7 @@ impl Lock {
 }
 
 /// `path` with something appended to its name.
-pub(crate) fn beside(path: &Path, suffix: &str) -> PathBuf {
+pub fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(suffix);
     name.into()

@@ -5,7 +5,8 @@
 //! ```
 
 use super::{
-    MAX_AREAS, MAX_CLUSTERS, MAX_DEFINITION, MAX_DISKS, MAX_FRAMES, MAX_NAME, MAX_TEXT, MAX_WARNINGS, Violation,
+    MAX_AREAS, MAX_CERTIFICATE, MAX_CLUSTERS, MAX_DEFINITION, MAX_DISKS, MAX_FRAMES, MAX_NAME, MAX_REQUEST, MAX_TEXT,
+    MAX_WARNINGS, Violation,
 };
 
 pub const HEADER_LENGTH: usize = 8;
@@ -30,6 +31,8 @@ pub(super) mod kind {
     pub(crate) const ALIVE: u8 = 0x10;
     pub(crate) const TROUBLE: u8 = 0x11;
 
+    pub(crate) const RENEW: u8 = 0x20;
+
     pub(crate) const WELCOME: u8 = 0x81;
     pub(crate) const BEGUN: u8 = 0x82;
     pub(crate) const DISK_READY: u8 = 0x83;
@@ -40,6 +43,7 @@ pub(super) mod kind {
     pub(crate) const COMMITTED: u8 = 0x88;
     pub(crate) const TARGET_ALIVE: u8 = 0x90;
     pub(crate) const TARGET_TROUBLE: u8 = 0x91;
+    pub(crate) const RENEWED: u8 = 0xa0;
 }
 
 /// Bytes of a text of at most `max` bytes, with its length.
@@ -66,6 +70,8 @@ fn limit(side: Side, kind: u8) -> Option<usize> {
             8 + 1 + text(MAX_TEXT) + text(MAX_DEFINITION) + 4 + MAX_WARNINGS * text(MAX_TEXT)
         }
         (Side::Source, kind::TROUBLE) | (Side::Target, kind::TARGET_TROUBLE) => 2 + text(MAX_TEXT),
+        (Side::Source, kind::RENEW) => text(MAX_REQUEST),
+        (Side::Target, kind::RENEWED) => 1 + text(MAX_CERTIFICATE),
         (Side::Target, kind::BEGUN) => 64 + MAX_DISKS * (text(MAX_NAME) + 8 + TRACKING),
         (Side::Target, kind::DISK_READY) => 1 + 4 + 4 + MAX_AREAS * 16,
         (Side::Target, kind::NEED) => 10,

@@ -5,17 +5,21 @@
 //! target: Welcome  Begun  DiskReady  Need …          DiskDone  Closed  Committed
 //! ```
 //!
+//! Between Welcome and Begin a source may ask for a new certificate: Renew, Renewed.
+//!
 //! A message is a [`Header`] and a payload; the header's length is checked against the limit of its kind before anything is
 //! read. Encoding and decoding stand side by side. All numbers are big-endian.
 
 mod fields;
 mod header;
+mod renewal;
 mod source;
 mod target;
 mod trouble;
 mod violation;
 
 pub use header::{HEADER_LENGTH, Header, Side};
+pub use renewal::{Renew, Renewed};
 pub use source::{Begin, Commit, Data, Definition, Disk, DiskEnd, FromSource, Hello, Offer, Said, Task, Tracking};
 pub use target::{Begun, Committed, DiskReady, FromTarget, Need, Newest, NewestDisk, Start, Welcome};
 pub use trouble::{Trouble, TroubleCode};
@@ -43,3 +47,7 @@ pub const MAX_DISKS: usize = 256;
 pub const MAX_WARNINGS: usize = 1024;
 /// Most areas that are read whatever is said; where there are more, the disk is read whole.
 pub const MAX_AREAS: usize = 65_536;
+/// Longest request for a certificate.
+pub const MAX_REQUEST: usize = 2048;
+/// Longest certificate that answers it.
+pub const MAX_CERTIFICATE: usize = 8192;

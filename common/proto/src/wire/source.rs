@@ -3,7 +3,7 @@
 use super::fields::{Fields, Out};
 use super::header::{MAGIC, kind, message};
 use super::{
-    HASH, Header, MAX_CLUSTERS, MAX_DEFINITION, MAX_FRAMES, MAX_NAME, MAX_TEXT, MAX_WARNINGS, Trouble, Violation,
+    HASH, Header, MAX_CLUSTERS, MAX_DEFINITION, MAX_FRAMES, MAX_NAME, MAX_TEXT, MAX_WARNINGS, Renew, Trouble, Violation,
 };
 
 /// A message of the source.
@@ -21,6 +21,7 @@ pub enum FromSource {
     /// Nothing to say, but still there.
     Alive,
     Trouble(Trouble),
+    Renew(Renew),
 }
 
 /// The first message.
@@ -274,6 +275,7 @@ impl FromSource {
             FromSource::Commit(commit) => message(kind::COMMIT, |out| commit.put(out)),
             FromSource::Alive => message(kind::ALIVE, |_| {}),
             FromSource::Trouble(trouble) => message(kind::TROUBLE, |out| trouble.put(out)),
+            FromSource::Renew(renew) => message(kind::RENEW, |out| renew.put(out)),
         }
     }
 
@@ -310,6 +312,7 @@ impl FromSource {
             kind::COMMIT => FromSource::Commit(Commit::take(&mut fields)?),
             kind::ALIVE => FromSource::Alive,
             kind::TROUBLE => FromSource::Trouble(Trouble::take(&mut fields)?),
+            kind::RENEW => FromSource::Renew(Renew::take(&mut fields)?),
             kind => return Err(Violation::Kind { kind }),
         };
         fields.end()?;

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::fields::{Fields, Out};
 use super::header::{MAGIC, kind, message};
-use super::{Header, MAX_AREAS, MAX_DISKS, MAX_NAME, MAX_TEXT, MAX_WARNINGS, Tracking, Trouble, Violation};
+use super::{Header, MAX_AREAS, MAX_DISKS, MAX_NAME, MAX_TEXT, MAX_WARNINGS, Renewed, Tracking, Trouble, Violation};
 
 /// A message of the target.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +23,7 @@ pub enum FromTarget {
     /// Nothing to say, but still there.
     Alive,
     Trouble(Trouble),
+    Renewed(Renewed),
 }
 
 /// The answer to the first message.
@@ -182,6 +183,7 @@ impl FromTarget {
             }),
             FromTarget::Alive => message(kind::TARGET_ALIVE, |_| {}),
             FromTarget::Trouble(trouble) => message(kind::TARGET_TROUBLE, |out| trouble.put(out)),
+            FromTarget::Renewed(renewed) => message(kind::RENEWED, |out| renewed.put(out)),
         }
     }
 
@@ -220,6 +222,7 @@ impl FromTarget {
             }),
             kind::TARGET_ALIVE => FromTarget::Alive,
             kind::TARGET_TROUBLE => FromTarget::Trouble(Trouble::take(&mut fields)?),
+            kind::RENEWED => FromTarget::Renewed(Renewed::take(&mut fields)?),
             kind => return Err(Violation::Kind { kind }),
         };
         fields.end()?;
