@@ -2,10 +2,11 @@
 //! ([`model`], [`random`], with a [`marker`] to look for), the same work through the libraries ([`library`]) over stores that fail or count
 //! ([`faults`]) and a KMS that does so too ([`moody`]), while the tenant's keys are replaced step by step ([`rekeying`]); and
 //! what ends with a test: mounts of a vault ([`mounting`]), other file systems and devices ([`loops`]), a guest that runs ([`guest`], as a [`domain`] of libvirt too, watched by [`qmp`]); two
-//! sites, of which one sends to the other ([`remote`]).
+//! sites, of which one sends to the other ([`remote`]), and is enrolled there by command ([`enrolled`]).
 #![allow(clippy::unwrap_used)] // all of it is test code: it ends where it meets what it did not expect
 
 pub mod domain;
+pub mod enrolled;
 pub mod faults;
 pub mod frozen;
 pub mod guest;

@@ -4,13 +4,16 @@ use std::fs::{self, Permissions};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SerialNumber, date_time_ymd,
+};
 use reseal_proto::wire::{ALPN, FromSource, FromTarget, HEADER_LENGTH, Header, Side};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -23,7 +26,7 @@ use crate::site::Site;
 /// An authority.
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
-    pem: String,
+    pub pem: String,
 }
 
 /// A certificate with its key.
@@ -40,9 +43,36 @@ impl Authority {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(vec![]).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let pem = params.self_signed(&key).unwrap().pem();
         Authority { issuer: Issuer::new(params, key), pem }
+    }
+
+    /// The one whose key and certificate are in a file.
+    pub fn read(path: &Path) -> Authority {
+        let text = fs::read_to_string(path).unwrap();
+        let at = text.find("-----BEGIN CERTIFICATE").unwrap();
+        let (key, pem) = (KeyPair::from_pem(&text[..at]).unwrap(), text[at..].to_owned());
+        Authority { issuer: Issuer::from_ca_cert_pem(&pem, key).unwrap(), pem }
+    }
+
+    /// A list of certificates that it has revoked, by their serial numbers.
+    pub fn revoke(&self, serials: &[&[u8]]) -> String {
+        let revoked = |serial: &&[u8]| RevokedCertParams {
+            serial_number: SerialNumber::from_slice(serial),
+            revocation_time: date_time_ymd(2026, 1, 1),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let list = CertificateRevocationListParams {
+            this_update: date_time_ymd(2026, 1, 1),
+            next_update: date_time_ymd(2040, 1, 1),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: serials.iter().map(revoked).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        list.signed_by(&self.issuer).unwrap().pem().unwrap()
     }
 
     /// Issues a certificate.
@@ -74,14 +104,30 @@ pub struct Sites {
     server: Option<Running>,
 }
 
-fn private(path: PathBuf, content: &str) -> PathBuf {
+/// Writes a file that only its owner may read.
+pub fn private(path: PathBuf, content: &str) -> PathBuf {
     fs::write(&path, content).unwrap();
     fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
     path
 }
 
-fn free_port() -> u16 {
+/// A port that nobody listens at.
+pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Starts the server of a site whose configuration is `serve.toml` there, and waits until it listens.
+pub fn serve(target: &Site, port: u16) -> Running {
+    let config = target.path("serve.toml");
+    let server = target.start(["serve", "--config", config.to_str().unwrap()]);
+    let began = Instant::now();
+    while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        if server.has_ended() || began.elapsed() > Duration::from_secs(20) {
+            panic!("the server does not come up: {:#?}", server.kill());
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    server
 }
 
 impl Sites {
@@ -119,15 +165,7 @@ impl Sites {
 
     /// Starts the server.
     pub fn start(&mut self) {
-        let config = self.target.path("serve.toml");
-        self.server = Some(self.target.start(["serve", "--config", config.to_str().unwrap()]));
-        let began = Instant::now();
-        while TcpStream::connect(("127.0.0.1", self.port)).is_err() {
-            if self.server.as_ref().unwrap().has_ended() || began.elapsed() > Duration::from_secs(20) {
-                panic!("the server does not come up: {:#?}", self.server.take().unwrap().kill());
-            }
-            thread::sleep(Duration::from_millis(20));
-        }
+        self.server = Some(serve(&self.target, self.port));
     }
 
     /// Ends the server as its administrator does; what it printed.
@@ -167,7 +205,7 @@ impl Sites {
 
     /// A connection of somebody who writes messages by himself.
     pub fn connect(&self, identity: &Identity) -> Peer {
-        Peer::connect(self, identity)
+        Peer::connect(self.port, &self.authority.pem, Some(identity))
     }
 }
 
@@ -189,22 +227,27 @@ impl Drop for Sites {
 pub struct Peer(StreamOwned<ClientConnection, TcpStream>);
 
 impl Peer {
-    fn connect(sites: &Sites, identity: &Identity) -> Peer {
+    /// One who trusts an authority, and has a certificate or none.
+    pub fn connect(port: u16, authority: &str, identity: Option<&Identity>) -> Peer {
         let mut roots = RootCertStore::empty();
-        roots.add(CertificateDer::from_pem_slice(sites.authority.pem.as_bytes()).unwrap()).unwrap();
-        let chain = vec![CertificateDer::from_pem_slice(identity.certificate.as_bytes()).unwrap()];
-        let key = PrivateKeyDer::from_pem_slice(identity.key.as_bytes()).unwrap();
+        roots.add(CertificateDer::from_pem_slice(authority.as_bytes()).unwrap()).unwrap();
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let mut config = ClientConfig::builder_with_provider(provider)
+        let config = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .unwrap()
-            .with_root_certificates(roots)
-            .with_client_auth_cert(chain, key)
-            .unwrap();
+            .with_root_certificates(roots);
+        let mut config = match identity {
+            None => config.with_no_client_auth(),
+            Some(identity) => {
+                let chain = vec![CertificateDer::from_pem_slice(identity.certificate.as_bytes()).unwrap()];
+                let key = PrivateKeyDer::from_pem_slice(identity.key.as_bytes()).unwrap();
+                config.with_client_auth_cert(chain, key).unwrap()
+            }
+        };
         config.alpn_protocols = vec![ALPN.to_vec()];
         let name = ServerName::try_from("localhost").unwrap();
         let connection = ClientConnection::new(Arc::new(config), name).unwrap();
-        let stream = TcpStream::connect(("127.0.0.1", sites.port)).unwrap();
+        let stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         Peer(StreamOwned::new(connection, stream))
     }

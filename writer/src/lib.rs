@@ -12,6 +12,7 @@
 
 mod assemble;
 pub mod backup;
+pub mod certificate;
 pub mod changes;
 mod draft;
 mod error;

@@ -33,7 +33,8 @@ enum Command {
     Verify(verify::Args),
     /// The recovery kit: written, printed, and used where a keyring or a KMS is lost
     Key(key::Args),
-    /// The customers of a vault, each with a key of its own: add, list, show, set, remove, erase
+    /// The customers of a vault, each with a key of its own: add, list, show, set, remove, erase; and the
+    /// sites that may send to them: enroll, clients, revoke
     Tenant(tenant::Args),
     /// Other keys for the same data
     Rekey(Box<rekey::Args>),

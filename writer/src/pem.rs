@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
+use base64ct::{Base64, Encoding};
 use rustls::RootCertStore;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 use zeroize::Zeroize;
 
@@ -27,6 +28,23 @@ pub(crate) fn authorities(text: &[u8]) -> Result<RootCertStore, String> {
         roots.add(certificate).map_err(|e| format!("not the certificate of an authority: {e}"))?;
     }
     Ok(roots)
+}
+
+/// A certificate in PEM form.
+pub(crate) fn certificate(der: &[u8]) -> String {
+    let mut text = "-----BEGIN CERTIFICATE-----\n".to_owned();
+    for line in Base64::encode_string(der).as_bytes().chunks(64) {
+        text.extend(line.iter().map(|byte| char::from(*byte)));
+        text.push('\n');
+    }
+    text + "-----END CERTIFICATE-----\n"
+}
+
+/// Lists of certificates that were revoked.
+pub(crate) fn revocations(text: &[u8]) -> Result<Vec<CertificateRevocationListDer<'static>>, String> {
+    let found: Result<Vec<_>, _> = CertificateRevocationListDer::pem_slice_iter(text).collect();
+    let found = found.map_err(|e| format!("not in PEM form: {e}"))?;
+    if found.is_empty() { Err("there is no revocation list in PEM form".into()) } else { Ok(found) }
 }
 
 /// A certificate with its chain, and its private key.

@@ -1,6 +1,7 @@
 //! The verbs of `reseal`, one a module.
 
 pub(crate) mod backup;
+mod clients;
 pub(crate) mod delegate;
 pub(crate) mod init;
 pub(crate) mod key;

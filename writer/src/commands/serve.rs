@@ -4,16 +4,16 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use reseal_cli::{CommonArgs, Failure, Found};
+use reseal_cli::{CommonArgs, Failure, Found, serve_config};
 use reseal_format::names::TenantName;
 use reseal_writer::serve::{Access, ServeConfig, Server, Tenants};
 
 /// Arguments of `serve`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Address, certificates, and who may come as which tenant, TOML
+    /// Address, vault, and who may come, TOML [default: /etc/reseal/serve.toml for root, otherwise in the user's configuration]
     #[arg(long, value_name = "FILE")]
-    config: PathBuf,
+    config: Option<PathBuf>,
 }
 
 /// Tenants that were unlocked, by name.
@@ -39,7 +39,7 @@ impl Tenants for Unlocked {
 
 pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
     let output = common.output();
-    let config = ServeConfig::read(&args.config)?;
+    let config = ServeConfig::read(&serve_config(args.config.as_deref())?)?;
     let mut common = common.clone();
     common.repo = config.repo.clone().or(common.repo);
     let tenants = Arc::new(Unlocked { common, open: Mutex::default() });
@@ -48,6 +48,8 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
         if let Err(failure) = tenants.open(&tenant) {
             match failure.status {
                 reseal_cli::Status::Unreachable => output.warn(format!("tenant {tenant}: {}", failure.message)),
+                // One that was erased or removed since a client of it was enrolled.
+                _ if !config.names(&tenant) => output.warn(format!("tenant {tenant}: {}", failure.message)),
                 _ => return Err(Failure::new(failure.status, format!("tenant {tenant}: {}", failure.message))),
             }
         }

@@ -12,6 +12,7 @@ use reseal_vault::heads::tenant_folder;
 use reseal_vault::{Count, Epochs, Held, Holdings, Record, VaultError, VmHoldings, holders, tenants};
 use serde_json::{Value, json};
 
+use super::clients::{self, EnrollArgs, ServerArgs};
 use super::init::report_tenant;
 use super::kit::KitArgs;
 use super::new_tenant::{EscrowArgs, NewTenant, now};
@@ -77,6 +78,31 @@ enum Action {
         #[arg(long)]
         key_is_gone: bool,
     },
+    /// Makes an enrolment file with which a site may send to a tenant; no KMS is asked
+    Enroll {
+        /// The tenant
+        #[arg(value_name = "TENANT")]
+        of: String,
+        #[command(flatten)]
+        enroll: Box<EnrollArgs>,
+    },
+    /// Lists the clients that may come
+    Clients {
+        /// Those of one tenant only
+        #[arg(value_name = "TENANT")]
+        of: Option<String>,
+        #[command(flatten)]
+        server: ServerArgs,
+    },
+    /// Takes a client's certificates back; its connections end
+    Revoke {
+        /// The tenant
+        #[arg(value_name = "TENANT")]
+        of: String,
+        client: String,
+        #[command(flatten)]
+        server: ServerArgs,
+    },
 }
 
 /// What `--quota` says: bytes, or no limit.
@@ -101,6 +127,11 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
         Action::Set { name, quota: Allowance(quota) } => set_quota(common, &named(&name)?, quota),
         Action::Remove { name, destroy_key } => remove(common, &named(&name)?, destroy_key),
         Action::Erase { name, yes, key_is_gone } => erase(common, &named(&name)?, yes.as_deref(), key_is_gone),
+        Action::Enroll { of, enroll } => clients::enroll(common, named(&of)?, *enroll),
+        Action::Clients { of, server } => {
+            clients::list(common, of.as_deref().map(named).transpose()?.as_ref(), &server)
+        }
+        Action::Revoke { of, client, server } => clients::take_away(common, &named(&of)?, &client, &server),
     }
 }
 

@@ -35,6 +35,15 @@ impl RemoteError {
         }
     }
 
+    /// Whether another certificate may be taken where this one was not.
+    pub(crate) fn is_of_certificate(&self) -> bool {
+        match self {
+            RemoteError::Refused { .. } => true,
+            RemoteError::Trouble { trouble, .. } => trouble.code == TroubleCode::NotAllowed,
+            _ => false,
+        }
+    }
+
     pub(crate) fn status(&self) -> Status {
         match self {
             RemoteError::Usage(_) => Status::Usage,

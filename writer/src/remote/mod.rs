@@ -10,6 +10,7 @@
 mod connection;
 mod enrolment;
 mod error;
+mod renewal;
 mod target;
 
 pub(crate) use connection::Asker;

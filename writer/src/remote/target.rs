@@ -15,6 +15,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use super::connection::Connection;
+use super::renewal::renew;
 use super::{Asker, Enrolment, RemoteError};
 use crate::BackupError;
 use crate::link::carry;
@@ -52,7 +53,10 @@ pub struct Sent {
 
 /// The target of a backup at another site.
 pub struct Remote<'a> {
-    enrolment: &'a Enrolment,
+    /// As the file was when it was read last: another process may renew it.
+    enrolment: Enrolment,
+    /// Whether the certificate may be renewed on the way.
+    renews: bool,
     vm: VmName,
     say: &'a dyn Fn(&str),
     connection: Option<Connection>,
@@ -72,14 +76,15 @@ pub struct Remote<'a> {
 impl<'a> Remote<'a> {
     /// Begins the next restore point of a VM there. `say` is told where patience is needed.
     pub(crate) fn connect(
-        enrolment: &'a Enrolment,
+        enrolment: &Enrolment,
         vm: &VmName,
         say: &'a dyn Fn(&str),
     ) -> Result<Remote<'a>, BackupError> {
         let runtime = Builder::new_multi_thread().worker_threads(1).thread_name("network").enable_all().build();
         let failed = |source| BackupError::Source { path: "the network".into(), action: "set up", source };
         let mut remote = Remote {
-            enrolment,
+            enrolment: enrolment.clone(),
+            renews: true,
             vm: vm.clone(),
             say,
             connection: None,
@@ -93,7 +98,13 @@ impl<'a> Remote<'a> {
             began: Instant::now(),
             runtime: runtime.map_err(failed)?,
         };
-        match remote.open(None) {
+        let opened = match remote.open(None) {
+            // Whatever came of the renewal, the backup goes on without.
+            Err(_) if !remote.renews => remote.open(None),
+            Err(BackupError::Remote(e)) if e.is_of_certificate() && remote.reread() => remote.open(None),
+            other => other,
+        };
+        match opened {
             // A session that was cut off a moment ago may still be there.
             Err(BackupError::Remote(e @ RemoteError::Trouble { .. })) if e.may_pass() => remote.persist(e, None)?,
             other => other?,
@@ -137,6 +148,16 @@ impl<'a> Remote<'a> {
         self.connection.as_ref().ok_or_else(|| self.lost("it is not open".into()))
     }
 
+    /// Takes the certificate with which another process has renewed the file, if one has.
+    fn reread(&mut self) -> bool {
+        let Ok(now) = Enrolment::read(&self.enrolment.path) else { return false };
+        let is_renewed = now.tenant() == self.enrolment.tenant() && !now.is_same(&self.enrolment);
+        if is_renewed {
+            self.enrolment = now;
+        }
+        is_renewed
+    }
+
     /// Makes a connection, and begins or goes on with the point.
     fn open(&mut self, resume: Option<PointId>) -> Result<(), BackupError> {
         self.count();
@@ -166,6 +187,10 @@ impl<'a> Remote<'a> {
         match connection.answer()? {
             FromTarget::Welcome(welcome) if welcome.version == VERSION => {
                 self.window = usize::from(welcome.window.min(MAX_WINDOW));
+                let time = Timestamp(i64::try_from(welcome.time).unwrap_or(i64::MAX));
+                if self.renews {
+                    renew(&connection, &self.enrolment, time, self.say).inspect_err(|_| self.renews = false)?;
+                }
             }
             FromTarget::Welcome(other) => {
                 return Err(self.unexpected(&format!("it speaks version {}, this program {VERSION}", other.version)));
@@ -233,6 +258,7 @@ impl<'a> Remote<'a> {
             let part = u32::from(random::<1>()?[0]);
             std::thread::sleep(pause / 2 + pause / 2 * part / 255);
             pause = (pause * 2).min(PAUSE);
+            self.reread();
             match self.open(resume) {
                 Err(BackupError::Remote(e)) if e.may_pass() => why = e,
                 other => return other,

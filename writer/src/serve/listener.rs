@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use reseal_cli::Failure;
 use reseal_format::names::TenantName;
 use reseal_proto::wire::{ALPN, FromSource, FromTarget, TroubleCode};
@@ -20,9 +21,11 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
+use super::current::{Current, LOOK};
 use super::session::{Session, refuse, trouble};
 use super::{Client, ServeConfig};
 use crate::BackupError;
+use crate::certificate::now;
 use crate::link::carry;
 
 /// Connections at once: each may take a thread, and memory for its window.
@@ -83,7 +86,10 @@ impl Server {
         (self.log)(&format!("listening at {}", listener.local_addr()?));
         let (stop, stopped) = watch::channel(false);
         let room = Arc::new(Semaphore::new(CONNECTIONS as usize));
-        let server = Arc::new(self);
+        let Server { config, tenants, log } = self;
+        config.faults.iter().for_each(|fault| log(fault));
+        let server = Arc::new(Serving { current: Current::new(config), tenants, log, told: Mutex::default() });
+        tokio::spawn(server.clone().look_after());
         loop {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
@@ -109,16 +115,74 @@ impl Server {
         let _ = timeout(FAREWELL, room.acquire_many(CONNECTIONS)).await;
         Ok(())
     }
+}
+
+/// The server while it runs.
+struct Serving {
+    current: Current,
+    tenants: Arc<dyn Tenants>,
+    log: Arc<dyn Fn(&str) + Send + Sync>,
+    /// Why the registry could not be looked at the last time.
+    told: Mutex<Option<String>>,
+}
+
+impl Serving {
+    /// Takes up changes of the registry, for as long as the server runs.
+    async fn look_after(self: Arc<Serving>) {
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let server = self.clone();
+            let _ = tokio::task::spawn_blocking(move || server.look()).await;
+        }
+    }
+
+    /// Takes up what has changed in the registry.
+    fn look(&self) {
+        let before = self.current.get();
+        let failed = self.current.look().err();
+        let failed = failed.map(|e| Failure::of(reseal_cli::Status::Failed, &e).message);
+        let now = self.current.get();
+        now.faults.iter().filter(|fault| !before.faults.contains(fault)).for_each(|fault| (self.log)(fault));
+        let mut told = self.told.lock();
+        if let Some(why) = failed.as_ref().filter(|why| told.as_ref() != Some(why)) {
+            (self.log)(&format!("who may come stays as it was: {why}"));
+        }
+        *told = failed;
+    }
+
+    /// Who has a certificate. It may have been enrolled a moment ago.
+    fn who(&self, certificate: &[u8]) -> Result<Client, BackupError> {
+        if self.current.get().who(certificate).is_none() {
+            self.look();
+        }
+        let config = self.current.get();
+        let client = config.who(certificate).cloned();
+        let client = client.ok_or_else(|| refuse(TroubleCode::NotAllowed, config.why_not(certificate)))?;
+        if client.has_older()
+            && let Some(enrolled) = &client.enrolled
+        {
+            // The new one has arrived: nobody needs the old one any more.
+            let superseded = config.settings().registry().change(&enrolled.tenant, &enrolled.name, |enrolled| {
+                enrolled.supersede(client.certificate(), now());
+                Ok(())
+            });
+            match superseded {
+                Ok(()) => self.look(),
+                Err(e) => (self.log)(&format!("older certificates of {} are still taken: {e}", client.name)),
+            }
+        }
+        Ok(client)
+    }
 
     async fn greet(
-        self: Arc<Server>,
+        self: Arc<Serving>,
         stream: TcpStream,
         peer: SocketAddr,
         permit: OwnedSemaphorePermit,
         stopped: watch::Receiver<bool>,
     ) {
         let _ = stream.set_nodelay(true);
-        let acceptor = TlsAcceptor::from(self.config.tls.clone());
+        let acceptor = TlsAcceptor::from(self.current.get().tls.clone());
         let stream = match timeout(HANDSHAKE, acceptor.accept(stream).into_fallible()).await {
             Ok(Ok(stream)) => stream,
             Ok(Err((e, mut stream))) => {
@@ -151,18 +215,22 @@ impl Server {
         stopped: watch::Receiver<bool>,
     ) {
         let certificates = stream.get_ref().1.peer_certificates();
-        let client = certificates.and_then(|chain| self.config.who(chain.first()?)).cloned();
-        let (mut inbox, outbox) = carry::<FromSource, _>(runtime, stream, Some(stopped));
-        let (who, result) = match &client {
-            Some(client) => {
-                let session = Session { inbox: &mut inbox, outbox: &outbox, client, passes_over: false };
+        let certificate = certificates.and_then(<[_]>::first).map(|first| first.to_vec()).unwrap_or_default();
+        let client = self.who(&certificate);
+        let ended = match &client {
+            Ok(client) => self.until_it_must_go(client.clone(), runtime, stopped),
+            Err(_) => stopped,
+        };
+        let (mut inbox, outbox) = carry::<FromSource, _>(runtime, stream, Some(ended));
+        let (who, result) = match client {
+            Ok(client) => {
+                let (client, current, log) = (&client, &self.current, &*self.log);
+                let certificate = &certificate;
+                let (inbox, outbox) = (&mut inbox, &outbox);
+                let session = Session { inbox, outbox, client, certificate, current, log, passes_over: false };
                 (format!("{} ({peer})", client.name), self.restore_point(session, client))
             }
-            None => {
-                let message =
-                    "this site does not know the certificate; whoever runs it can name it in the configuration";
-                (format!("unknown ({peer})"), Err(refuse(TroubleCode::NotAllowed, message)))
-            }
+            Err(e) => (format!("unknown ({peer})"), Err(e)),
         };
         match &result {
             Ok(point) => (self.log)(&format!("{who}: made {point}")),
@@ -175,6 +243,27 @@ impl Server {
         }
         drop(outbox);
         inbox.farewell(runtime);
+    }
+
+    /// Set when the server stops, or the client must not stay.
+    fn until_it_must_go(
+        &self,
+        client: Client,
+        runtime: &Handle,
+        mut stopped: watch::Receiver<bool>,
+    ) -> watch::Receiver<bool> {
+        let (end, ended) = watch::channel(false);
+        let mut config = self.current.watch();
+        runtime.spawn(async move {
+            tokio::select! {
+                _ = stopped.wait_for(|stop| *stop) => {}
+                _ = config.wait_for(|config| !config.may_stay(&client)) => {}
+                // The connection is over.
+                () = end.closed() => return,
+            }
+            let _ = end.send(true);
+        });
+        ended
     }
 
     /// What was made, for the log.

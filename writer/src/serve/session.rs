@@ -7,16 +7,19 @@ use reseal_format::ids::PointId;
 use reseal_format::manifest::{Definition, MAX_DISKS, Manifest, Tracking};
 use reseal_format::names::{DiskName, VmName};
 use reseal_proto::wire::{
-    self, Begin, Begun, Commit, Committed, DiskReady, FromSource, FromTarget, MAX_AREAS, Newest, NewestDisk, Trouble,
-    TroubleCode, VERSION, Welcome,
+    self, Begin, Begun, Commit, Committed, DiskReady, FromSource, FromTarget, MAX_AREAS, Newest, NewestDisk, Renewed,
+    Trouble, TroubleCode, VERSION, Welcome,
 };
 use reseal_vault::{Class, VaultError};
 
 use super::Client;
+use super::current::Current;
 use super::landed::{Landed, Places};
 use super::listener::Access;
 use super::receive::{Own, Receiver, WINDOW, broken};
+use super::renewal::renew;
 use crate::BackupError;
+use crate::certificate::now;
 use crate::draft::Draft;
 use crate::link::{Ended, Inbox, Outbox};
 use crate::remote::RemoteError;
@@ -30,6 +33,10 @@ pub(super) struct Session<'a> {
     pub inbox: &'a mut Inbox<FromSource>,
     pub outbox: &'a Outbox,
     pub client: &'a Client,
+    /// What it came with.
+    pub certificate: &'a [u8],
+    pub current: &'a Current,
+    pub log: &'a (dyn Fn(&str) + Send + Sync),
     /// Whether what still comes of a disk is of one that was distrusted.
     pub passes_over: bool,
 }
@@ -85,7 +92,13 @@ pub(super) fn trouble(error: &BackupError) -> Option<Trouble> {
 impl Session<'_> {
     fn next(&mut self) -> Result<FromSource, BackupError> {
         let lost = |why: String| RemoteError::Lost { peer: self.client.name.clone(), why };
-        Err(match self.inbox.next() {
+        let next = self.inbox.next();
+        if !self.current.get().may_stay(self.client) {
+            let message =
+                format!("{} was revoked at this site; whoever runs it can enrol a new client", self.client.name);
+            return Err(refuse(TroubleCode::NotAllowed, message));
+        }
+        Err(match next {
             Ok(FromSource::Trouble(trouble)) => lost(format!("it ended: {}", trouble.message)).into(),
             Ok(message) => return Ok(message),
             Err(Ended::Lost(e)) => lost(e.to_string()).into(),
@@ -118,9 +131,35 @@ impl Session<'_> {
         }
     }
 
+    /// Answers one who asks for another certificate. That it can't be had is no reason to make no restore point.
+    fn renew(&self, request: &[u8]) -> Renewed {
+        let name = &self.client.name;
+        match renew(self.current, self.client, self.certificate, request, now()) {
+            Ok(renewed) => {
+                match &renewed {
+                    Renewed::Issued(_) => (self.log)(&format!("{name}: has a new certificate")),
+                    Renewed::Refused(why) => (self.log)(&format!("{name}: gets no new certificate: {why}")),
+                    Renewed::Elsewhere => {}
+                }
+                renewed
+            }
+            Err(e) => {
+                let why = reseal_cli::Failure::of(reseal_cli::Status::Failed, &e).message;
+                (self.log)(&format!("{name}: gets no new certificate: {why}"));
+                Renewed::Refused("this site could not issue it; its log says why".into())
+            }
+        }
+    }
+
     /// What the client wants to begin, if it may.
     pub(super) fn begin(&mut self) -> Result<(VmName, Option<PointId>), BackupError> {
-        let FromSource::Begin(Begin { vm, resume }) = self.next()? else {
+        let mut next = self.next()?;
+        if let FromSource::Renew(asked) = &next {
+            let renewed = self.renew(&asked.request);
+            self.send(&FromTarget::Renewed(renewed))?;
+            next = self.next()?;
+        }
+        let FromSource::Begin(Begin { vm, resume }) = next else {
             return Err(broken("it does not say what it begins"));
         };
         let vm = VmName::new(&vm).map_err(|e| broken(e.to_string()))?;
