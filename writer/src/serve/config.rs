@@ -258,7 +258,9 @@ impl Settings {
         };
         let text = trusted(path)?;
         pem::authorities(&text).map_err(|e| of(path, e))?;
-        String::from_utf8(text.to_vec()).map(Some).map_err(|_| of(path, "it is not UTF-8".into()))
+        // Nothing but the certificates: what else is in the file is not for others.
+        let certificates = pem::certificates(&text).map_err(|e| of(path, e))?;
+        Ok(Some(certificates.iter().map(|certificate| pem::certificate(certificate)).collect()))
     }
 
     /// What one's own PKI says.
