@@ -102,6 +102,7 @@ fn vault_errno(error: &VaultError) -> Errno {
         | VaultError::StillOpens { .. }
         | VaultError::NotWrapped { .. }
         | VaultError::OverQuota { .. }
+        | VaultError::ManyObjectives { .. }
         | VaultError::OtherKit { .. }
         | VaultError::OldKit { .. }
         | VaultError::KitWithoutMaster { .. }

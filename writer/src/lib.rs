@@ -35,6 +35,7 @@ pub mod rekey;
 pub mod remote;
 pub mod serve;
 pub mod source;
+pub mod span;
 mod target;
 pub mod throttle;
 pub mod verify;

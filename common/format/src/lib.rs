@@ -24,6 +24,7 @@ pub mod keys;
 pub mod layout;
 pub mod manifest;
 pub mod names;
+pub mod objectives;
 pub mod pack;
 pub mod seal;
 pub mod tenant;

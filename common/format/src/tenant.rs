@@ -3,7 +3,7 @@
 //! ```text
 //! tenant.json { tenant id, generation, kms { kind, key }, wrapped, salt, sealed }
 //! wrapped = KMS(KEK, magic ‖ vault id ‖ tenant id ‖ generation ‖ master)
-//! sealed  = AES-256-GCM(HKDF(master, salt), JSON { name, features, DEKs by epoch, current epoch, dedup secret, quota })
+//! sealed  = AES-256-GCM(HKDF(master, salt), JSON { name, features, DEKs by epoch, current epoch, dedup secret, quota, objectives })
 //! ```
 //!
 //! A record is replaced by its [`Successor`], of the next generation: its master wrapped anew, its secrets sealed anew, and
@@ -20,7 +20,8 @@ use zeroize::{Zeroize, Zeroizing};
 use crate::fields::{Borrowed, Unknown, unknown};
 use crate::ids::{TenantId, VaultId};
 use crate::keys::{DedupSecret, Dek, KEY, Kind, Master, ONLY_ORDINAL, Scope, header_aad, nonce, object_key};
-use crate::names::TenantName;
+use crate::names::{TenantName, VmName};
+use crate::objectives::Objectives;
 use crate::time::Timestamp;
 use crate::{FORMAT_VERSION, FormatError};
 
@@ -106,6 +107,7 @@ pub struct TenantKeys {
     /// A feature that this program would need in order to write.
     lacks_to_write: Option<String>,
     quota: Option<u64>,
+    objectives: Objectives,
 }
 
 impl TenantKeys {
@@ -121,6 +123,7 @@ impl TenantKeys {
             previous_kek: None,
             lacks_to_write: None,
             quota: None,
+            objectives: Objectives::default(),
         }
     }
 
@@ -153,6 +156,11 @@ impl TenantKeys {
     /// Bytes that the tenant's packs may have, if there is a limit.
     pub fn quota(&self) -> Option<u64> {
         self.quota
+    }
+
+    /// How old the newest restore points of its VMs may be.
+    pub fn objectives(&self) -> &Objectives {
+        &self.objectives
     }
 
     /// Generation of the record that they came from.
@@ -205,6 +213,11 @@ struct Secrets {
     /// Sealed, so that the storage can't change it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     quota: Option<u64>,
+    /// The same: whoever could change it could keep a restore point that is late from being noticed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    objective: Option<u64>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    vm_objectives: BTreeMap<VmName, Option<u64>>,
 }
 
 /// Names of fields, for whoever changes the sealed part as text.
@@ -212,6 +225,8 @@ const PREVIOUS_KEK: &str = "previous_kek";
 const CURRENT_EPOCH: &str = "current_epoch";
 const DEKS: &str = "deks";
 const QUOTA: &str = "quota";
+const OBJECTIVE: &str = "objective";
+const VM_OBJECTIVES: &str = "vm_objectives";
 
 #[derive(Serialize, Deserialize)]
 struct SecretDek {
@@ -272,6 +287,8 @@ impl TenantRecord {
             dedup: SecretHex::of(keys.dedup.expose()),
             previous_kek: None,
             quota: keys.quota,
+            objective: keys.objectives.tenant,
+            vm_objectives: keys.objectives.vms.clone(),
         };
         // With its whole capacity reserved, so that no part of it is moved and left behind unwiped.
         let mut plain = Zeroizing::new(Vec::with_capacity(1024 + secrets.deks.len() * 128));
@@ -402,6 +419,7 @@ impl TenantRecord {
             previous_kek: secrets.previous_kek,
             lacks_to_write: secrets.required_to_write.first().map(|feature| shorten(feature)),
             quota: secrets.quota,
+            objectives: Objectives { tenant: secrets.objective, vms: secrets.vm_objectives },
         };
         keys.dek(keys.current)?;
         Ok(keys)
@@ -491,6 +509,16 @@ impl Successor<'_> {
         let quota = quota.map(|bytes| secret_json(&bytes)).transpose()?;
         let quota = quota.as_ref().map(|json| parse_secrets(json)).transpose()?;
         self.plain = with_fields(&self.plain, &[(QUOTA, quota)])?;
+        Ok(())
+    }
+
+    /// From then on the newest restore points of its VMs may be that old.
+    pub fn set_objectives(&mut self, objectives: &Objectives) -> Result<(), FormatError> {
+        let tenant = objectives.tenant.map(|seconds| secret_json(&seconds)).transpose()?;
+        let tenant = tenant.as_ref().map(|json| parse_secrets(json)).transpose()?;
+        let vms = (!objectives.vms.is_empty()).then(|| secret_json(&objectives.vms)).transpose()?;
+        let vms = vms.as_ref().map(|json| parse_secrets(json)).transpose()?;
+        self.plain = with_fields(&self.plain, &[(OBJECTIVE, tenant), (VM_OBJECTIVES, vms)])?;
         Ok(())
     }
 
@@ -724,6 +752,49 @@ pub(crate) mod tests {
         assert_eq!(unlocked.dek(1).unwrap().expose(), &[0xD1; KEY]);
         let (lifted, payload) = next(&changed, &payload, &|next| next.set_quota(None).unwrap());
         assert_eq!(unlock(&lifted, &payload).quota(), None);
+    }
+
+    #[test]
+    fn objectives_are_sealed_and_stay_until_they_are_changed() {
+        let keys = keys(1).with_quota(Some(5 << 40));
+        let (record, payload) = record(&keys);
+        let unlock = |record: &TenantRecord, payload: &[u8]| record.unlock(keys.scope.vault, &acme(), payload).unwrap();
+        assert_eq!(*unlock(&record, &payload).objectives(), Objectives::default());
+        let next = |record: &TenantRecord, payload: &[u8], objectives: Option<&Objectives>| {
+            let mut next = record.successor(keys.scope.vault, &acme(), payload).unwrap();
+            if let Some(objectives) = objectives {
+                next.set_objectives(objectives).unwrap();
+            }
+            let payload = next.payload();
+            (next.record(record.kms.clone(), vec![4], [0xCC; KEY], None).unwrap(), payload)
+        };
+        let vm = |name: &str| VmName::new(name).unwrap();
+        let vms = BTreeMap::from([(vm("db"), Some(3_600)), (vm("old \"1\""), None)]);
+        let set = Objectives { tenant: Some(86_400), vms };
+        let (changed, payload) = next(&record, &payload, Some(&set));
+        assert!(!String::from_utf8(changed.encode()).unwrap().contains("objective"), "it would be in clear");
+        let (kept, payload) = next(&changed, &payload, None);
+        let unlocked = unlock(&kept, &payload);
+        assert_eq!((unlocked.objectives(), unlocked.quota()), (&set, Some(5 << 40)));
+        let (lifted, payload) = next(&kept, &payload, Some(&Objectives::default()));
+        assert_eq!(*unlock(&lifted, &payload).objectives(), Objectives::default());
+        let master = lifted.master(&keys.scope, &payload).unwrap();
+        let sealed = lifted.open_sealed(&keys.scope, &master).unwrap();
+        assert!(!String::from_utf8(sealed.to_vec()).unwrap().contains("objective"), "what is not set is not written");
+    }
+
+    #[test]
+    fn as_many_objectives_as_there_may_be_fit_a_record() {
+        let keys = keys(1);
+        let (record, payload) = record(&keys);
+        let vms =
+            (0..crate::objectives::MAX_VM_OBJECTIVES).map(|nth| (format!("{:\"<76}{nth:04}", ""), Some(u64::MAX)));
+        let vms = vms.map(|(name, seconds)| (VmName::new(&name).unwrap(), seconds)).collect();
+        let mut next = record.successor(keys.scope.vault, &acme(), &payload).unwrap();
+        next.set_objectives(&Objectives { tenant: Some(u64::MAX), vms }).unwrap();
+        let length = next.record(record.kms.clone(), vec![4], [0xCC; KEY], None).unwrap().encode().len();
+        // And beside them what as many DEKs as a record may hold take.
+        assert!(length + MAX_EPOCHS * 2 * 100 < MAX_RECORD, "{length}");
     }
 
     #[test]

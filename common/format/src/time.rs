@@ -13,6 +13,9 @@ pub struct Timestamp(pub i64);
 const LAST: i64 = 253_402_200_000_000;
 
 impl Timestamp {
+    /// The last moment that prints.
+    pub const LAST: Timestamp = Timestamp(LAST);
+
     /// Whether it lies between 1970 and 9999, so that it prints in 24 characters.
     pub fn is_sane(self) -> bool {
         (0..=LAST).contains(&self.0)

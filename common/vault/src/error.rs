@@ -99,6 +99,11 @@ pub enum VaultError {
     )]
     OverQuota { tenant: TenantName, quota: u64, used: u64, more: u64 },
     #[error(
+        "tenant {tenant} has {most} VMs with an objective of their own, as many as there may be: give the tenant one for all \
+         (`reseal tenant set {tenant} --objective`), and take back those that are like it (`--vm VM --objective tenant`)"
+    )]
+    ManyObjectives { tenant: TenantName, most: usize },
+    #[error(
         "the recovery kit made {made} is of tenant {of} in the vault {vault}, not of what is here as tenant {tenant}: take that \
          tenant's kit, or correct --repo and --tenant"
     )]
@@ -149,6 +154,7 @@ impl VaultError {
             | VaultError::StillOpens { .. }
             | VaultError::NotWrapped { .. }
             | VaultError::OverQuota { .. }
+            | VaultError::ManyObjectives { .. }
             | VaultError::OtherKit { .. }
             | VaultError::KitWithoutMaster { .. }
             | VaultError::NotEmptyTenant { .. }

@@ -8,7 +8,7 @@
 //!         who is at work, and what is sealed under which DEK                    (leases, epochs)
 //!         record replaced → unwrap again, in processes that go on               (refresh)
 //! escrow: recovery kit → master → keys; or wrap it anew → replace the record    (escrow)
-//! tidy:   what a tenant has, and may have; removing one that has nothing        (holdings, quota)
+//! tidy:   what a tenant has, and may have; removing one that has nothing        (holdings, quota, objectives)
 //! ```
 //!
 //! [`cache`] is the byte-bounded cache that all reading shares; [`heads`] remembers what was seen, so that a vault that
@@ -25,6 +25,7 @@ mod escrow;
 pub mod heads;
 mod holdings;
 mod leases;
+mod objectives;
 mod pack_writer;
 mod packs;
 mod points;

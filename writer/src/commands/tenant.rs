@@ -1,5 +1,7 @@
 //! `reseal tenant`: the customers of a vault.
 
+mod set;
+
 use std::collections::BTreeMap;
 use std::io::{BufRead, IsTerminal, Read, Write};
 use std::sync::Arc;
@@ -54,13 +56,8 @@ enum Action {
         /// Its name [default: the one of --tenant]
         name: Option<String>,
     },
-    /// Changes what a tenant may store
-    Set {
-        name: String,
-        /// Bytes that its packs may have, as 500G or 2T, or none
-        #[arg(long, value_name = "SIZE|none", value_parser = Allowance::parse)]
-        quota: Allowance,
-    },
+    /// Changes what a tenant may store, or how old its newest restore points may be
+    Set(set::Args),
     /// Removes a tenant that has no restore points, or that was erased
     Remove {
         name: String,
@@ -105,26 +102,13 @@ enum Action {
     },
 }
 
-/// What `--quota` says: bytes, or no limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Allowance(Option<u64>);
-
-impl Allowance {
-    fn parse(text: &str) -> Result<Allowance, String> {
-        match text {
-            "none" => Ok(Allowance(None)),
-            size => parse_size(size).map(|bytes| Allowance(Some(bytes))),
-        }
-    }
-}
-
 pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     let named = |name: &str| TenantName::new(name).map_err(|e| Failure::of(Status::Usage, &e));
     match args.action {
         Action::Add { name, escrow, quota } => add(common, named(&name)?, &escrow.kit, quota),
         Action::List { quotas } => list(common, quotas),
         Action::Show { name } => show(common, name.as_deref().map_or_else(|| common.tenant(), named)?),
-        Action::Set { name, quota: Allowance(quota) } => set_quota(common, &named(&name)?, quota),
+        Action::Set(args) => set::run(common, &args),
         Action::Remove { name, destroy_key } => remove(common, &named(&name)?, destroy_key),
         Action::Erase { name, yes, key_is_gone } => erase(common, &named(&name)?, yes.as_deref(), key_is_gone),
         Action::Enroll { of, enroll } => clients::enroll(common, named(&of)?, *enroll),
@@ -242,7 +226,7 @@ fn quota_of(common: &CommonArgs, found: &Found) -> Result<Option<u64>, Failure> 
     Ok(keys.quota())
 }
 
-fn human_quota(quota: Option<u64>) -> String {
+pub(super) fn human_quota(quota: Option<u64>) -> String {
     quota.map_or_else(|| "none".to_owned(), human_bytes)
 }
 
@@ -271,6 +255,8 @@ fn show(common: &CommonArgs, name: TenantName) -> Result<(), Failure> {
         document["rekey"] = counts.iter().map(count).collect();
     }
     document["quota"] = json!(keys.quota());
+    document["objective"] = json!(keys.objectives().tenant);
+    document["vm_objectives"] = json!(keys.objectives().vms);
     let vm = |vm: &VmHoldings| json!({ "vm": vm.name, "points": vm.points, "forgotten": vm.forgotten });
     document["vm_list"] = holdings.vms.iter().map(vm).collect();
     output.json(&document);
@@ -293,25 +279,9 @@ fn show(common: &CommonArgs, name: TenantName) -> Result<(), Failure> {
     output.say(format!("points      {}", holdings.points()));
     output.say(format!("stored      {} in {} packs", human_bytes(holdings.bytes), holdings.packs));
     output.say(format!("quota       {}, used {}", human_quota(keys.quota()), human_bytes(holdings.pack_bytes)));
-    Ok(())
-}
-
-fn set_quota(common: &CommonArgs, name: &TenantName, quota: Option<u64>) -> Result<(), Failure> {
-    let found = common.find(name)?;
-    let kms = common.kms_of(&found.record)?;
-    let new = found.record.set_quota(&*kms, quota).map_err(|e| of_tenant(name, e))?;
-    found.heads.remember(new.generation(), &[])?;
-    let output = common.output();
-    let used = Holdings::of(&*common.vault()?.0, name)?.pack_bytes;
-    output.json(&json!({
-        "tenant": name, "quota": quota, "used": used, "generation": new.generation(), "objects": [new.key()],
-    }));
-    output.say(format!("quota       {}, used {}", human_quota(quota), human_bytes(used)));
-    output.say(format!("record      generation {}", new.generation()));
-    if quota.is_some_and(|quota| quota < used) {
-        output.warn(format!(
-            "tenant {name} has more already ({used} bytes): what it has stays readable, but no backup of it begins"
-        ));
+    output.say(format!("objective   {}", set::human_objective(keys.objectives().tenant)));
+    for (vm, objective) in &keys.objectives().vms {
+        output.say(format!("objective   {} for {vm}", set::human_objective(*objective)));
     }
     Ok(())
 }

@@ -1,0 +1,114 @@
+//! `reseal tenant set`: what a tenant may store, and how old its newest restore points may be. Either replaces its record.
+
+use reseal_cli::{CommonArgs, Failure, Status, human_bytes, of_tenant};
+use reseal_format::names::{TenantName, VmName};
+use reseal_format::objectives::Objective;
+use reseal_vault::Holdings;
+use reseal_writer::span;
+use serde_json::json;
+
+use super::human_quota;
+use crate::commands::sources::parse_size;
+
+/// Arguments of `tenant set`.
+#[derive(clap::Args)]
+#[command(group = clap::ArgGroup::new("what").required(true).args(["quota", "objective", "no_objective"]))]
+pub(super) struct Args {
+    name: String,
+    /// Bytes that its packs may have, as 500G or 2T, or none
+    #[arg(long, value_name = "SIZE|none", value_parser = Allowance::parse, conflicts_with = "vm")]
+    quota: Option<Allowance>,
+    /// How old the newest restore point of its VMs may be, as 24h, 90m or 7d; of one VM also `tenant`: as that of the tenant
+    #[arg(long, value_name = "TIME", value_parser = parse_objective)]
+    objective: Option<Objective>,
+    /// They may be as old as they like; of one VM whatever the tenant's objective is
+    #[arg(long)]
+    no_objective: bool,
+    /// Of this VM only
+    #[arg(long, value_name = "VM")]
+    vm: Option<String>,
+}
+
+/// What `--quota` says: bytes, or no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Allowance(Option<u64>);
+
+impl Allowance {
+    fn parse(text: &str) -> Result<Allowance, String> {
+        match text {
+            "none" => Ok(Allowance(None)),
+            size => parse_size(size).map(|bytes| Allowance(Some(bytes))),
+        }
+    }
+}
+
+fn parse_objective(text: &str) -> Result<Objective, String> {
+    match text {
+        "tenant" => Ok(Objective::Unsaid),
+        time => span::parse(time).map(|span| Objective::Within(span.as_secs())),
+    }
+}
+
+pub(super) fn human_objective(seconds: Option<u64>) -> String {
+    seconds.map_or_else(|| "none".to_owned(), |seconds| span::show(std::time::Duration::from_secs(seconds)))
+}
+
+pub(super) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
+    let usage = |e: &dyn std::error::Error| Failure::of(Status::Usage, e);
+    let name = TenantName::new(&args.name).map_err(|e| usage(&e))?;
+    if let Some(Allowance(quota)) = args.quota {
+        return set_quota(common, &name, quota);
+    }
+    let vm = args.vm.as_deref().map(VmName::new).transpose().map_err(|e| usage(&e))?;
+    let objective = args.objective.unwrap_or(Objective::Exempt);
+    if objective == Objective::Unsaid && vm.is_none() {
+        let message = "--objective tenant: that is for one VM, with --vm; the tenant's own goes with --no-objective";
+        return Err(Failure::new(Status::Usage, message));
+    }
+    set_objective(common, &name, vm.as_ref(), objective)
+}
+
+fn set_quota(common: &CommonArgs, name: &TenantName, quota: Option<u64>) -> Result<(), Failure> {
+    let found = common.find(name)?;
+    let kms = common.kms_of(&found.record)?;
+    let new = found.record.set_quota(&*kms, quota).map_err(|e| of_tenant(name, e))?;
+    found.heads.remember(new.generation(), &[])?;
+    let output = common.output();
+    let used = Holdings::of(&*common.vault()?.0, name)?.pack_bytes;
+    output.json(&json!({
+        "tenant": name, "quota": quota, "used": used, "generation": new.generation(), "objects": [new.key()],
+    }));
+    output.say(format!("quota       {}, used {}", human_quota(quota), human_bytes(used)));
+    output.say(format!("record      generation {}", new.generation()));
+    if quota.is_some_and(|quota| quota < used) {
+        output.warn(format!(
+            "tenant {name} has more already ({used} bytes): what it has stays readable, but no backup of it begins"
+        ));
+    }
+    Ok(())
+}
+
+fn set_objective(
+    common: &CommonArgs,
+    name: &TenantName,
+    vm: Option<&VmName>,
+    objective: Objective,
+) -> Result<(), Failure> {
+    let found = common.find(name)?;
+    let kms = common.kms_of(&found.record)?;
+    let new = found.record.set_objective(&*kms, vm, objective).map_err(|e| of_tenant(name, e))?;
+    found.heads.remember(new.generation(), &[])?;
+    let output = common.output();
+    let (seconds, said) = match objective {
+        Objective::Within(seconds) => (Some(seconds), human_objective(Some(seconds))),
+        Objective::Exempt => (None, human_objective(None)),
+        Objective::Unsaid => (None, "as the tenant's".to_owned()),
+    };
+    output.json(&json!({
+        "tenant": name, "vm": vm, "objective": seconds, "generation": new.generation(), "objects": [new.key()],
+    }));
+    let of = vm.map(|vm| format!(" for {vm}")).unwrap_or_default();
+    output.say(format!("objective   {said}{of}"));
+    output.say(format!("record      generation {}", new.generation()));
+    Ok(())
+}
