@@ -53,27 +53,34 @@ pub enum BackupError {
     Vault(#[from] VaultError),
 }
 
+impl BackupError {
+    /// Exit status of a command that ends with it.
+    pub fn status(&self) -> Status {
+        match self {
+            BackupError::Vault(source) | BackupError::Newest { source } => source.class().into(),
+            BackupError::Source { source, .. } if source.kind() == io::ErrorKind::NotFound => Status::Failed,
+            BackupError::Remote(e) => e.status(),
+            BackupError::Nbd(e) => e.status(),
+            BackupError::Image(e) => e.status(),
+            BackupError::Qemu(e) => e.status(),
+            BackupError::Libvirt(e) => e.status(),
+            BackupError::Source { .. } | BackupError::Shrank { .. } | BackupError::Disconnected => Status::Unreachable,
+            BackupError::NotADisk { .. } | BackupError::Usage(_) => Status::Usage,
+            BackupError::Guardian(_)
+            | BackupError::TooLarge { .. }
+            | BackupError::Thread
+            | BackupError::Distrusted { .. } => Status::Failed,
+        }
+    }
+}
+
 impl From<BackupError> for Failure {
     fn from(error: BackupError) -> Failure {
         match error {
             BackupError::Vault(error) => error.into(),
-            BackupError::Newest { ref source } => Failure::new(source.class().into(), error.to_string()),
-            BackupError::Source { ref source, .. } if source.kind() == io::ErrorKind::NotFound => {
-                Failure::of(Status::Failed, &error)
-            }
-            BackupError::Remote(ref e) => Failure::of(e.status(), e),
-            BackupError::Nbd(ref e) => Failure::of(e.status(), e),
-            BackupError::Image(ref e) => Failure::of(e.status(), e),
-            BackupError::Qemu(ref e) => Failure::of(e.status(), e),
-            BackupError::Libvirt(ref e) => Failure::of(e.status(), e),
-            BackupError::Guardian(ref e) => Failure::of(Status::Failed, e),
-            BackupError::Source { .. } | BackupError::Shrank { .. } | BackupError::Disconnected => {
-                Failure::of(Status::Unreachable, &error)
-            }
-            BackupError::NotADisk { .. } | BackupError::Usage(_) => Failure::of(Status::Usage, &error),
-            BackupError::TooLarge { .. } | BackupError::Thread | BackupError::Distrusted { .. } => {
-                Failure::of(Status::Failed, &error)
-            }
+            // It says itself what its source says.
+            BackupError::Newest { .. } => Failure::new(error.status(), error.to_string()),
+            error => Failure::of(error.status(), &error),
         }
     }
 }

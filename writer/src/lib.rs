@@ -5,7 +5,8 @@
 //!         (source)  (plan)   (worker)   (known, lookup)          (assemble, index_writer)  (backup)
 //! ```
 //!
-//! [`pipeline`] joins the stages; [`verify`] reads everything back; [`rekey`] seals everything again under another key.
+//! [`pipeline`] joins the stages; [`verify`] reads everything back; [`rekey`] seals everything again under another key. [`status`]
+//! tells how things stand.
 //!
 //! Architecture invariant: what is right of ┃ happens where the keys are, on the target's side; a remote backup cuts the
 //! pipeline there. The lookup is a hint: nothing is deduplicated against before the pack's own id table confirms it.
@@ -36,6 +37,7 @@ pub mod remote;
 pub mod serve;
 pub mod source;
 pub mod span;
+pub mod status;
 mod target;
 pub mod throttle;
 pub mod verify;

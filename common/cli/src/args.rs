@@ -18,7 +18,7 @@ pub const DEFAULT_TENANT: &str = "default";
 /// Common arguments.
 #[derive(Debug, Clone, Args)]
 pub struct CommonArgs {
-    /// The vault: a folder; or for `backup` the enrolment file of a vault at another site
+    /// The vault: a folder; or for `backup`, `run` and `status` the enrolment file of a vault at another site
     #[arg(long, env = "RESEAL_REPO", global = true, value_name = "URL")]
     pub repo: Option<String>,
     /// Whose restore points
@@ -127,7 +127,12 @@ impl CommonArgs {
 
     /// Opens the vault, unlocks the tenant, and checks that neither was rolled back.
     pub fn open(&self) -> Result<Opened, Failure> {
-        let Found { record, heads, paths, repo } = self.find(&self.tenant()?)?;
+        self.open_found(self.find(&self.tenant()?)?)
+    }
+
+    /// The same where the record was read.
+    pub fn open_found(&self, found: Found) -> Result<Opened, Failure> {
+        let Found { record, heads, paths, repo } = found;
         let tenant = self.unlock(&record)?;
         heads.remember(tenant.record_generation(), &[])?;
         Ok(Opened { tenant: Arc::new(tenant), heads, paths, repo })

@@ -2,7 +2,7 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use reseal_cli::{
     CommonArgs, DEFAULT_TENANT, Failure, Opened, Output, Progress, Status, hold_keys, human_bytes, human_duration,
@@ -12,6 +12,7 @@ use reseal_format::manifest::{Definition, MAX_DEFINITION, Manifest};
 use reseal_format::names::VmName;
 use reseal_writer::backup::{Backup, Disks, Encoding, Vault};
 use reseal_writer::remote::{Enrolment, Sent};
+use reseal_writer::status::{Attempt, Results};
 use reseal_writer::throttle::Throttle;
 use serde::Serialize;
 
@@ -52,20 +53,49 @@ impl Args {
 }
 
 pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
-    let output = common.output();
+    let (output, began) = (common.output(), Instant::now());
     let vm = VmName::new(&args.vm).map_err(|e| Failure::of(Status::Usage, &e))?;
+    let mut results = None;
+    let made = back_up(common, args, vm.clone(), began, &mut results);
+    let Some(results) = results else { return made.map(drop) };
+    let (attempt, made) = match made {
+        Ok(attempt) => (attempt, Ok(())),
+        Err(failure) => (Attempt::failed(began, &failure), Err(failure)),
+    };
+    if let Err(e) = results.note(&vm, attempt) {
+        output.warn(format!("`reseal status` will not know of this: {e}"));
+    }
+    made
+}
+
+/// Makes a restore point. `results` is where what became of it is kept, as soon as that is known.
+fn back_up(
+    common: &CommonArgs,
+    args: Args,
+    vm: VmName,
+    began: Instant,
+    results: &mut Option<Results>,
+) -> Result<Attempt, Failure> {
+    let output = common.output();
+    let state = common.paths()?.state;
     let encoding = args.encoding();
     let definition = args.definition.as_deref().map(read_definition).transpose()?;
     let named = args.sources.named()?;
     let opened = match enrolment(common)? {
-        Some(enrolment) => To::Site(enrolment),
-        None => To::Vault(common.open()?),
+        Some(enrolment) => {
+            *results = Some(Results::of_site(&state, &enrolment));
+            To::Site(enrolment)
+        }
+        None => {
+            let found = common.find(&common.tenant()?)?;
+            *results = Some(Results::of_tenant(&state, &found.record.scope()));
+            To::Vault(common.open_found(found)?)
+        }
     };
     let _lease = match &opened {
         To::Vault(opened) => hold_keys(&opened.tenant, format!("backup of {vm}")),
         To::Site(_) => None,
     };
-    let state = common.paths()?.state;
     let disks = args.sources.open(named, &state, &|number| match &opened {
         To::Vault(opened) => sources::number_of(number, &vm, opened),
         To::Site(_) => sources::given_number(number, &vm),
@@ -96,14 +126,16 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
             if let Some(e) = backed.not_remembered {
                 output.warn(format!("the restore point is made, but this machine could not remember it: {e}"));
             }
+            Ok(Attempt::made(began, &backed.manifest))
         }
         To::Site(enrolment) => {
             let result = backup.send(&enrolment);
             progress.finish();
-            summarize_sent(output, &result?);
+            let sent = result?;
+            summarize_sent(output, &sent);
+            Ok(Attempt::sent(began, &sent))
         }
     }
-    Ok(())
 }
 
 /// Where a backup goes.

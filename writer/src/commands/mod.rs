@@ -14,6 +14,7 @@ mod rekey_data;
 pub(crate) mod serve;
 pub(crate) mod show;
 pub(crate) mod sources;
+pub(crate) mod status;
 pub(crate) mod tenant;
 pub(crate) mod verify;
 

@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 use reseal_cli::{CommonArgs, Failure, Progress, Status, hold_keys, human_bytes};
 use reseal_format::names::VmName;
 use reseal_vault::PointSpec;
+use reseal_writer::status::Verdicts;
 use reseal_writer::verify::{Verify, What};
 
 use super::cores;
@@ -45,6 +46,10 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
         progress.finish();
     }
     let report = result?;
+    let noted = Verdicts::of_tenant(&opened.paths.state, &opened.tenant.keys().scope()).note(&what, &report);
+    if let Err(e) = noted {
+        output.warn(format!("`reseal status` will not know of this: {e}"));
+    }
     output.json(&report);
     for damage in &report.damaged {
         let hurts = if damage.hurts.is_empty() { "no restore point".to_owned() } else { damage.hurts.join(", ") };

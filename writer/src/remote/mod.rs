@@ -10,10 +10,12 @@
 mod connection;
 mod enrolment;
 mod error;
+mod greeting;
 mod renewal;
 mod target;
 
 pub(crate) use connection::Asker;
 pub use enrolment::Enrolment;
 pub use error::RemoteError;
+pub use greeting::greet;
 pub use target::{Remote, Sent};

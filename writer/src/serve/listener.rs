@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use reseal_cli::Failure;
@@ -280,7 +280,10 @@ impl Serving {
             };
             refuse(code, "the tenant can't be opened at this site; its log says why")
         })?;
-        let number = session.make(&access, vm.clone(), resume)?;
+        let began = Instant::now();
+        let made = session.make(&access, vm.clone(), resume);
+        crate::status::session_ended(&access, &vm, began, &made);
+        let number = made?;
         Ok(format!("{vm}@{number} of tenant {tenant}"))
     }
 }
