@@ -5,8 +5,8 @@
 //!         (source)  (plan)   (worker)   (known, lookup)          (assemble, index_writer)  (backup)
 //! ```
 //!
-//! [`pipeline`] joins the stages; [`verify`] reads everything back; [`rekey`] seals everything again under another key. [`status`]
-//! tells how things stand.
+//! [`pipeline`] joins the stages; [`verify`] reads everything back; [`rekey`] seals everything again under another key. [`jobs`] runs
+//! backups as a file says, and [`status`] tells how things stand.
 //!
 //! Architecture invariant: what is right of ┃ happens where the keys are, on the target's side; a remote backup cuts the
 //! pipeline there. The lookup is a hint: nothing is deduplicated against before the pack's own id table confirms it.
@@ -21,6 +21,7 @@ mod finisher;
 pub mod guardian;
 pub mod image;
 mod index_writer;
+pub mod jobs;
 mod judge;
 mod known;
 pub mod libvirt;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use reseal_cli::{CommonArgs, Detach, Failure, Side, finish, harden};
 
-use commands::{backup, delegate, init, key, list, rekey, serve, show, status, tenant, verify};
+use commands::{backup, delegate, init, key, list, rekey, run as jobs, serve, show, status, tenant, verify};
 
 /// Backs up virtual machines so that whoever holds the backup can't read it without its keys
 #[derive(Parser)]
@@ -25,6 +25,8 @@ enum Command {
     Init(init::Args),
     /// Makes a restore point of a VM
     Backup(Box<backup::Args>),
+    /// Backs up as a file of jobs says
+    Run(jobs::Args),
     /// How things stand: restore points against their objectives, last results, keys, sizes; exit status 1 if something is late or
     /// has failed
     Status(status::Args),
@@ -65,6 +67,7 @@ fn run(cli: Cli, detach: Option<Detach>) -> Result<(), Failure> {
     match cli.command {
         Command::Init(args) => init::run(common, args),
         Command::Backup(args) => backup::run(common, *args),
+        Command::Run(args) => jobs::run(common, &args),
         Command::Status(args) => status::run(common, &args),
         Command::List(args) => list::run(common, args),
         Command::Show(args) => show::run(common, args),

@@ -11,6 +11,7 @@ pub(crate) mod list;
 pub(crate) mod new_tenant;
 pub(crate) mod rekey;
 mod rekey_data;
+pub(crate) mod run;
 pub(crate) mod serve;
 pub(crate) mod show;
 pub(crate) mod sources;

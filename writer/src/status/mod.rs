@@ -29,4 +29,5 @@ pub use site::{SiteReport, SiteVm, certificate_of};
 pub use tenant::{Newest, RekeyState, TenantReport, VmReport};
 pub use verdicts::{Verdict, Verdicts};
 
+pub(crate) use report::severity;
 pub(crate) use results::session_ended;
