@@ -20,7 +20,8 @@ impl Validity {
     pub(crate) fn of(certificate: &[u8]) -> Result<Validity, String> {
         let (_, parsed) = x509_parser::parse_x509_certificate(certificate).map_err(|_| "it is no X.509 certificate")?;
         let validity = parsed.validity();
-        let time = |seconds: i64| Timestamp(seconds.saturating_mul(1000));
+        // A date far off is as good as the last one that prints.
+        let time = |seconds: i64| Timestamp(seconds.saturating_mul(1000).clamp(0, Timestamp::LAST.0));
         let (issued, expires) = (time(validity.not_before.timestamp()), time(validity.not_after.timestamp()));
         Ok(Validity { issued, expires })
     }
@@ -37,6 +38,11 @@ impl Validity {
     /// Whether whoever looks after it should hear that it ends.
     pub fn is_ending(&self, now: Timestamp) -> bool {
         now.0 >= self.expires.0.saturating_sub(self.third().min(WARNING_MS))
+    }
+
+    /// Seconds until its end; negative when that has passed.
+    pub fn seconds_left(&self, now: Timestamp) -> i64 {
+        self.expires.0.saturating_sub(now.0).div_euclid(1000)
     }
 
     /// Whether it is over.

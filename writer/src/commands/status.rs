@@ -232,8 +232,8 @@ fn show_verdict(verdict: Option<&Verdict>) -> String {
 fn show_site(output: Output, report: &SiteReport) {
     output.say(format!("tenant {} at {}", report.tenant, report.address));
     output.say(format!("  server   {}", if report.server.is_ok() { "answers" } else { "does not take us" }));
-    let days = report.certificate.seconds_left / 86_400;
-    output.say(format!("  expires  {} ({days} days)", report.certificate.not_after.to_rfc3339()));
+    let days = report.seconds_left / 86_400;
+    output.say(format!("  expires  {} ({days} days)", report.certificate.expires.to_rfc3339()));
     if !report.vms.is_empty() {
         let header = ["VM", "POINT", "AGE", "OBJECTIVE", "LAST RESULT", ""];
         output.say(row(header.map(str::to_owned)));

@@ -136,7 +136,7 @@ fn site(families: &mut Families, report: &SiteReport) {
     let of_site = &[("server", report.address.as_str()), ("tenant", report.tenant.as_str())];
     let up = u8::from(report.server.is_ok());
     families.add("reseal_server_up", "Whether the server answers, and takes the certificate.", of_site, up);
-    let end = seconds(report.certificate.not_after);
+    let end = seconds(report.certificate.expires);
     families.add("reseal_certificate_expiry_timestamp_seconds", "When this site's certificate expires.", of_site, end);
     for report in &report.vms {
         let labels = &[of_site[0], of_site[1], ("vm", report.vm.as_str())];

@@ -13,7 +13,6 @@
 //! Architecture invariant: it costs one listing and one manifest a VM, and one listing of the tenant's packs: never a manifest for
 //! each restore point.
 
-mod certificate;
 pub mod metrics;
 mod note;
 mod report;
@@ -22,10 +21,9 @@ mod site;
 mod tenant;
 mod verdicts;
 
-pub use certificate::{Validity, WARN};
 pub use report::{Problem, Report};
 pub use results::{Attempt, Promise, Results, VmResults};
-pub use site::{SiteReport, SiteVm, certificate_of};
+pub use site::{SiteReport, SiteVm};
 pub use tenant::{Newest, RekeyState, TenantReport, VmReport};
 pub use verdicts::{Verdict, Verdicts};
 

@@ -181,8 +181,8 @@ fn site(report: &SiteReport) -> Value {
         "address": report.address,
         "tenant": report.tenant,
         "certificate": {
-            "not_after": report.certificate.not_after.to_rfc3339(),
-            "seconds_left": report.certificate.seconds_left,
+            "not_after": report.certificate.expires.to_rfc3339(),
+            "seconds_left": report.seconds_left,
         },
         "server_answers": report.server.is_ok(),
         "why_not": report.server.as_ref().err().map(|failure| &failure.message),

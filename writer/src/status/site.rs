@@ -5,26 +5,22 @@ use std::path::Path;
 use reseal_cli::{Failure, Status};
 use reseal_format::names::{TenantName, VmName};
 use reseal_format::time::Timestamp;
-use reseal_kms::read_private;
-use serde::Deserialize;
 
-use super::certificate::Validity;
 use super::results::{Results, VmResults};
 use super::tenant::{age, failure, lateness};
 use super::{Attempt, Problem};
 use crate::BackupError;
-use crate::remote::{Enrolment, RemoteError, greet};
-
-/// Longest enrolment file.
-const MAX_FILE: u64 = 256 << 10;
+use crate::certificate::Validity;
+use crate::remote::{Enrolment, greet};
 
 /// A source.
 #[derive(Debug)]
 pub struct SiteReport {
     pub address: String,
     pub tenant: TenantName,
-    /// Until when its certificate is valid.
+    /// Until when its certificate is valid, and how many seconds that are; negative when it was.
     pub certificate: Validity,
+    pub seconds_left: i64,
     /// Whether the server answers, and takes the certificate; why not.
     pub server: Result<(), Failure>,
     pub vms: Vec<SiteVm>,
@@ -45,46 +41,32 @@ pub struct SiteVm {
     pub problems: Vec<Problem>,
 }
 
-/// Until when the certificate of an enrolment file is valid.
-pub fn certificate_of(path: &Path, now: Timestamp) -> Result<Validity, BackupError> {
-    #[derive(Deserialize)]
-    struct Certificate {
-        certificate: String,
-    }
-    let wrong = |what: &str| RemoteError::Usage(format!("the enrolment file {}: {what}", path.display()));
-    let text = read_private(path, MAX_FILE).map_err(|e| RemoteError::Usage(e.to_string()))?;
-    let text = text.ok_or_else(|| wrong("there is no such file"))?;
-    let text = std::str::from_utf8(&text).map_err(|_| wrong("it is not UTF-8"))?;
-    // What the parser says would show the lines around, and with them the key.
-    let file: Certificate = toml::from_str(text).map_err(|e| wrong(e.message()))?;
-    Ok(Validity::of_pem(&file.certificate, now).map_err(|e| wrong(&e))?)
-}
-
 impl SiteReport {
     /// Looks at the file, at what this machine remembers, and asks the server whether it is there.
     pub fn of(path: &Path, state: &Path, now: Timestamp) -> Result<SiteReport, BackupError> {
         let enrolment = Enrolment::read(path)?;
-        let certificate = certificate_of(path, now)?;
+        let certificate = enrolment.validity();
         let server = greet(&enrolment).map_err(Failure::from);
         let mut known = Results::of_site(state, &enrolment).all();
         // One that never was backed up and has no job was tried once, perhaps under a name that was typed wrong.
         known.retain(|results| results.done.is_some() || results.has_job());
         let vms: Vec<_> = known.iter().map(|results| SiteVm::new(results, now)).collect();
         let mut problems = Vec::new();
-        let end = certificate.not_after.to_rfc3339();
-        if certificate.seconds_left < 0 {
+        let end = certificate.expires.to_rfc3339();
+        if certificate.is_over(now) {
             let what = format!(
                 "this site's certificate has expired at {end}: ask who runs the server for a new enrolment file"
             );
             problems.push(Problem::new(Status::Failed, what));
-        } else if certificate.ends_soon() {
+        } else if certificate.is_ending(now) {
             let what =
-                format!("this site's certificate expires at {end}, in {} days", certificate.seconds_left / 86_400);
+                format!("this site's certificate expires at {end}, in {} days", certificate.seconds_left(now) / 86_400);
             problems.push(Problem::new(Status::Failed, what));
         }
         problems.extend(server.as_ref().err().map(Problem::of));
         let (address, tenant) = (enrolment.address.clone(), enrolment.tenant().clone());
-        Ok(SiteReport { address, tenant, certificate, server, vms, problems })
+        let seconds_left = certificate.seconds_left(now);
+        Ok(SiteReport { address, tenant, certificate, seconds_left, server, vms, problems })
     }
 
     /// Only this VM.
