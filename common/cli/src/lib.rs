@@ -18,6 +18,7 @@ mod output;
 mod passphrase;
 mod paths;
 mod progress;
+mod size;
 
 pub use args::{CommonArgs, DEFAULT_TENANT, Found, Opened};
 pub use background::{Detach, Side, split};
@@ -30,3 +31,4 @@ pub use output::{Output, human_bytes, human_duration};
 pub use passphrase::{read_new_passphrase, read_passphrase};
 pub use paths::{Paths, open_store, serve_config};
 pub use progress::Progress;
+pub use size::parse_size;

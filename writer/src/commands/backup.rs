@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use reseal_cli::{
     CommonArgs, DEFAULT_TENANT, Failure, Opened, Output, Progress, Status, hold_keys, human_bytes, human_duration,
+    parse_size,
 };
 use reseal_format::frames::FrameShift;
 use reseal_format::manifest::{Definition, MAX_DEFINITION, Manifest};
@@ -16,7 +17,7 @@ use reseal_writer::status::{Attempt, Results};
 use reseal_writer::throttle::Throttle;
 use serde::Serialize;
 
-use super::sources::{self, parse_size};
+use super::sources;
 use super::{PointJson, cores};
 
 /// Arguments of `backup`.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use reseal_cli::{CommonArgs, Detach, Failure, Found, Side, Status, human_duration, of_tenant, split};
+use reseal_cli::{CommonArgs, Detach, Failure, Found, Side, Status, human_duration, of_tenant, parse_size, split};
 use reseal_format::names::TenantName;
 use reseal_kms::Kms;
 use reseal_kms::config::KEYRING;
@@ -13,7 +13,6 @@ use serde_json::json;
 use super::kit::{KitArgs, NewKit, keyring_keys};
 use super::new_tenant::{open_or_make_keyring, refuse_inside};
 use super::rekey_data;
-use super::sources::parse_size;
 
 /// Arguments of `rekey`.
 #[derive(clap::Args)]

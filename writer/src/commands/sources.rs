@@ -6,7 +6,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use reseal_cli::{Failure, Opened, Status};
+use reseal_cli::{Failure, Opened, Status, parse_size};
 use reseal_format::manifest::{MAX_DISKS, Tracking, method};
 use reseal_format::names::{DiskName, VmName};
 use reseal_vault::{PointSpec, Which};
@@ -320,21 +320,6 @@ fn name_disks(disks: &[OsString]) -> Result<Vec<(DiskName, OsString)>, String> {
     Ok(named)
 }
 
-/// A number of bytes, with K, M, G or T for powers of 1,024.
-pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let shift = match text[digits.len()..].to_ascii_uppercase().as_str() {
-        "" | "B" => 0,
-        "K" | "KB" | "KIB" => 10,
-        "M" | "MB" | "MIB" => 20,
-        "G" | "GB" | "GIB" => 30,
-        "T" | "TB" | "TIB" => 40,
-        unit => return Err(format!("{unit} is no unit; K, M, G and T are")),
-    };
-    let number: u64 = digits.parse().map_err(|_| "a number is expected, such as 50M".to_owned())?;
-    number.checked_mul(1 << shift).filter(|&bytes| bytes > 0).ok_or_else(|| "out of range".to_owned())
-}
-
 fn parse_percent(text: &str) -> Result<f64, String> {
     let percent: f64 =
         text.trim_end_matches('%').parse().map_err(|_| "a number from 0 to 100 is expected".to_owned())?;
@@ -369,12 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_and_percentages_are_checked() {
-        assert_eq!(parse_size("50M"), Ok(50 << 20));
-        assert_eq!(parse_size("7"), Ok(7));
-        for wrong in ["", "M", "5X", "0", "99999999999T", "-1"] {
-            assert!(parse_size(wrong).is_err(), "{wrong}");
-        }
+    fn percentages_are_checked() {
         assert_eq!(parse_percent("0.5%"), Ok(0.5));
         for wrong in ["", "101", "-1", "NaN"] {
             assert!(parse_percent(wrong).is_err(), "{wrong}");
