@@ -141,7 +141,21 @@ impl Sites {
 
     /// The same with these clients, by role and VMs; the first is the source.
     pub fn with(authority: Authority, clients: &[(Identity, &str, &str)]) -> Sites {
+        let clients: Vec<_> =
+            clients.iter().map(|(client, role, vms)| (client.clone(), "default", *role, *vms)).collect();
+        Sites::configured(authority, &clients, "", &|_| {})
+    }
+
+    /// The same with clients by tenant, role and VMs, and what else the configuration is to say. `prepare` makes what the target has
+    /// before the server starts.
+    pub fn configured(
+        authority: Authority,
+        clients: &[(Identity, &str, &str, &str)],
+        more: &str,
+        prepare: &dyn Fn(&Site),
+    ) -> Sites {
         let (target, source) = (Site::new(), Site::bare());
+        prepare(&target);
         let server = authority.issue(|_| {});
         let certificate = private(target.path("server.pem"), &server.certificate);
         let key = private(target.path("server.key"), &server.key);
@@ -150,12 +164,13 @@ impl Sites {
         let mut config = format!(
             "listen = \"127.0.0.1:{port}\"\n[tls]\ncertificate = {certificate:?}\nkey = {key:?}\nclient_ca = {ca:?}\n"
         );
-        for (nth, (client, role, vms)) in clients.iter().enumerate() {
+        for (nth, (client, tenant, role, vms)) in clients.iter().enumerate() {
             let sha256 = &client.sha256;
             config += &format!(
-                "[[client]]\nname = \"client-{nth}\"\ncertificate_sha256 = \"{sha256}\"\ntenant = \"default\"\nrole = \"{role}\"\nvms = {vms}\n"
+                "[[client]]\nname = \"client-{nth}\"\ncertificate_sha256 = \"{sha256}\"\ntenant = \"{tenant}\"\nrole = \"{role}\"\nvms = {vms}\n"
             );
         }
+        config += more;
         private(target.path("serve.toml"), &config);
         let client = clients[0].0.clone();
         let mut sites = Sites { target, source, authority, client, port, server: None };
@@ -166,6 +181,19 @@ impl Sites {
     /// Starts the server.
     pub fn start(&mut self) {
         self.server = Some(serve(&self.target, self.port));
+    }
+
+    /// Has the server read its configuration again after it was changed.
+    pub fn reload(&self, change: impl FnOnce(String) -> String) {
+        let path = self.target.path("serve.toml");
+        let text = change(fs::read_to_string(&path).unwrap());
+        private(path, &text);
+        signal(self.server_id(), libc::SIGHUP);
+    }
+
+    /// The server's process.
+    pub fn server_id(&self) -> u32 {
+        self.server.as_ref().unwrap().id()
     }
 
     /// Ends the server as its administrator does; what it printed.

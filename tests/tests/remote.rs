@@ -171,7 +171,7 @@ fn certificates_that_are_named_but_expired_foreign_or_for_reading_are_refused() 
         sites.source.reseal(words).fails(1, &[said]);
     }
     assert_eq!(points(&sites.target), 0);
-    let log = sites.stop().ok().stdout;
+    let log = sites.stop().ok().stderr;
     assert_eq!(log.matches("refused: invalid peer certificate").count(), 2, "{log}");
     assert!(log.contains("client-2") && log.contains("stopping"), "{log}");
 }
@@ -181,7 +181,7 @@ fn begun(sites: &Sites, vm: &str) -> Peer {
     let mut peer = sites.connect(&sites.client);
     peer.say(&FromSource::Hello(Hello { version: VERSION, software: "a liar".into() }));
     let Some(FromTarget::Welcome(welcome)) = peer.hear() else { panic!("no welcome") };
-    assert_eq!(welcome.window, 64);
+    assert!(welcome.window >= 32, "a window of {}", welcome.window);
     peer.say(&FromSource::Begin(Begin { vm: vm.into(), resume: None }));
     let Some(FromTarget::Begun(Begun { .. })) = peer.hear() else { panic!("not begun") };
     peer
@@ -402,7 +402,7 @@ fn a_server_that_is_stopped_lands_what_came_and_says_so() {
     words.extend(["--limit-rate".to_owned(), "30M".to_owned()]);
     let source = sites.source.start(&words);
     wait_for(&proxy, 25 << 20);
-    let log = sites.stop().ok().stdout;
+    let log = sites.stop().ok().stderr;
     assert!(log.contains("about to stop"), "{log}");
     sites.start();
     let json = source.wait().ok().json();

@@ -30,10 +30,32 @@ use crate::target::{Asked, DiskFacts, Ending, Start, Target};
 use crate::worker::Right;
 
 /// Bytes of pack tables and of index nodes that a backup keeps.
-const TABLES: usize = 128 << 20;
-const NODES: usize = 16 << 20;
+const CACHE: usize = 144 << 20;
+/// One part of so many of these is for index nodes.
+const NODES: usize = 9;
 /// How far the newest point may be ahead of the clock before it is worth a warning.
 const MAX_AHEAD_MS: i64 = 60_000;
+
+/// What drafts of a tenant keep of its packs and index: their own, or shared between those of one process.
+pub(crate) struct Caches {
+    packs: Arc<Packs>,
+    tree: Arc<Tree>,
+}
+
+impl Caches {
+    /// Of so many bytes at most.
+    pub(crate) fn new(tenant: Arc<Tenant>, bytes: usize) -> Caches {
+        let packs = Arc::new(Packs::new(tenant, bytes - bytes / NODES));
+        let tree = Arc::new(Tree::new(packs.clone(), bytes / NODES));
+        Caches { packs, tree }
+    }
+
+    /// Changes how many bytes.
+    pub(crate) fn resize(&self, bytes: usize) {
+        self.packs.resize_cache(bytes - bytes / NODES);
+        self.tree.resize_cache(bytes / NODES);
+    }
+}
 
 /// What the chain says about the next point.
 struct Position {
@@ -114,6 +136,19 @@ impl Draft {
         vm: VmName,
         what: String,
     ) -> Result<Draft, BackupError> {
+        let caches = Caches::new(tenant.clone(), CACHE);
+        Draft::with_caches(tenant, &caches, heads, state, vm, what)
+    }
+
+    /// The same with caches that others use too.
+    pub(crate) fn with_caches(
+        tenant: Arc<Tenant>,
+        caches: &Caches,
+        heads: Heads,
+        state: &Path,
+        vm: VmName,
+        what: String,
+    ) -> Result<Draft, BackupError> {
         // Before the record is read on which all that follows relies.
         let lease = tenant.lease(&Holder::this_process(what))?;
         tenant.refresh()?;
@@ -124,7 +159,7 @@ impl Draft {
             other => other,
         })?;
         let point = PointId::from_bytes(random()?);
-        let (known, no_lookup) = open_known(&tenant, state)?;
+        let (known, no_lookup) = open_known(&tenant, caches, state)?;
         let known = Arc::new(known);
         let quota = quota(&tenant, &known)?;
         if let Some(quota) = &quota {
@@ -362,9 +397,9 @@ fn quota(tenant: &Tenant, known: &Known) -> Result<Option<Quota>, VaultError> {
 }
 
 /// Opens what is known. A backup without a lookup is right, only larger, which is said.
-fn open_known(tenant: &Arc<Tenant>, state: &Path) -> Result<(Known, Option<String>), BackupError> {
-    let packs = Arc::new(Packs::new(tenant.clone(), TABLES));
-    let tree = Tree::new(packs.clone(), NODES);
+fn open_known(tenant: &Arc<Tenant>, caches: &Caches, state: &Path) -> Result<(Known, Option<String>), BackupError> {
+    let Caches { packs, tree } = caches;
+    let (packs, tree) = (packs.clone(), tree.clone());
     let folder = lookup_folder(state, &tenant.keys().scope());
     let opened = Lookup::open(&folder).and_then(|lookup| Ok((lookup, lookup.damaged()?, lookup.packs()?)));
     let (lookup, damaged, held) = match opened {
@@ -374,6 +409,8 @@ fn open_known(tenant: &Arc<Tenant>, state: &Path) -> Result<(Known, Option<Strin
             let warning = format!(
                 "the lookup in {folder} can't be used ({e}): clusters that only other VMs have were stored again"
             );
+            // Nothing tells which packs are gone, so what others keep of them can't be relied on.
+            let Caches { packs, tree } = Caches::new(tenant.clone(), CACHE);
             return Ok((Known { packs, tree, lookup: None, damaged: HashSet::new() }, Some(warning)));
         }
     };
@@ -385,6 +422,7 @@ fn open_known(tenant: &Arc<Tenant>, state: &Path) -> Result<(Known, Option<Strin
     let names: BTreeSet<_> = present.iter().map(|pack| (pack.id, pack.generation)).collect();
     let gone: Vec<_> = held.difference(&names).map(|(id, _)| *id).collect();
     let unknown: Vec<_> = present.into_iter().filter(|pack| !held.contains(&(pack.id, pack.generation))).collect();
+    gone.iter().for_each(|id| packs.forget(*id));
     if !gone.is_empty() {
         let _ = lookup.forget(gone.into_iter());
     }

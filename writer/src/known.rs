@@ -16,7 +16,7 @@ use crate::lookup::Lookup;
 /// What a tenant has already. Shared by all threads of a backup.
 pub(crate) struct Known {
     pub packs: Arc<Packs>,
-    pub tree: Tree,
+    pub tree: Arc<Tree>,
     /// `None` where there is no lookup to be had: then only unchanged clusters are recognised.
     pub lookup: Option<Lookup>,
     /// Blobs that a verification found damaged: their id table is right, but they are not.

@@ -2,7 +2,8 @@
 //! bounded channels. So a peer that does not read, or sends faster than it is listened to, is held back by TCP.
 
 use std::io;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use reseal_proto::wire::{FromSource, FromTarget, HEADER_LENGTH, Header, Side, Violation};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf, copy, sink, split};
@@ -18,7 +19,9 @@ const SILENCE: Duration = Duration::from_secs(60);
 /// How long a peer may take to read a last message.
 const FAREWELL: Duration = Duration::from_secs(5);
 /// Messages that wait on either side: enough that neither waits for the other, and few, for one may have a megabyte.
-const WAITING: usize = 8;
+pub(crate) const WAITING: usize = 8;
+/// How long what is being written when this side ends the connection may take.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// As much of a message as is made room for before it is there.
 const PIECE: usize = 64 << 10;
 
@@ -29,8 +32,52 @@ pub(crate) enum Ended {
     Lost(io::Error),
     /// The peer sent what it must not.
     Broken(Violation),
-    /// This side is about to stop.
+    /// This side ends it.
+    Told(Why),
+}
+
+/// Why this side ends a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Why {
+    /// The program is about to stop.
     Stopping,
+    /// The peer may not do any more what it does.
+    NotAllowed,
+    /// The tenant was erased, or is gone.
+    Lost,
+    /// It has lasted as long as one may.
+    TooLong,
+}
+
+/// Tells of bytes that came; until when to wait before more is read.
+pub(crate) type Pace = Arc<dyn Fn(usize) -> Option<Instant> + Send + Sync>;
+
+/// What one who has many connections holds of each.
+#[derive(Clone)]
+pub(crate) struct Reins {
+    /// Says why when the connection is to end.
+    pub ending: watch::Receiver<Option<Why>>,
+    pub pace: Pace,
+    /// Messages that may wait.
+    pub waiting: usize,
+}
+
+impl Reins {
+    async fn ending(&self) -> Why {
+        let mut ending = self.ending.clone();
+        match ending.wait_for(Option::is_some).await.map(|why| *why) {
+            Ok(Some(why)) => why,
+            // Whoever would say it is gone: nothing ends it but the peer.
+            _ => std::future::pending().await,
+        }
+    }
+}
+
+async fn told(reins: Option<&Reins>) -> Why {
+    match reins {
+        Some(reins) => reins.ending().await,
+        None => std::future::pending().await,
+    }
 }
 
 /// A message that can be read.
@@ -105,19 +152,19 @@ impl<I> Drop for Inbox<I> {
     }
 }
 
-/// Carries messages over a stream until either end has enough. A change of `stop` ends the reading.
+/// Carries messages over a stream until either end has enough.
 pub(crate) fn carry<I: Incoming, S: AsyncRead + AsyncWrite + Send + 'static>(
     runtime: &Handle,
     stream: S,
-    stop: Option<watch::Receiver<bool>>,
+    reins: Option<Reins>,
 ) -> (Inbox<I>, Outbox) {
     let (from, to) = split(stream);
-    let (incoming, messages) = mpsc::channel(WAITING);
+    let (incoming, messages) = mpsc::channel(reins.as_ref().map_or(WAITING, |reins| reins.waiting));
     let (outbox, outgoing) = mpsc::channel(WAITING);
-    let reader = runtime.spawn(read_all::<I, _>(from, incoming, stop));
+    let reader = runtime.spawn(read_all::<I, _>(from, incoming, reins.clone()));
     runtime.spawn(async move {
         // Whoever sends learns it from the channel, and why from the other half.
-        let _ = write_all(to, outgoing, I::alive()).await;
+        let _ = write_all(to, outgoing, I::alive(), reins).await;
     });
     (Inbox { messages, reader }, outbox)
 }
@@ -125,16 +172,13 @@ pub(crate) fn carry<I: Incoming, S: AsyncRead + AsyncWrite + Send + 'static>(
 async fn read_all<I: Incoming, S: AsyncRead>(
     mut from: ReadHalf<S>,
     to: mpsc::Sender<Result<I, Ended>>,
-    stop: Option<watch::Receiver<bool>>,
+    reins: Option<Reins>,
 ) {
     loop {
-        let read = read_one::<I, S>(&mut from);
-        let message = match stop.clone() {
-            None => read.await,
-            Some(mut stop) => tokio::select! {
-                message = read => message,
-                _ = stop.wait_for(|stop| *stop) => Err(Ended::Stopping),
-            },
+        let message = tokio::select! {
+            biased;
+            why = told(reins.as_ref()) => Err(Ended::Told(why)),
+            message = read_one::<I, S>(&mut from, reins.as_ref().map(|reins| &reins.pace)) => message,
         };
         if message.as_ref().is_ok_and(Incoming::is_alive) {
             continue;
@@ -156,16 +200,26 @@ async fn patiently<T>(what: impl Future<Output = io::Result<T>>) -> io::Result<T
     timeout(SILENCE, what).await.unwrap_or_else(silent)
 }
 
-async fn read_one<I: Incoming, S: AsyncRead>(from: &mut ReadHalf<S>) -> Result<I, Ended> {
+/// Waits, where bytes came faster than they may.
+async fn keep_pace(pace: Option<&Pace>, bytes: usize) {
+    if let Some(until) = pace.and_then(|pace| pace(bytes)) {
+        tokio::time::sleep_until(until.into()).await;
+    }
+}
+
+async fn read_one<I: Incoming, S: AsyncRead>(from: &mut ReadHalf<S>, pace: Option<&Pace>) -> Result<I, Ended> {
     let mut header = [0; HEADER_LENGTH];
     patiently(from.read_exact(&mut header)).await.map_err(Ended::Lost)?;
+    keep_pace(pace, HEADER_LENGTH).await;
     let header = Header::decode(I::SIDE, header).map_err(Ended::Broken)?;
     let mut payload = Vec::new();
     while payload.len() < header.payload() {
         // Room is made as it comes, and not as is claimed.
-        let (at, piece) = (payload.len(), (header.payload() - payload.len()).min(PIECE.max(payload.len())));
+        let (at, piece) = (payload.len(), (header.payload() - payload.len()).min(PIECE));
         payload.resize(at + piece, 0);
         patiently(from.read_exact(&mut payload[at..])).await.map_err(Ended::Lost)?;
+        // Piece by piece, so that the peer sees something taken however slow it is to be.
+        keep_pace(pace, piece).await;
     }
     I::decode(header, &payload).map_err(Ended::Broken)
 }
@@ -174,6 +228,7 @@ async fn write_all<S: AsyncWrite>(
     mut to: WriteHalf<S>,
     mut from: mpsc::Receiver<Vec<u8>>,
     alive: Vec<u8>,
+    reins: Option<Reins>,
 ) -> io::Result<()> {
     loop {
         let message = match timeout(ALIVE, from.recv()).await {
@@ -181,11 +236,24 @@ async fn write_all<S: AsyncWrite>(
             Ok(Some(message)) => message,
             Ok(None) => return patiently(to.shutdown()).await,
         };
-        for piece in message.chunks(PIECE) {
-            patiently(to.write_all(piece)).await?;
-        }
-        if from.is_empty() {
-            patiently(to.flush()).await?;
+        let write = async {
+            for piece in message.chunks(PIECE) {
+                patiently(to.write_all(piece)).await?;
+            }
+            if from.is_empty() {
+                patiently(to.flush()).await?;
+            }
+            io::Result::Ok(())
+        };
+        let told = async {
+            told(reins.as_ref()).await;
+            tokio::time::sleep(LAST_WORDS).await;
+        };
+        tokio::select! {
+            biased;
+            written = write => written?,
+            // A peer that takes nothing must not hold up the end.
+            () = told => return Err(io::ErrorKind::TimedOut.into()),
         }
     }
 }

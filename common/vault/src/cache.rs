@@ -1,6 +1,7 @@
 //! A cache that is bounded by bytes, in shards so that threads seldom wait for one another.
 
 use std::hash::{BuildHasher, Hash, RandomState};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use lru::LruCache;
 use parking_lot::Mutex;
@@ -25,11 +26,21 @@ struct Shard<K, V> {
     bytes: usize,
 }
 
+impl<K: Hash + Eq, V: Weigh> Shard<K, V> {
+    /// Drops the oldest until it is within the limit, but for the last.
+    fn trim(&mut self, limit: usize) {
+        while self.bytes > limit && self.entries.len() > 1 {
+            let Some((_, oldest)) = self.entries.pop_lru() else { break };
+            self.bytes -= oldest.weight();
+        }
+    }
+}
+
 /// Least recently used goes first, in each shard by itself.
 pub struct Cache<K, V> {
     shards: Vec<Mutex<Shard<K, V>>>,
     hasher: RandomState,
-    shard_limit: usize,
+    shard_limit: AtomicUsize,
 }
 
 impl<K: Hash + Eq, V: Weigh + Clone> Cache<K, V> {
@@ -39,8 +50,14 @@ impl<K: Hash + Eq, V: Weigh + Clone> Cache<K, V> {
         Cache {
             shards: (0..SHARDS).map(|_| shard()).collect(),
             hasher: RandomState::new(),
-            shard_limit: limit / SHARDS,
+            shard_limit: AtomicUsize::new(limit / SHARDS),
         }
+    }
+
+    /// Changes the limit; what is too much goes.
+    pub fn resize(&self, limit: usize) {
+        self.shard_limit.store(limit / SHARDS, Ordering::Relaxed);
+        self.shards.iter().for_each(|shard| shard.lock().trim(limit / SHARDS));
     }
 
     fn shard(&self, key: &K) -> &Mutex<Shard<K, V>> {
@@ -62,10 +79,7 @@ impl<K: Hash + Eq, V: Weigh + Clone> Cache<K, V> {
         if let Some((_, old)) = shard.entries.push(key, value) {
             shard.bytes -= old.weight();
         }
-        while shard.bytes > self.shard_limit && shard.entries.len() > 1 {
-            let Some((_, oldest)) = shard.entries.pop_lru() else { break };
-            shard.bytes -= oldest.weight();
-        }
+        shard.trim(self.shard_limit.load(Ordering::Relaxed));
     }
 
     /// Forgets a value.
@@ -101,6 +115,9 @@ mod tests {
         let kept: usize = cache.shards.iter().map(|shard| shard.lock().entries.len()).sum();
         assert!(bytes <= 16_000 && bytes == kept * 90, "{bytes} bytes in {kept} entries");
         assert!(cache.get(&9_999).is_some());
+        cache.resize(8_000);
+        let bytes: usize = cache.shards.iter().map(|shard| shard.lock().bytes).sum();
+        assert!(bytes <= 8_000 && cache.get(&9_999).is_some(), "{bytes} bytes");
         cache.remove(&9_999);
         assert!(cache.get(&9_999).is_none());
     }

@@ -141,6 +141,18 @@ impl Packs {
         Packs { tenant, handles: Cache::new(cache_bytes / 2), ids: Cache::new(cache_bytes / 2) }
     }
 
+    /// Keeps at most about so many bytes of tables from now on.
+    pub fn resize_cache(&self, bytes: usize) {
+        self.handles.resize(bytes / 2);
+        self.ids.resize(bytes / 2);
+    }
+
+    /// Forgets what is kept of a pack, such as one that is gone.
+    pub fn forget(&self, id: PackId) {
+        self.handles.remove(&id);
+        self.ids.remove(&id);
+    }
+
     /// The tenant.
     pub fn tenant(&self) -> &Arc<Tenant> {
         &self.tenant

@@ -33,6 +33,11 @@ impl Tree {
         Tree { packs, nodes: Cache::new(cache_bytes) }
     }
 
+    /// Keeps at most about so many bytes of nodes from now on.
+    pub fn resize_cache(&self, bytes: usize) {
+        self.nodes.resize(bytes);
+    }
+
     /// The packs that it reads from.
     pub fn packs(&self) -> &Arc<Packs> {
         &self.packs

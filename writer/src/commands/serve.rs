@@ -1,59 +1,61 @@
 //! `reseal serve`
 
-use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use reseal_cli::{CommonArgs, Failure, Found, serve_config};
+use reseal_format::layout::VAULT_FILE;
 use reseal_format::names::TenantName;
-use reseal_writer::serve::{Access, ServeConfig, Server, Tenants};
+use reseal_format::vaultfile::{MAX_VAULT_FILE, VaultFile};
+use reseal_vault::VaultError;
+use reseal_writer::BackupError;
+use reseal_writer::serve::{Access, Logging, Read, ServeConfig, Server, Tenants};
 
 /// Arguments of `serve`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Address, vault, and who may come, TOML [default: /etc/reseal/serve.toml for root, otherwise in the user's configuration]
+    /// Address, certificates, limits, and who may come as which tenant, TOML [default: /etc/reseal/serve.toml for root, otherwise
+    /// in the user's configuration]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Checks the configuration, the vault and the tenants' records, and ends; no KMS is asked
+    #[arg(long)]
+    check: bool,
 }
 
-/// Tenants that were unlocked, by name.
-struct Unlocked {
-    common: CommonArgs,
-    open: Mutex<HashMap<TenantName, Access>>,
-}
+struct Unlocks(CommonArgs);
 
-impl Tenants for Unlocked {
-    fn open(&self, name: &TenantName) -> Result<Access, Failure> {
-        let known = || self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(access) = known().get(name) {
-            return Ok(access.clone());
-        }
-        // Without the lock: a KMS that hangs must not hold up other tenants.
-        let Found { record, heads, paths, .. } = self.common.find(name)?;
-        let tenant = self.common.unlock(&record)?;
+impl Tenants for Unlocks {
+    fn unlock(&self, name: &TenantName) -> Result<Access, Failure> {
+        let Found { record, heads, paths, .. } = self.0.find(name)?;
+        let tenant = self.0.unlock(&record)?;
         heads.remember(tenant.record_generation(), &[])?;
-        let access = Access { tenant: Arc::new(tenant), heads, state: paths.state };
-        Ok(known().entry(name.clone()).or_insert(access).clone())
+        Ok(Access { tenant: Arc::new(tenant), heads, state: paths.state })
+    }
+
+    fn look(&self) -> Result<(), Failure> {
+        let (store, _) = self.0.vault()?;
+        let file = VaultFile::decode(&store.get(VAULT_FILE, MAX_VAULT_FILE)?);
+        file.map(drop).map_err(|source| VaultError::Damaged { object: VAULT_FILE.into(), source }.into())
     }
 }
 
 pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
-    let output = common.output();
-    let config = ServeConfig::read(&serve_config(args.config.as_deref())?)?;
+    let path = serve_config(args.config.as_deref())?;
+    let config = ServeConfig::read(&path)?;
     let mut common = common.clone();
     common.repo = config.repo.clone().or(common.repo);
-    let tenants = Arc::new(Unlocked { common, open: Mutex::default() });
-    for tenant in config.tenants() {
-        // One whose KMS is down for now must not keep the others waiting.
-        if let Err(failure) = tenants.open(&tenant) {
-            match failure.status {
-                reseal_cli::Status::Unreachable => output.warn(format!("tenant {tenant}: {}", failure.message)),
-                // One that was erased or removed since a client of it was enrolled.
-                _ if !config.names(&tenant) => output.warn(format!("tenant {tenant}: {}", failure.message)),
-                _ => return Err(Failure::new(failure.status, format!("tenant {tenant}: {}", failure.message))),
-            }
+    let tenants = Unlocks(common);
+    if args.check {
+        tenants.look()?;
+        for tenant in config.tenants() {
+            let found = tenants.0.find(&tenant).and_then(|found| Ok(found.record.check_live()?));
+            found.map_err(|failure| Failure::new(failure.status, format!("tenant {tenant}: {}", failure.message)))?;
         }
+        tenants.0.output().say(format!("{} is right", path.display()));
+        return Ok(());
     }
-    let log = move |line: &str| output.say(line);
-    Ok(Server { config, tenants, log: Arc::new(log) }.run()?)
+    let logging = Logging::start(config.operation.log);
+    let read: Read = Box::new(move || -> Result<ServeConfig, BackupError> { ServeConfig::read(&path) });
+    Server { config, read, tenants: Arc::new(tenants), logging, extra: None }.run()
 }

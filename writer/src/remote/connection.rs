@@ -78,7 +78,7 @@ fn dispatch(mut inbox: Inbox<FromTarget>, peer: &str, waiting: &Mutex<Waiting>, 
                 }
             }
             Err(Ended::Broken(source)) => break RemoteError::Broken { peer: peer.to_owned(), source },
-            Err(Ended::Stopping) => break unexpected("stopped"),
+            Err(Ended::Told(_)) => break unexpected("stopped"),
             Err(Ended::Lost(e)) => {
                 let alert = e.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>());
                 let (peer, why) = (peer.to_owned(), e.to_string());

@@ -28,6 +28,8 @@
 //! vms = ["web01", "db01"]                  # or ["*"] for any
 //! ```
 //!
+//! What else it may say is in [`super::operation`].
+//!
 //! A [`ServeConfig`] is what all that says at one moment, with the registry of the clients; it never changes. When the registry
 //! does, or the server's certificate grows old, another takes its place.
 
@@ -44,10 +46,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::authority::Authority;
+use super::operation::{AuditFile, Limits, Log, MetricsAt, Operation};
 use super::registry::{Enrolled, Look, Registry};
 use super::tls::{Pki, server_config};
 use crate::BackupError;
-use crate::certificate::now;
+use crate::certificate::{Validity, now};
 use crate::pem;
 
 /// Longest file that is read.
@@ -67,13 +70,20 @@ pub enum Role {
     Admin,
 }
 
-impl std::fmt::Display for Role {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
+impl Role {
+    /// As the configuration names it.
+    pub fn as_str(self) -> &'static str {
+        match self {
             Role::Append => "append",
             Role::Restore => "restore",
             Role::Admin => "admin",
-        })
+        }
+    }
+}
+
+impl std::fmt::Display for Role {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
     }
 }
 
@@ -87,6 +97,12 @@ struct File {
     tls: Option<Tls>,
     #[serde(default)]
     client: Vec<Client>,
+    #[serde(default)]
+    limits: Limits,
+    #[serde(default)]
+    log: Log,
+    audit: Option<AuditFile>,
+    metrics: Option<MetricsAt>,
 }
 
 #[derive(Deserialize)]
@@ -124,7 +140,16 @@ pub struct Client {
 impl Client {
     /// Whether it may add restore points of a VM.
     pub(super) fn may_append(&self, vm: &VmName) -> bool {
-        self.role == Role::Append && self.vms.iter().any(|allowed| allowed == ANY || allowed == vm.as_str())
+        self.role == Role::Append && self.names(vm)
+    }
+
+    fn names(&self, vm: &VmName) -> bool {
+        self.vms.iter().any(|allowed| allowed == ANY || allowed == vm.as_str())
+    }
+
+    /// Whether it may do what that client, as it was let in, does with a VM.
+    pub(super) fn covers(&self, other: &Client, vm: Option<&VmName>) -> bool {
+        (&self.tenant, self.role) == (&other.tenant, other.role) && vm.is_none_or(|vm| self.names(vm))
     }
 
     /// The VMs that it names.
@@ -148,8 +173,8 @@ impl Client {
 /// How a certificate stands that somebody shows.
 enum Standing {
     Good(Client),
-    /// A newer one has been used.
-    Superseded,
+    /// A newer one has been used: nobody new comes with it, and who is there stays.
+    Superseded(Client),
     Revoked,
 }
 
@@ -163,6 +188,7 @@ pub struct Settings {
     authority: PathBuf,
     tls: Option<Tls>,
     clients: Vec<Client>,
+    operation: Operation,
 }
 
 /// The host of an address, which its port follows.
@@ -192,6 +218,8 @@ impl Settings {
         let text = std::str::from_utf8(&text).map_err(|_| wrong("it is not UTF-8".into()))?;
         let file: File = toml::from_str(text).map_err(|e| wrong(e.to_string().trim_end().replace('\n', " ")))?;
         let clients = checked(file.client).map_err(wrong)?;
+        let operation = Operation { limits: file.limits, log: file.log, audit: file.audit, metrics: file.metrics };
+        let operation = operation.checked().map_err(wrong)?;
         if file.tls.is_none() && !clients.is_empty() {
             return Err(wrong(
                 "it names clients with [[client]], but no [tls] with the authority that issued their certificates; \
@@ -210,6 +238,7 @@ impl Settings {
             authority: beside.join(folder),
             tls: file.tls,
             clients,
+            operation,
         })
     }
 
@@ -309,9 +338,13 @@ pub struct ServeConfig {
     pub listen: SocketAddr,
     /// The vault, unless it is named elsewhere.
     pub repo: Option<String>,
+    /// Limits, log, audit, metrics.
+    pub operation: Operation,
     /// Who could not be read, and so can't come.
     pub faults: Vec<String>,
     pub(super) tls: Arc<ServerConfig>,
+    /// When the server's certificate ends.
+    pub(super) certificate_ends: Timestamp,
     settings: Arc<Settings>,
     pki: Option<Arc<Pki>>,
     clients: HashMap<[u8; 32], Standing>,
@@ -349,6 +382,9 @@ impl ServeConfig {
             }
             (None, None) => return Err(of(&settings.authority, "the site's authority is gone".into())),
         };
+        let certificate = identity.cert.first().map(|certificate| Validity::of(certificate));
+        let certificate = certificate.unwrap_or_else(|| Err("there is no certificate".into()));
+        let certificate_ends = certificate.map_err(|e| of(&settings.path, format!("its certificate: {e}")))?.expires;
         let verifiers = match &authority {
             Some(authority) => vec![authority.verifier()?],
             None => Vec::new(),
@@ -360,17 +396,18 @@ impl ServeConfig {
         for enrolled in everybody.enrolled {
             let enrolled = Arc::new(enrolled);
             for certificate in &enrolled.certificates {
+                let client = Client {
+                    name: enrolled.name.as_str().to_owned(),
+                    certificate_sha256: certificate.sha256,
+                    tenant: enrolled.tenant.clone(),
+                    role: enrolled.role,
+                    vms: enrolled.vms.clone(),
+                    enrolled: Some(enrolled.clone()),
+                };
                 let standing = match (enrolled.revoked, certificate.superseded) {
                     (Some(_), _) => Standing::Revoked,
-                    (None, Some(_)) => Standing::Superseded,
-                    (None, None) => Standing::Good(Client {
-                        name: enrolled.name.as_str().to_owned(),
-                        certificate_sha256: certificate.sha256,
-                        tenant: enrolled.tenant.clone(),
-                        role: enrolled.role,
-                        vms: enrolled.vms.clone(),
-                        enrolled: Some(enrolled.clone()),
-                    }),
+                    (None, Some(_)) => Standing::Superseded(client),
+                    (None, None) => Standing::Good(client),
                 };
                 clients.insert(certificate.sha256, standing);
             }
@@ -378,8 +415,21 @@ impl ServeConfig {
         for client in &settings.clients {
             clients.insert(client.certificate_sha256, Standing::Good(client.clone()));
         }
-        let (listen, repo, faults) = (settings.listen, settings.repo.clone(), everybody.faults);
-        Ok(ServeConfig { listen, repo, faults, tls: Arc::new(tls), settings, pki, clients, look, reissue })
+        let (listen, repo, operation) = (settings.listen, settings.repo.clone(), settings.operation.clone());
+        let (faults, tls) = (everybody.faults, Arc::new(tls));
+        Ok(ServeConfig {
+            listen,
+            repo,
+            operation,
+            faults,
+            tls,
+            certificate_ends,
+            settings,
+            pki,
+            clients,
+            look,
+            reissue,
+        })
     }
 
     /// What takes its place, if the registry has changed or the server needs another certificate.
@@ -407,26 +457,30 @@ impl ServeConfig {
         self.settings.clients.iter().any(|client| client.tenant == *tenant)
     }
 
-    /// Who has that certificate, in DER form.
-    pub(super) fn who(&self, certificate: &[u8]) -> Option<&Client> {
-        match self.clients.get::<[u8; 32]>(&Sha256::digest(certificate).into()) {
+    /// Who may come with the certificate of that digest.
+    pub(super) fn who(&self, digest: &[u8; 32]) -> Option<&Client> {
+        match self.clients.get(digest) {
             Some(Standing::Good(client)) => Some(client),
             _ => None,
         }
     }
 
-    /// Whether who came with a certificate may stay. That it was superseded meanwhile does not matter.
-    pub(super) fn may_stay(&self, client: &Client) -> bool {
-        matches!(self.clients.get(&client.certificate_sha256), Some(Standing::Good(_) | Standing::Superseded))
+    /// Whether who came with the certificate of that digest may go on with what he does. That it was superseded meanwhile does not
+    /// matter.
+    pub(super) fn may_stay(&self, digest: &[u8; 32], as_what: &Client, vm: Option<&VmName>) -> bool {
+        match self.clients.get(digest) {
+            Some(Standing::Good(client) | Standing::Superseded(client)) => client.covers(as_what, vm),
+            _ => false,
+        }
     }
 
     /// Why a certificate that the authority issued is not taken.
-    pub(super) fn why_not(&self, certificate: &[u8]) -> &'static str {
-        match self.clients.get::<[u8; 32]>(&Sha256::digest(certificate).into()) {
+    pub(super) fn why_not(&self, digest: &[u8; 32]) -> &'static str {
+        match self.clients.get(digest) {
             Some(Standing::Revoked) => {
                 "the certificate was revoked at this site; whoever runs it can enrol a new client"
             }
-            Some(Standing::Superseded) => {
+            Some(Standing::Superseded(_)) => {
                 "the certificate was renewed, and the new one has been used: this enrolment file is an older copy. Each machine \
                  needs one of its own; whoever runs this site can enrol another client"
             }
@@ -440,6 +494,11 @@ impl ServeConfig {
     pub(super) fn settings(&self) -> &Settings {
         &self.settings
     }
+}
+
+/// The digest of a certificate in DER form.
+pub(super) fn digest(certificate: &[u8]) -> [u8; 32] {
+    Sha256::digest(certificate).into()
 }
 
 fn checked(clients: Vec<Client>) -> Result<Vec<Client>, String> {

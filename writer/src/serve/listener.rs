@@ -2,288 +2,373 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
 use reseal_cli::Failure;
-use reseal_format::names::TenantName;
-use reseal_proto::wire::{ALPN, FromSource, FromTarget, TroubleCode};
-use reseal_vault::Tenant;
-use reseal_vault::heads::{Heads, tenant_folder};
+use reseal_format::names::VmName;
+use reseal_proto::wire::{ALPN, FromSource, FromTarget, Trouble, TroubleCode};
+use sd_notify::{NotifyState, notify};
 use tokio::io::{AsyncWriteExt, copy, sink};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, Handle};
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
+use tracing::field::{Empty, display};
+use tracing::{Span, debug, error, info, info_span, warn};
 
-use super::current::{Current, LOOK};
+use super::audit::{Event, What};
+use super::config::digest;
+use super::desk::Desk;
+use super::handshakes::{Handshakes, Place};
+use super::health;
+use super::logging::{Logging, printable};
+use super::metrics::{Extra, Outcome, Refusal};
+use super::running::{Entry, Full};
 use super::session::{Session, refuse, trouble};
+use super::site::Site;
+use super::tenants::Tenants;
 use super::{Client, ServeConfig};
 use crate::BackupError;
-use crate::certificate::now;
 use crate::link::carry;
 
-/// Connections at once: each may take a thread, and memory for its window.
-const CONNECTIONS: u32 = 256;
-/// How long a TLS handshake may take.
-const HANDSHAKE: Duration = Duration::from_secs(10);
 /// How long sessions may take to end when the server is to stop: what has arrived is made durable.
 const FAREWELL: Duration = Duration::from_secs(60);
+/// How often it is looked whether they have.
+const LOOK: Duration = Duration::from_millis(50);
+/// How long one who is turned away may take to read why.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+/// How often the registry is looked at.
+const LOOK_AFTER: Duration = Duration::from_secs(1);
 /// How long to wait where a connection can't be accepted, such as for want of descriptors.
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// A tenant that is unlocked, and what this machine keeps of it.
-#[derive(Clone)]
-pub struct Access {
-    pub tenant: Arc<Tenant>,
-    pub heads: Heads,
-    /// Folder for what this machine keeps.
-    pub state: PathBuf,
-}
-
-impl Access {
-    /// The tenant's own part of that folder.
-    pub(super) fn folder(&self) -> PathBuf {
-        tenant_folder(&self.state, &self.tenant.keys().scope())
-    }
-}
-
-/// Unlocks tenants.
-pub trait Tenants: Send + Sync {
-    /// The tenant, unlocked before or now.
-    fn open(&self, name: &TenantName) -> Result<Access, Failure>;
-}
+/// Reads the configuration.
+pub type Read = Box<dyn Fn() -> Result<ServeConfig, BackupError> + Send + Sync>;
 
 /// The server.
 pub struct Server {
     pub config: ServeConfig,
+    /// Reads it again.
+    pub read: Read,
     pub tenants: Arc<dyn Tenants>,
-    /// Told who came, and what came of it.
-    pub log: Arc<dyn Fn(&str) + Send + Sync>,
+    pub logging: Logging,
+    /// Metrics that somebody else has, in the same format.
+    pub extra: Option<Extra>,
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hang_up: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Signals> {
+        Ok(Signals {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hang_up: signal(SignalKind::hangup())?,
+        })
+    }
+}
+
+/// Tells systemd, where that has started it.
+fn tell(state: &[NotifyState<'_>]) {
+    if let Err(e) = notify(state) {
+        debug!("systemd can't be told: {e}");
+    }
 }
 
 impl Server {
-    /// Serves until SIGTERM or SIGINT; then sessions land what has arrived, and end.
-    pub fn run(self) -> Result<(), BackupError> {
-        let failed = |action, source| BackupError::Source { path: "the network".into(), action, source };
+    /// Serves until SIGTERM or SIGINT; then sessions land what has arrived, and end. SIGHUP reads the configuration again.
+    pub fn run(self) -> Result<(), Failure> {
+        let failed = |path: String, action, source| Failure::from(BackupError::Source { path, action, source });
         let runtime = Builder::new_multi_thread().worker_threads(2).thread_name("network").enable_all().build();
-        let runtime = runtime.map_err(|e| failed("set up", e))?;
-        let listen = self.config.listen;
-        runtime.block_on(self.serve(listen)).map_err(|source| {
-            let path = listen.to_string();
-            BackupError::Source { path, action: "listen at", source }
-        })
-    }
-
-    async fn serve(self, listen: SocketAddr) -> io::Result<()> {
-        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let listener = TcpListener::bind(listen).await?;
-        (self.log)(&format!("listening at {}", listener.local_addr()?));
-        let (stop, stopped) = watch::channel(false);
-        let room = Arc::new(Semaphore::new(CONNECTIONS as usize));
-        let Server { config, tenants, log } = self;
-        config.faults.iter().for_each(|fault| log(fault));
-        let server = Arc::new(Serving { current: Current::new(config), tenants, log, told: Mutex::default() });
-        tokio::spawn(server.clone().look_after());
-        loop {
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
-                _ = terminate.recv() => break,
-                _ = interrupt.recv() => break,
-            };
-            match (accepted, room.clone().try_acquire_owned()) {
-                (Ok((stream, peer)), Ok(permit)) => {
-                    tokio::spawn(server.clone().greet(stream, peer, permit, stopped.clone()));
-                }
-                (Ok((_, peer)), Err(_)) => {
-                    (server.log)(&format!("{peer}: refused: {CONNECTIONS} connections are open"))
-                }
-                (Err(e), _) => {
-                    (server.log)(&format!("can't accept a connection: {e}"));
-                    tokio::time::sleep(PAUSE).await;
-                }
-            }
-        }
-        (server.log)("stopping");
-        let _ = stop.send(true);
-        // Each has one until its thread has ended.
-        let _ = timeout(FAREWELL, room.acquire_many(CONNECTIONS)).await;
-        Ok(())
+        let runtime = runtime.map_err(|e| failed("the network".into(), "set up", e))?;
+        let signals = {
+            let _inside = runtime.enter();
+            Signals::new().map_err(|e| failed("signals".into(), "wait for", e))?
+        };
+        let config = Arc::new(self.config);
+        let audit = config.operation.audit.as_ref().map(|audit| audit.file.display().to_string());
+        let site = Site::new(config.clone(), self.tenants, self.logging, self.extra);
+        let site = site.map_err(|e| failed(audit.unwrap_or_default(), "open the audit log", e))?;
+        site.tenants.open_all(&config.tenants())?;
+        let listen = config.listen;
+        let read = Arc::new(self.read);
+        let served = runtime.block_on(serve(site, read, signals));
+        // A vault that hangs must not keep this process.
+        runtime.shutdown_background();
+        served.map_err(|e| failed(listen.to_string(), "listen at", e))
     }
 }
 
-/// The server while it runs.
-struct Serving {
-    current: Current,
-    tenants: Arc<dyn Tenants>,
-    log: Arc<dyn Fn(&str) + Send + Sync>,
-    /// Why the registry could not be looked at the last time.
-    told: Mutex<Option<String>>,
-}
-
-impl Serving {
-    /// Takes up changes of the registry, for as long as the server runs.
-    async fn look_after(self: Arc<Serving>) {
-        loop {
-            tokio::time::sleep(LOOK).await;
-            let server = self.clone();
-            let _ = tokio::task::spawn_blocking(move || server.look()).await;
-        }
+async fn serve(site: Arc<Site>, read: Arc<Read>, mut signals: Signals) -> io::Result<()> {
+    let config = site.config();
+    if let Some(metrics) = &config.operation.metrics {
+        let listener = health::listen(metrics.listen).await?;
+        info!("metrics at {}", listener.local_addr()?);
+        tokio::spawn(health::serve(listener, site.clone()));
     }
-
-    /// Takes up what has changed in the registry.
-    fn look(&self) {
-        let before = self.current.get();
-        let failed = self.current.look().err();
-        let failed = failed.map(|e| Failure::of(reseal_cli::Status::Failed, &e).message);
-        let now = self.current.get();
-        now.faults.iter().filter(|fault| !before.faults.contains(fault)).for_each(|fault| (self.log)(fault));
-        let mut told = self.told.lock();
-        if let Some(why) = failed.as_ref().filter(|why| told.as_ref() != Some(why)) {
-            (self.log)(&format!("who may come stays as it was: {why}"));
-        }
-        *told = failed;
-    }
-
-    /// Who has a certificate. It may have been enrolled a moment ago.
-    fn who(&self, certificate: &[u8]) -> Result<Client, BackupError> {
-        if self.current.get().who(certificate).is_none() {
-            self.look();
-        }
-        let config = self.current.get();
-        let client = config.who(certificate).cloned();
-        let client = client.ok_or_else(|| refuse(TroubleCode::NotAllowed, config.why_not(certificate)))?;
-        if client.has_older()
-            && let Some(enrolled) = &client.enrolled
-        {
-            // The new one has arrived: nobody needs the old one any more.
-            let superseded = config.settings().registry().change(&enrolled.tenant, &enrolled.name, |enrolled| {
-                enrolled.supersede(client.certificate(), now());
-                Ok(())
-            });
-            match superseded {
-                Ok(()) => self.look(),
-                Err(e) => (self.log)(&format!("older certificates of {} are still taken: {e}", client.name)),
+    let listener = TcpListener::bind(config.listen).await?;
+    info!("listening at {}", listener.local_addr()?);
+    site.note(&Event::new(What::Started));
+    config.faults.iter().for_each(|fault| warn!("{fault}"));
+    tokio::spawn(look_after(site.clone()));
+    tell(&[NotifyState::Ready]);
+    let handshakes = Arc::new(Handshakes::default());
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = signals.terminate.recv() => break,
+            _ = signals.interrupt.recv() => break,
+            _ = signals.hang_up.recv() => {
+                reload(&site, &read).await;
+                continue;
             }
-        }
-        Ok(client)
-    }
-
-    async fn greet(
-        self: Arc<Serving>,
-        stream: TcpStream,
-        peer: SocketAddr,
-        permit: OwnedSemaphorePermit,
-        stopped: watch::Receiver<bool>,
-    ) {
-        let _ = stream.set_nodelay(true);
-        let acceptor = TlsAcceptor::from(self.current.get().tls.clone());
-        let stream = match timeout(HANDSHAKE, acceptor.accept(stream).into_fallible()).await {
-            Ok(Ok(stream)) => stream,
-            Ok(Err((e, mut stream))) => {
-                (self.log)(&format!("{peer}: refused: {e}"));
-                // Were it closed with bytes unread, the peer would not read why.
-                let _ = stream.shutdown().await;
-                return drop(timeout(HANDSHAKE, copy(&mut stream, &mut sink())).await);
+        };
+        match accepted {
+            Ok((stream, peer)) => {
+                tokio::spawn(greet(site.clone(), handshakes.clone(), stream, peer));
             }
-            Err(_) => return (self.log)(&format!("{peer}: refused: the handshake takes too long")),
-        };
-        if stream.get_ref().1.alpn_protocol() != Some(ALPN) {
-            return (self.log)(&format!("{peer}: refused: it does not speak the protocol"));
-        }
-        let runtime = Handle::current();
-        let spawned = std::thread::Builder::new().name("session".into()).spawn(move || {
-            self.session(stream, peer, &runtime, stopped);
-            drop(permit);
-        });
-        if let Err(e) = spawned {
-            // What was moved into it is gone, and with it the connection.
-            drop(e);
-        }
-    }
-
-    fn session(
-        &self,
-        stream: TlsStream<TcpStream>,
-        peer: SocketAddr,
-        runtime: &Handle,
-        stopped: watch::Receiver<bool>,
-    ) {
-        let certificates = stream.get_ref().1.peer_certificates();
-        let certificate = certificates.and_then(<[_]>::first).map(|first| first.to_vec()).unwrap_or_default();
-        let client = self.who(&certificate);
-        let ended = match &client {
-            Ok(client) => self.until_it_must_go(client.clone(), runtime, stopped),
-            Err(_) => stopped,
-        };
-        let (mut inbox, outbox) = carry::<FromSource, _>(runtime, stream, Some(ended));
-        let (who, result) = match client {
-            Ok(client) => {
-                let (client, current, log) = (&client, &self.current, &*self.log);
-                let certificate = &certificate;
-                let (inbox, outbox) = (&mut inbox, &outbox);
-                let session = Session { inbox, outbox, client, certificate, current, log, passes_over: false };
-                (format!("{} ({peer})", client.name), self.restore_point(session, client))
-            }
-            Err(e) => (format!("unknown ({peer})"), Err(e)),
-        };
-        match &result {
-            Ok(point) => (self.log)(&format!("{who}: made {point}")),
             Err(e) => {
-                (self.log)(&format!("{who}: made nothing: {}", Failure::of(reseal_cli::Status::Failed, e).message));
-                if let Some(trouble) = trouble(e) {
-                    let _ = outbox.blocking_send(FromTarget::Trouble(trouble).encode());
-                }
+                error!("can't accept a connection: {e}");
+                tokio::time::sleep(PAUSE).await;
             }
         }
-        drop(outbox);
-        inbox.farewell(runtime);
     }
-
-    /// Set when the server stops, or the client must not stay.
-    fn until_it_must_go(
-        &self,
-        client: Client,
-        runtime: &Handle,
-        mut stopped: watch::Receiver<bool>,
-    ) -> watch::Receiver<bool> {
-        let (end, ended) = watch::channel(false);
-        let mut config = self.current.watch();
-        runtime.spawn(async move {
-            tokio::select! {
-                _ = stopped.wait_for(|stop| *stop) => {}
-                _ = config.wait_for(|config| !config.may_stay(&client)) => {}
-                // The connection is over.
-                () = end.closed() => return,
-            }
-            let _ = end.send(true);
-        });
-        ended
+    info!("stopping: sessions keep what has landed");
+    tell(&[NotifyState::Stopping]);
+    drop(listener);
+    site.running.stop();
+    let ended = async {
+        while !site.running.is_empty() {
+            tokio::time::sleep(LOOK).await;
+        }
+    };
+    if timeout(FAREWELL, ended).await.is_err() {
+        warn!("some sessions have not ended, and are left");
     }
+    site.note(&Event::new(What::Stopped));
+    Ok(())
+}
 
-    /// What was made, for the log.
-    fn restore_point(&self, mut session: Session<'_>, client: &Client) -> Result<String, BackupError> {
-        session.hello()?;
-        let (vm, resume) = session.begin()?;
-        let tenant = &client.tenant;
-        let access = self.tenants.open(tenant).map_err(|failure| {
-            (self.log)(&format!("tenant {tenant} can't be opened: {}", failure.message));
-            let code = match failure.status {
-                reseal_cli::Status::Unreachable => TroubleCode::Unavailable,
-                reseal_cli::Status::Damaged => TroubleCode::Damaged,
-                _ => TroubleCode::Failed,
+/// Takes up changes of the registry, for as long as the server runs.
+async fn look_after(site: Arc<Site>) {
+    loop {
+        tokio::time::sleep(LOOK_AFTER).await;
+        let site = site.clone();
+        let _ = tokio::task::spawn_blocking(move || site.look()).await;
+    }
+}
+
+async fn reload(site: &Arc<Site>, read: &Arc<Read>) {
+    let now = NotifyState::monotonic_usec_now().into_iter();
+    tell(&[NotifyState::Reloading].into_iter().chain(now).collect::<Vec<_>>());
+    let (site, read) = (site.clone(), read.clone());
+    // It reads files.
+    let _ = tokio::task::spawn_blocking(move || site.reload(&**read)).await;
+    tell(&[NotifyState::Ready]);
+}
+
+/// Says why, and waits until that was read: were it closed with bytes unread, the peer would not read it.
+async fn turn_away(mut stream: TlsStream<TcpStream>, code: TroubleCode, message: String) {
+    let words = FromTarget::Trouble(Trouble { code, message }).encode();
+    let _ = timeout(LAST_WORDS, async {
+        let _ = stream.write_all(&words).await;
+        let _ = stream.shutdown().await;
+        copy(&mut stream, &mut sink()).await
+    })
+    .await;
+}
+
+async fn greet(site: Arc<Site>, handshakes: Arc<Handshakes>, stream: TcpStream, peer: SocketAddr) {
+    let connection = site.number();
+    let limits = site.config().operation.limits.clone();
+    let mut place = handshakes.take(connection, peer.ip(), limits.handshakes);
+    let refused = |refusal, why: &str| {
+        warn!(connection, %peer, "refused: {}", printable(why));
+        site.metrics.refused(refusal);
+        if matches!(refusal, Refusal::Handshake | Refusal::Slow) {
+            // Whoever shows no certificate of the authority could fill the disk.
+            return;
+        }
+        let event = Event { connection: Some(connection), peer: Some(peer), ..Event::new(What::Refused) };
+        site.note(&event.because(why));
+    };
+    let shaken = shake_hands(&site, stream, limits.handshake(), &mut place);
+    let stream = match shaken.await {
+        Ok(stream) => stream,
+        Err((refusal, why)) => return refused(refusal, &why),
+    };
+    let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| Some(chain.first()?.to_vec()));
+    let Some(certificate) = certificate else { return refused(Refusal::Handshake, "it has no certificate") };
+    let digest = digest(&certificate);
+    let who = {
+        let site = site.clone();
+        // It may read the registry.
+        tokio::task::spawn_blocking(move || site.who(&digest)).await
+    };
+    let client = match who {
+        Ok(Ok(client)) => client,
+        Ok(Err(why)) => {
+            refused(Refusal::Unknown, &format!("certificate {}: {why}", hex::encode(digest)));
+            return turn_away(stream, TroubleCode::NotAllowed, why.into()).await;
+        }
+        Err(_) => return,
+    };
+    let most = (limits.connections, limits.connections_per_client);
+    let entry = match site.running.enter(connection, digest, client.clone(), most) {
+        Ok(entry) => entry,
+        Err(full) => {
+            let why = match full {
+                Full::All(most) => format!("{most} sessions run, as many as may"),
+                Full::OfClient(most) => format!("{} has {most} sessions, as many as it may", client.name),
             };
-            refuse(code, "the tenant can't be opened at this site; its log says why")
-        })?;
-        let began = Instant::now();
-        let made = session.make(&access, vm.clone(), resume);
-        crate::status::session_ended(&access, &vm, began, &made);
-        let number = made?;
-        Ok(format!("{vm}@{number} of tenant {tenant}"))
+            refused(Refusal::Full, &why);
+            let message = "this site has as many sessions as it can take; try again later";
+            return turn_away(stream, TroubleCode::Unavailable, message.into()).await;
+        }
+    };
+    drop(place);
+    let old = tokio::spawn({
+        let (running, longest) = (site.running.clone(), limits.session());
+        async move {
+            tokio::time::sleep(longest).await;
+            running.end_old(connection);
+        }
+    });
+    let (runtime, site) = (Handle::current(), site.clone());
+    let spawned = std::thread::Builder::new().name("session".into()).spawn(move || {
+        let who = Who { connection, peer, certificate, digest, client };
+        session(&site, stream, &who, &entry, &runtime);
+        old.abort();
+    });
+    if let Err(e) = spawned {
+        // What was moved into it is gone, and with it the connection.
+        error!(connection, "a session can't be started: {e}");
     }
+}
+
+/// TLS, within its time and for as long as nobody else needs the place.
+async fn shake_hands(
+    site: &Site,
+    stream: TcpStream,
+    time: Duration,
+    place: &mut Place<'_>,
+) -> Result<TlsStream<TcpStream>, (Refusal, String)> {
+    let _ = stream.set_nodelay(true);
+    let acceptor = TlsAcceptor::from(site.config().tls.clone());
+    let shaken = tokio::select! {
+        shaken = timeout(time, acceptor.accept(stream).into_fallible()) => shaken,
+        _ = &mut place.leave => return Err((Refusal::Slow, "its handshake took long, and another needed the place".into())),
+    };
+    match shaken {
+        Ok(Ok(stream)) if stream.get_ref().1.alpn_protocol() == Some(ALPN) => Ok(stream),
+        Ok(Ok(_)) => Err((Refusal::Handshake, "it does not speak the protocol".into())),
+        Ok(Err((e, mut stream))) => {
+            // As when one is turned away; the place is another's if he needs it.
+            let read = async {
+                let _ = stream.shutdown().await;
+                copy(&mut stream, &mut sink()).await
+            };
+            tokio::select! {
+                _ = timeout(LAST_WORDS, read) => {}
+                _ = &mut place.leave => {}
+            }
+            Err((Refusal::Handshake, e.to_string()))
+        }
+        Err(_) => Err((Refusal::Slow, "the handshake takes too long".into())),
+    }
+}
+
+/// One who was let in.
+struct Who {
+    connection: u64,
+    peer: SocketAddr,
+    certificate: Vec<u8>,
+    digest: [u8; 32],
+    client: Client,
+}
+
+fn session(site: &Arc<Site>, stream: TlsStream<TcpStream>, who: &Who, entry: &Entry, runtime: &Handle) {
+    let Who { connection, peer, certificate, digest, client } = who;
+    let span = info_span!("session", connection, %peer, client = %printable(&client.name), tenant = %client.tenant, vm = Empty);
+    let _inside = span.enter();
+    let began = Instant::now();
+    site.metrics.connections.inc();
+    let limits = site.config().operation.limits.clone();
+    let desk = Desk {
+        site,
+        connection: *connection,
+        peer: *peer,
+        client,
+        certificate,
+        digest: *digest,
+        entry,
+        window: site.windows.take(limits.memory(), limits.connections),
+        received: Arc::new(AtomicU64::new(0)),
+    };
+    debug!(window = desk.window.offers, "connected");
+    let (mut inbox, outbox) = carry::<FromSource, _>(runtime, stream, Some(desk.reins()));
+    let mut vm = None;
+    let session = Session { inbox: &mut inbox, outbox: &outbox, client, desk: &desk, passes_over: false };
+    let made = restore_point(session, &desk, &span, &mut vm);
+    let outcome = match &made {
+        Ok(point) => {
+            info!("made {point}");
+            Outcome::Done
+        }
+        Err(e) => {
+            let why = printable(&Failure::of(reseal_cli::Status::Failed, e).message);
+            let trouble = trouble(e);
+            let code = trouble.as_ref().map(|trouble| trouble.code);
+            let is_refused = code == Some(TroubleCode::NotAllowed);
+            warn!("made nothing: {why}");
+            site.metrics.failed(code);
+            desk.failed(if is_refused { What::Refused } else { What::Failed }, vm.as_ref(), &why);
+            if let Some(trouble) = trouble {
+                let _ = outbox.blocking_send(FromTarget::Trouble(trouble).encode());
+            }
+            if is_refused { Outcome::Refused } else { Outcome::Failed }
+        }
+    };
+    site.metrics.ended(&client.tenant, client.role, outcome, began.elapsed());
+    drop(outbox);
+    inbox.farewell(runtime);
+    site.metrics.connections.dec();
+}
+
+/// What was made, for the log.
+fn restore_point(
+    mut session: Session<'_>,
+    desk: &Desk<'_>,
+    span: &Span,
+    about: &mut Option<VmName>,
+) -> Result<String, BackupError> {
+    desk.connected()?;
+    session.hello()?;
+    let (vm, resume) = session.begin()?;
+    span.record("vm", display(&vm));
+    *about = Some(vm.clone());
+    desk.begins(&vm)?;
+    let tenant = &desk.client.tenant;
+    let open = desk.site.tenants.open(tenant).map_err(|failure| {
+        error!("the tenant can't be opened: {}", failure.message);
+        let code = match failure.status {
+            reseal_cli::Status::Unreachable => TroubleCode::Unavailable,
+            reseal_cli::Status::Damaged => TroubleCode::Damaged,
+            _ => TroubleCode::Failed,
+        };
+        refuse(code, "the tenant can't be opened at this site; its log says why")
+    })?;
+    let began = Instant::now();
+    let made = session.make(&open, vm.clone(), resume);
+    crate::status::session_ended(&open, &vm, began, &made);
+    let number = made?;
+    Ok(format!("{vm}@{number} of tenant {tenant}"))
 }

@@ -23,7 +23,7 @@ use crate::remote::RemoteError;
 use crate::walk::Collector;
 use crate::worker::{Cluster, Done};
 
-/// Offers that may be under way: a connection of 100 ms carries 640 MB/s of the disk with so many.
+/// Most offers that may be under way: a connection of 100 ms carries 640 MB/s of the disk with so many.
 pub(super) const WINDOW: u16 = 64;
 
 /// The other side broke the protocol.
@@ -131,6 +131,8 @@ pub(super) struct Receiver<'a, 'f> {
     judge: Judge<'a>,
     waiting: BTreeMap<u64, Waiting>,
     in_order: InOrder,
+    /// Offers that may be under way.
+    window: u16,
     /// The first cluster that no offer has told of yet, in the order of the disk.
     reached: u64,
     decoder: FrameDecoder,
@@ -138,20 +140,24 @@ pub(super) struct Receiver<'a, 'f> {
 }
 
 impl<'a, 'f> Receiver<'a, 'f> {
-    pub(super) fn new(filling: &'f mut Filling<'a>, own: &'f mut Own) -> Result<Receiver<'a, 'f>, BackupError> {
+    pub(super) fn new(
+        filling: &'f mut Filling<'a>,
+        own: &'f mut Own,
+        window: u16,
+    ) -> Result<Receiver<'a, 'f>, BackupError> {
         let judge = Judge::new(filling.known, ParentDisk::new(filling.known, filling.parent));
         let failed = |source| BackupError::Source { path: "zstd".into(), action: "get the working memory of", source };
         let decoder = FrameDecoder::new().map_err(failed)?;
         let plain = Zeroizing::new(vec![0; CLUSTER]);
         let (waiting, in_order) = (BTreeMap::new(), InOrder::default());
-        Ok(Receiver { filling, own, judge, waiting, in_order, reached: 0, decoder, plain })
+        Ok(Receiver { filling, own, judge, waiting, in_order, window, reached: 0, decoder, plain })
     }
 
     /// Takes an offer; what is to be answered.
     pub(super) fn offer(&mut self, offer: &Offer) -> Result<Option<FromTarget>, BackupError> {
         let Offer { sequence, first, count, task, .. } = *offer;
         let is_new = self.in_order.is_new(sequence) && !self.waiting.contains_key(&sequence);
-        if !is_new || sequence - self.in_order.next() >= u64::from(WINDOW) {
+        if !is_new || sequence - self.in_order.next() >= u64::from(self.window) {
             return Err(broken(format!("offer {sequence} came twice, or is outside of the window")));
         }
         if first + count > cluster_count(self.filling.length) {

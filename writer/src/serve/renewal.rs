@@ -5,13 +5,13 @@ use reseal_proto::wire::Renewed;
 
 use super::Client;
 use super::authority::Authority;
-use super::current::Current;
+use super::site::Site;
 use crate::BackupError;
 use crate::certificate::Validity;
 
 /// Answers a request of a client that came with `certificate`. What is answered is registered durably before.
 pub(super) fn renew(
-    current: &Current,
+    site: &Site,
     client: &Client,
     certificate: &[u8],
     request: &[u8],
@@ -23,7 +23,7 @@ pub(super) fn renew(
     if !validity.renewal_is_due(now) {
         return refused("it is early: a certificate is renewed when two thirds of its life are over");
     }
-    let config = current.get();
+    let config = site.config();
     let settings = config.settings();
     let folder = settings.authority();
     let Some(authority) = Authority::open(folder)? else { return Ok(Renewed::Elsewhere) };
@@ -39,7 +39,7 @@ pub(super) fn renew(
         }
         Ok(good)
     })?;
-    current.look()?;
+    site.look();
     match taken {
         true => Ok(Renewed::Issued(issued.der.to_vec())),
         false => refused("the certificate was revoked or renewed meanwhile"),

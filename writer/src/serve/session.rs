@@ -11,13 +11,14 @@ use reseal_proto::wire::{
     Trouble, TroubleCode, VERSION, Welcome,
 };
 use reseal_vault::{Class, VaultError};
+use tracing::{info, warn};
 
 use super::Client;
-use super::current::Current;
+use super::desk::Desk;
 use super::landed::{Landed, Places};
-use super::listener::Access;
-use super::receive::{Own, Receiver, WINDOW, broken};
+use super::receive::{Own, Receiver, broken};
 use super::renewal::renew;
+use super::tenants::OpenTenant;
 use crate::BackupError;
 use crate::certificate::now;
 use crate::draft::Draft;
@@ -33,10 +34,7 @@ pub(super) struct Session<'a> {
     pub inbox: &'a mut Inbox<FromSource>,
     pub outbox: &'a Outbox,
     pub client: &'a Client,
-    /// What it came with.
-    pub certificate: &'a [u8],
-    pub current: &'a Current,
-    pub log: &'a (dyn Fn(&str) + Send + Sync),
+    pub desk: &'a Desk<'a>,
     /// Whether what still comes of a disk is of one that was distrusted.
     pub passes_over: bool,
 }
@@ -91,21 +89,15 @@ pub(super) fn trouble(error: &BackupError) -> Option<Trouble> {
 
 impl Session<'_> {
     fn next(&mut self) -> Result<FromSource, BackupError> {
+        // What still waits to be taken is nothing to wait for.
+        self.desk.check()?;
         let lost = |why: String| RemoteError::Lost { peer: self.client.name.clone(), why };
-        let next = self.inbox.next();
-        if !self.current.get().may_stay(self.client) {
-            let message =
-                format!("{} was revoked at this site; whoever runs it can enrol a new client", self.client.name);
-            return Err(refuse(TroubleCode::NotAllowed, message));
-        }
-        Err(match next {
+        Err(match self.inbox.next() {
             Ok(FromSource::Trouble(trouble)) => lost(format!("it ended: {}", trouble.message)).into(),
             Ok(message) => return Ok(message),
             Err(Ended::Lost(e)) => lost(e.to_string()).into(),
             Err(Ended::Broken(source)) => RemoteError::Broken { peer: self.client.name.clone(), source }.into(),
-            Err(Ended::Stopping) => {
-                refuse(TroubleCode::Unavailable, "this site's server is about to stop; what has landed is kept")
-            }
+            Err(Ended::Told(why)) => self.desk.ended(why),
         })
     }
 
@@ -120,7 +112,7 @@ impl Session<'_> {
         let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
         let time = u64::try_from(time).unwrap_or(0);
         let software = concat!("reseal ", env!("CARGO_PKG_VERSION")).to_owned();
-        self.send(&FromTarget::Welcome(Welcome { version: VERSION, software, time, window: WINDOW }))?;
+        self.send(&FromTarget::Welcome(Welcome { version: VERSION, software, time, window: self.desk.window.offers }))?;
         match hello.version {
             VERSION => Ok(()),
             other => {
@@ -134,18 +126,23 @@ impl Session<'_> {
     /// Answers one who asks for another certificate. That it can't be had is no reason to make no restore point.
     fn renew(&self, request: &[u8]) -> Renewed {
         let name = &self.client.name;
-        match renew(self.current, self.client, self.certificate, request, now()) {
-            Ok(renewed) => {
-                match &renewed {
-                    Renewed::Issued(_) => (self.log)(&format!("{name}: has a new certificate")),
-                    Renewed::Refused(why) => (self.log)(&format!("{name}: gets no new certificate: {why}")),
-                    Renewed::Elsewhere => {}
+        let renewed = renew(self.desk.site, self.client, self.desk.certificate, request, now());
+        let noted = renewed.and_then(|renewed| {
+            match &renewed {
+                Renewed::Issued(_) => {
+                    self.desk.renewed()?;
+                    info!("{name} has a new certificate");
                 }
-                renewed
+                Renewed::Refused(why) => warn!("{name} gets no new certificate: {why}"),
+                Renewed::Elsewhere => {}
             }
+            Ok(renewed)
+        });
+        match noted {
+            Ok(renewed) => renewed,
             Err(e) => {
                 let why = reseal_cli::Failure::of(reseal_cli::Status::Failed, &e).message;
-                (self.log)(&format!("{name}: gets no new certificate: {why}"));
+                warn!("{name} gets no new certificate: {why}");
                 Renewed::Refused("this site could not issue it; its log says why".into())
             }
         }
@@ -172,18 +169,26 @@ impl Session<'_> {
     }
 
     /// Makes a restore point. What has arrived lands, whatever comes of it.
-    pub(super) fn make(&mut self, access: &Access, vm: VmName, resume: Option<PointId>) -> Result<u32, BackupError> {
+    pub(super) fn make(
+        &mut self,
+        access: &OpenTenant,
+        vm: VmName,
+        resume: Option<PointId>,
+    ) -> Result<u32, BackupError> {
         let folder = access.folder().join(LANDED);
         let mut places = Places::default();
         let mut landed = lock(&folder, &vm, &mut places)?;
         let what = format!("backup of {vm} by {}", self.client.name);
-        let mut draft = Draft::new(access.tenant.clone(), access.heads.clone(), &access.state, vm.clone(), what)?;
+        let tenant = access.tenant.clone();
+        let (heads, state) = (access.heads.clone(), &access.state);
+        let mut draft = Draft::with_caches(tenant, access.caches(), heads, state, vm.clone(), what)?;
         if let Some(resume) = resume {
             if let Some(newest) = draft.newest().filter(|newest| newest.point_id == resume) {
                 // It was made; the answer was lost.
                 let number = newest.number;
                 let committed = committed(newest);
                 let _ = landed.clear();
+                self.desk.committed(newest)?;
                 self.send(&committed)?;
                 return Ok(number);
             }
@@ -200,7 +205,7 @@ impl Session<'_> {
         let made = self.fill(&mut draft, &mut own);
         if made.is_ok() {
             own.committed();
-        } else {
+        } else if self.desk.may_land() {
             own.land(&mut draft);
         }
         made
@@ -228,15 +233,21 @@ impl Session<'_> {
                 _ => return Err(broken("it sends something else than a disk or the end")),
             }
         }
-        draft.close()?;
+        {
+            let _turn = self.desk.turn();
+            draft.close()?;
+        }
         self.send(&FromTarget::Closed)?;
         let FromSource::Commit(commit) = self.next()? else { return Err(broken("it does not commit after the end")) };
         let Commit { duration_ms, definition, warnings } = commit;
         let definition =
             definition.map(|definition| Definition { file_name: definition.file_name, text: definition.text });
+        self.desk.check()?;
         draft.commit(Ending { definition, warnings, duration_ms })?;
         let Some(made) = draft.made() else { return Err(BackupError::Thread) };
         let number = made.manifest.number;
+        self.desk.site.metrics.committed(&self.client.tenant, made.manifest.stats.stored);
+        self.desk.committed(&made.manifest)?;
         let answer = committed(&made.manifest);
         // It exists, whether or not this is heard.
         let _ = self.send(&answer);
@@ -277,10 +288,11 @@ impl Session<'_> {
             Start::Since { always } => wire::Start::Since { number: since.unwrap_or(newest), always },
         };
         self.send(&FromTarget::DiskReady(DiskReady { start }))?;
+        let window = self.desk.window.offers;
         let filled = draft.fill(|filling| {
-            let mut receiver = Receiver::new(filling, own)?;
+            let mut receiver = Receiver::new(filling, own, window)?;
             let received = self.receive(&mut receiver);
-            if received.is_err() {
+            if received.is_err() && self.desk.may_land() {
                 // What can't be kept is sent again.
                 let _ = receiver.salvage();
             }
@@ -296,15 +308,31 @@ impl Session<'_> {
 }
 
 impl Session<'_> {
+    fn count(&self, offer: &wire::Offer, answer: &FromTarget) {
+        if let FromTarget::Need(need) = answer {
+            let needed = u64::from(need.clusters.count_ones());
+            let offered = offer.clusters.iter().flatten().count() as u64;
+            self.desk.site.metrics.answered(&self.client.tenant, needed, offered.saturating_sub(needed));
+        }
+    }
+
     fn receive(&mut self, receiver: &mut Receiver<'_, '_>) -> Result<(), BackupError> {
         loop {
             match self.next()? {
                 FromSource::Offer(offer) => {
-                    if let Some(answer) = receiver.offer(&offer)? {
+                    let answer = {
+                        let _turn = self.desk.turn();
+                        receiver.offer(&offer)?
+                    };
+                    if let Some(answer) = answer {
+                        self.count(&offer, &answer);
                         self.send(&answer)?;
                     }
                 }
-                FromSource::Data(data) => receiver.data(data)?,
+                FromSource::Data(data) => {
+                    let _turn = self.desk.turn();
+                    receiver.data(data)?;
+                }
                 FromSource::DiskEnd(end) => return receiver.end(end.offers),
                 _ => return Err(broken("it sends something else than the disk that it began")),
             }

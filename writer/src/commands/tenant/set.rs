@@ -1,6 +1,6 @@
 //! `reseal tenant set`: what a tenant may store, and how old its newest restore points may be. Either replaces its record.
 
-use reseal_cli::{CommonArgs, Failure, Status, human_bytes, of_tenant};
+use reseal_cli::{CommonArgs, Failure, Status, human_bytes, of_tenant, parse_size};
 use reseal_format::names::{TenantName, VmName};
 use reseal_format::objectives::Objective;
 use reseal_vault::Holdings;
@@ -8,7 +8,6 @@ use reseal_writer::span;
 use serde_json::json;
 
 use super::human_quota;
-use crate::commands::sources::parse_size;
 
 /// Arguments of `tenant set`.
 #[derive(clap::Args)]

@@ -1,0 +1,143 @@
+//! What one session has of the server that it is a part of.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use reseal_format::manifest::Manifest;
+use reseal_format::names::VmName;
+use reseal_proto::wire::TroubleCode;
+use tracing::error;
+
+use super::Client;
+use super::audit::{Event, What};
+use super::running::Entry;
+use super::session::refuse;
+use super::site::Site;
+use super::turns::Turn;
+use super::windows::Window;
+use crate::BackupError;
+use crate::link::{Pace, Reins, Why};
+
+/// One session's place.
+pub(super) struct Desk<'a> {
+    pub site: &'a Arc<Site>,
+    pub connection: u64,
+    pub peer: SocketAddr,
+    pub client: &'a Client,
+    pub certificate: &'a [u8],
+    pub digest: [u8; 32],
+    pub entry: &'a Entry,
+    pub window: Window<'a>,
+    /// Bytes that came.
+    pub received: Arc<AtomicU64>,
+}
+
+impl Desk<'_> {
+    /// What its connection is held by.
+    pub(super) fn reins(&self) -> Reins {
+        let site = self.site;
+        let tenant = &self.client.tenant;
+        let rates = site.rates.of(&site.config().operation.limits, self.digest, tenant);
+        let (counted, waits) = (site.metrics.received(tenant), site.metrics.waits(tenant));
+        let received = self.received.clone();
+        let pace: Pace = Arc::new(move |bytes| {
+            let bytes = bytes as u64;
+            received.fetch_add(bytes, Ordering::Relaxed);
+            counted.inc_by(bytes);
+            let until = rates.take(bytes);
+            if until.is_some() {
+                waits.inc();
+            }
+            until
+        });
+        Reins { ending: self.entry.ending.clone(), pace, waiting: self.window.waiting() }
+    }
+
+    /// Waits for a turn to work.
+    pub(super) fn turn(&self) -> Turn<'_> {
+        self.site.turns.take(&self.client.tenant)
+    }
+
+    /// An error if the session is to end.
+    pub(super) fn check(&self) -> Result<(), BackupError> {
+        self.entry.why().map_or(Ok(()), |why| Err(self.ended(why)))
+    }
+
+    /// What the other side is told when this side ends the session.
+    pub(super) fn ended(&self, why: Why) -> BackupError {
+        match why {
+            Why::Stopping => {
+                refuse(TroubleCode::Unavailable, "this site's server is about to stop; what has landed is kept")
+            }
+            Why::NotAllowed => refuse(
+                TroubleCode::NotAllowed,
+                format!("{} may not do this any more; whoever runs this site can allow it again", self.client.name),
+            ),
+            Why::Lost => refuse(TroubleCode::Failed, "the tenant is not at this site any more; nothing was committed"),
+            Why::TooLong => refuse(
+                TroubleCode::Unavailable,
+                "the session has lasted as long as one may at this site; another goes on with what has landed",
+            ),
+        }
+    }
+
+    /// Whether what came of a session that ends may still be made durable.
+    pub(super) fn may_land(&self) -> bool {
+        !matches!(self.entry.why(), Some(Why::NotAllowed | Why::Lost))
+    }
+
+    fn event(&self, what: What) -> Event<'_> {
+        Event {
+            connection: Some(self.connection),
+            peer: Some(self.peer),
+            client: Some(&self.client.name),
+            certificate_sha256: Some(self.digest),
+            tenant: Some(&self.client.tenant),
+            ..Event::new(what)
+        }
+    }
+
+    /// The client came in.
+    pub(super) fn connected(&self) -> Result<(), BackupError> {
+        self.record(&self.event(What::Connected))
+    }
+
+    /// It begins a restore point, and may.
+    pub(super) fn begins(&self, vm: &VmName) -> Result<(), BackupError> {
+        self.entry.is_about(vm);
+        // It may have been let in by a configuration that was replaced before anybody knew of the session.
+        self.site.running.recheck(&self.site.config());
+        self.check()?;
+        self.record(&Event { vm: Some(vm), ..self.event(What::Began) })
+    }
+
+    /// The point exists, and the client is told so only if this is noted.
+    pub(super) fn committed(&self, made: &Manifest) -> Result<(), BackupError> {
+        self.record(&Event {
+            vm: Some(&made.vm),
+            number: Some(made.number),
+            point: Some(made.point_id.to_string()),
+            received_bytes: Some(self.received.load(Ordering::Relaxed)),
+            ..self.event(What::Committed)
+        })
+    }
+
+    /// It has another certificate.
+    pub(super) fn renewed(&self) -> Result<(), BackupError> {
+        self.record(&self.event(What::Renewed))
+    }
+
+    /// It came to nothing.
+    pub(super) fn failed(&self, what: What, vm: Option<&VmName>, why: &str) {
+        let received_bytes = Some(self.received.load(Ordering::Relaxed));
+        self.site.note(&Event { vm, received_bytes, ..self.event(what) }.because(why));
+    }
+
+    fn record(&self, event: &Event<'_>) -> Result<(), BackupError> {
+        self.site.audit.record(event).map_err(|e| {
+            error!("{e}");
+            refuse(TroubleCode::Unavailable, "this site can't note what is done; its log says why")
+        })
+    }
+}
