@@ -97,7 +97,7 @@ impl Server {
         let audit = config.operation.audit.as_ref().map(|audit| audit.file.display().to_string());
         let site = Site::new(config.clone(), self.tenants, self.logging, self.extra);
         let site = site.map_err(|e| failed(audit.unwrap_or_default(), "open the audit log", e))?;
-        site.tenants.open_all(&config.tenants())?;
+        site.tenants.open_all(&config.tenants(), &|tenant| config.names(tenant))?;
         let listen = config.listen;
         let read = Arc::new(self.read);
         let served = runtime.block_on(serve(site, read, signals));

@@ -4,12 +4,13 @@
 //!     bench live [--output FILE]                             measures live sources again, beside the last samples
 //!     bench rekey [--output FILE]                            measures the rotation of keys again, likewise
 //!     bench remote [--output FILE]                           measures two sites again, likewise
+//!     bench tenants [--output FILE]                          measures many tenants at once again, likewise
 //!     bench report [--output FILE]                           writes the document again from the last samples
 //!
 //! The modules, in the order of the data's path: `plan` says what to run, `host` finds the machine, disks and programs,
 //! `process` runs a program and weighs it, `contender` is what each tool can do (one module each: `reseal`, `restic`,
 //! `rustic`, `borg`, `luks`, `null`), `round` takes a round's figures with `reads` and `trace`, `memory`,
-//! `live`, `rekey` and `remote` the cases of reseal alone, `samples` keeps them, `targets` judges them, `report` writes them down.
+//! `live`, `rekey`, `remote` and `tenants` the cases of reseal alone, `samples` keeps them, `targets` judges them, `report` writes them down.
 
 mod borg;
 mod contender;
@@ -31,6 +32,7 @@ mod round;
 mod rustic;
 mod samples;
 mod targets;
+mod tenants;
 mod trace;
 
 use std::error::Error;
@@ -53,6 +55,7 @@ fn main() -> ExitCode {
         Some("live") => Plan::parse(&arguments[1..]).and_then(|plan| measure_again(&plan, live::take)),
         Some("rekey") => Plan::parse(&arguments[1..]).and_then(|plan| measure_again(&plan, rekey::take)),
         Some("remote") => Plan::parse(&arguments[1..]).and_then(|plan| measure_again(&plan, remote::take)),
+        Some("tenants") => Plan::parse(&arguments[1..]).and_then(|plan| measure_again(&plan, tenants::take)),
         Some("report") => {
             Plan::parse(&arguments[1..]).and_then(|plan| report::write(&plan, &Samples::load(&plan.work)?))
         }
@@ -113,6 +116,7 @@ fn measure_all(plan: &Plan) -> Result<Samples> {
     live::take(plan, &disks, &mut samples)?;
     rekey::take(plan, &disks, &mut samples)?;
     remote::take(plan, &disks, &mut samples)?;
+    tenants::take(plan, &disks, &mut samples)?;
     Ok(samples)
 }
 

@@ -44,6 +44,7 @@ fn document(plan: &Plan, samples: &Samples) -> Result<String> {
     figures(&mut text, "Live sources", &samples.live)?;
     figures(&mut text, "New keys", &samples.rekey)?;
     figures(&mut text, "Two sites", &samples.remote)?;
+    figures(&mut text, "Many tenants", &samples.tenants)?;
     text.push_str(METHOD);
     Ok(text)
 }
@@ -193,5 +194,6 @@ All tools take their turns within each round, and each round begins with another
   machine over TLS; median of at least three, after each of which the vault's files are compared with before. `reseal rekey --data`: median of as many, page cache warm.
 - **Two sites**: a source and a target in two folders of this machine, `reseal serve` on the loopback interface, medians of at least three; the bytes sent are
   counted by a proxy, TLS included. The long line is a proxy that holds back each byte for 50 ms either way, and the source's by 25 MB/s.
+- **Many tenants**: a server and 50 sources on this machine, started as fast as can be; a source counts from the start of the first to its own end.
 - **null**: a FUSE file system of one file of constant bytes: the limit of every mount here.
 ";

@@ -91,6 +91,7 @@ pub(crate) struct Samples {
     pub(crate) rekey: Vec<Figure>,
     #[serde(default)]
     pub(crate) remote: Vec<Figure>,
+    pub(crate) tenants: Vec<Figure>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -115,6 +116,7 @@ impl Samples {
             live: Vec::new(),
             rekey: Vec::new(),
             remote: Vec::new(),
+            tenants: Vec::new(),
         }
     }
 
