@@ -1,4 +1,4 @@
-//! Fifty tenants send at once: none sees an error, each gets its own disk back, and the server stays within its memory.
+//! Fifty tenants send at once, more than have places to shake hands: none sees an error, each gets its own disk back, and the server stays within its memory.
 #![allow(clippy::unwrap_used)] // helpers of tests end where they meet what they did not expect
 
 use std::fs;
@@ -19,7 +19,7 @@ fn fifty_tenants_at_once_get_right_points_within_bounded_memory() {
     let identities: Vec<_> = names.iter().map(|_| authority.issue(|_| {})).collect();
     let clients = names.iter().zip(&identities);
     let clients: Vec<_> = clients.map(|(name, of)| (of.clone(), name.as_str(), "append", "[\"*\"]")).collect();
-    let more = "[limits]\nconnections = 64\nmemory = \"256M\"\ncache = \"64M\"\n";
+    let more = "[limits]\nconnections = 64\nhandshakes = 4\nmemory = \"256M\"\ncache = \"64M\"\n";
     let mut sites = Sites::configured(authority, &clients, more, &|target| {
         for name in &names {
             target.reseal(["tenant", "add", name, "--no-recovery"]).ok();

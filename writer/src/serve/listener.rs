@@ -189,7 +189,6 @@ async fn turn_away(mut stream: TlsStream<TcpStream>, code: TroubleCode, message:
 async fn greet(site: Arc<Site>, handshakes: Arc<Handshakes>, stream: TcpStream, peer: SocketAddr) {
     let connection = site.number();
     let limits = site.config().operation.limits.clone();
-    let mut place = handshakes.take(connection, peer.ip(), limits.handshakes);
     let refused = |refusal, why: &str| {
         warn!(connection, %peer, "refused: {}", printable(why));
         site.metrics.refused(refusal);
@@ -200,7 +199,11 @@ async fn greet(site: Arc<Site>, handshakes: Arc<Handshakes>, stream: TcpStream, 
         let event = Event { connection: Some(connection), peer: Some(peer), ..Event::new(What::Refused) };
         site.note(&event.because(why));
     };
-    let shaken = shake_hands(&site, stream, limits.handshake(), &mut place);
+    let time = limits.handshake();
+    let Some(mut place) = handshakes.take(connection, peer.ip(), limits.handshakes, time).await else {
+        return refused(Refusal::Slow, "so many handshakes are under way that there is no place for it");
+    };
+    let shaken = shake_hands(&site, stream, time, &mut place);
     let stream = match shaken.await {
         Ok(stream) => stream,
         Err((refusal, why)) => return refused(refusal, &why),
@@ -259,7 +262,7 @@ async fn shake_hands(
     site: &Site,
     stream: TcpStream,
     time: Duration,
-    place: &mut Place<'_>,
+    place: &mut Place,
 ) -> Result<TlsStream<TcpStream>, (Refusal, String)> {
     let _ = stream.set_nodelay(true);
     let acceptor = TlsAcceptor::from(site.config().tls.clone());

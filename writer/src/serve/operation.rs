@@ -4,7 +4,7 @@
 //! [limits]
 //! connections = 128              # sessions at once
 //! connections_per_client = 64
-//! handshakes = 32                # TLS handshakes at once, beside those
+//! handshakes = 64                # TLS handshakes at once, beside those
 //! handshake_seconds = 10
 //! client_rate = "50M"            # bytes per second; none by default
 //! tenant_rate = "100M"
@@ -73,7 +73,7 @@ impl Default for Limits {
         Limits {
             connections: 128,
             connections_per_client: 64,
-            handshakes: 32,
+            handshakes: 64,
             handshake_seconds: 10,
             client_rate: None,
             tenant_rate: None,
