@@ -123,8 +123,7 @@ impl Channel {
     pub(super) fn exchange(&mut self, request: &[u8]) -> Result<Secret, Fault> {
         if let Err(error) = self.tls.write_all(request).and_then(|()| self.tls.flush()) {
             // A server that hangs up may have said why: in TLS 1.3 it sees our certificate only when we are done.
-            let why = self.tls.conn.complete_io(&mut self.tls.sock);
-            return Err(fault(why.err().filter(|why| tls_error(why).is_some()).unwrap_or(error)));
+            return Err(fault(self.last_words().unwrap_or(error)));
         }
         let mut header = [0; HEADER_LEN];
         self.tls.read_exact(&mut header).map_err(fault)?;
@@ -134,6 +133,18 @@ impl Channel {
         start.copy_from_slice(&header);
         self.tls.read_exact(end).map_err(fault)?;
         Ok(answer)
+    }
+}
+
+impl Channel {
+    /// What a server that takes nothing any more has said of TLS before. What is still to be sent is left: that would fail first.
+    fn last_words(&mut self) -> Option<io::Error> {
+        while self.tls.conn.read_tls(&mut self.tls.sock).is_ok_and(|read| read > 0) {
+            if let Err(why) = self.tls.conn.process_new_packets() {
+                return Some(io::Error::new(io::ErrorKind::InvalidData, why));
+            }
+        }
+        None
     }
 }
 
