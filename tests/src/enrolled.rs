@@ -51,7 +51,7 @@ impl Enrolling {
     pub fn stop(&mut self) -> String {
         let server = self.server.take().unwrap();
         signal(server.id(), libc::SIGTERM);
-        server.wait().ok().stdout
+        server.wait().ok().stderr
     }
 
     /// Kills the server.

@@ -316,7 +316,7 @@ fn a_certificate_renews_itself_and_the_old_one_goes_when_the_new_one_is_used() {
     sites.backup(&file, "web01", &disk).fails(1, &["an older copy"]);
     // All the same after a restart.
     let log = sites.stop();
-    assert_eq!(log.matches("site: has a new certificate").count(), 2, "{log}");
+    assert_eq!(log.matches("site has a new certificate").count(), 2, "{log}");
     sites.start();
     sites.backup(&old_file, "web01", &disk).fails(1, &["an older copy"]);
     sites.backup(&unused, "web01", &disk).ok();
@@ -383,7 +383,7 @@ fn any_role_renews_and_only_in_time_and_only_with_a_signed_request() {
     drop(begun);
     sites.backup(&writer, "web01", &disk).ok();
     let log = sites.stop();
-    assert!(log.contains("reader: gets no new certificate"), "{log}");
+    assert!(log.contains("reader gets no new certificate"), "{log}");
 }
 
 #[test]

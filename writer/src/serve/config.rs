@@ -474,6 +474,11 @@ impl ServeConfig {
         }
     }
 
+    /// Whether the certificate of that digest was revoked.
+    pub(super) fn is_revoked(&self, digest: &[u8; 32]) -> bool {
+        matches!(self.clients.get(digest), Some(Standing::Revoked))
+    }
+
     /// Why a certificate that the authority issued is not taken.
     pub(super) fn why_not(&self, digest: &[u8; 32]) -> &'static str {
         match self.clients.get(digest) {

@@ -70,6 +70,10 @@ impl Desk<'_> {
             Why::Stopping => {
                 refuse(TroubleCode::Unavailable, "this site's server is about to stop; what has landed is kept")
             }
+            Why::NotAllowed if self.site.config().is_revoked(&self.digest) => refuse(
+                TroubleCode::NotAllowed,
+                format!("{} was revoked at this site; whoever runs it can enrol a new client", self.client.name),
+            ),
             Why::NotAllowed => refuse(
                 TroubleCode::NotAllowed,
                 format!("{} may not do this any more; whoever runs this site can allow it again", self.client.name),
