@@ -233,6 +233,8 @@ fn a_tenant_that_nobody_needs_is_locked_and_opened_again() {
     send(&sites, &enrolment, "vm", &disk).ok();
     assert!(unlocked());
     wait_until("that it is locked again", 15, || !unlocked());
+    // Its restore points grow old all the same.
+    assert!(metric(port, "reseal_restore_point_age_seconds{tenant=\"default\",vm=\"vm\"}") < 60.0);
     let held = fs::read_dir(sites.target.tenant_folder().join("leases")).map_or(0, Iterator::count);
     assert_eq!(held, 0, "leases are left");
 }
@@ -252,6 +254,10 @@ fn metrics_and_health_tell_what_happened() {
     wait_until("the end of the session", 10, || metric(port, "reseal_connections") == 0.0);
     let of = |name: &str| metric(port, &format!("{name}{{tenant=\"default\"}}"));
     assert_eq!(of("reseal_commits_total"), 2.0);
+    // How its restore points stand, as `reseal status` says it.
+    let stands = |name: &str| metric(port, &format!("{name}{{tenant=\"default\",vm=\"vm\"}}"));
+    assert_eq!((stands("reseal_restore_point_number"), stands("reseal_last_result")), (2.0, 0.0));
+    assert!(stands("reseal_restore_point_age_seconds") < 60.0);
     assert_eq!((of("reseal_clusters_needed_total"), of("reseal_clusters_found_total")), (64.0, 64.0));
     let (received, stored) = (of("reseal_received_bytes_total"), of("reseal_stored_bytes_total"));
     assert!(received > f64::from(4 << 20) && received < f64::from(5 << 20), "{received}");

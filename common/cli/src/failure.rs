@@ -18,7 +18,7 @@ pub enum Status {
 }
 
 /// Why a command ends early.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 #[error("{message}")]
 pub struct Failure {
     pub status: Status,

@@ -57,5 +57,5 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
     }
     let logging = Logging::start(config.operation.log);
     let read: Read = Box::new(move || -> Result<ServeConfig, BackupError> { ServeConfig::read(&path) });
-    Server { config, read, tenants: Arc::new(tenants), logging, extra: None }.run()
+    Server { config, read, tenants: Arc::new(tenants), logging }.run()
 }

@@ -114,7 +114,7 @@ async fn answer(
         (&Method::GET, "/metrics") => {
             let asked = site.clone();
             // What is added to it may have to read.
-            let text = tokio::task::spawn_blocking(move || asked.metrics.text()).await;
+            let text = tokio::task::spawn_blocking(move || asked.metrics_text()).await;
             (StatusCode::OK, METRICS, text.unwrap_or_default())
         }
         (&Method::GET, "/healthz") => said(health.vault(&site).await),

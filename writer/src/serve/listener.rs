@@ -26,7 +26,7 @@ use super::desk::Desk;
 use super::handshakes::{Handshakes, Place};
 use super::health;
 use super::logging::{Logging, printable};
-use super::metrics::{Extra, Outcome, Refusal};
+use super::metrics::{Outcome, Refusal};
 use super::running::{Entry, Full};
 use super::session::{Session, refuse, trouble};
 use super::site::Site;
@@ -56,8 +56,6 @@ pub struct Server {
     pub read: Read,
     pub tenants: Arc<dyn Tenants>,
     pub logging: Logging,
-    /// Metrics that somebody else has, in the same format.
-    pub extra: Option<Extra>,
 }
 
 struct Signals {
@@ -95,7 +93,7 @@ impl Server {
         };
         let config = Arc::new(self.config);
         let audit = config.operation.audit.as_ref().map(|audit| audit.file.display().to_string());
-        let site = Site::new(config.clone(), self.tenants, self.logging, self.extra);
+        let site = Site::new(config.clone(), self.tenants, self.logging);
         let site = site.map_err(|e| failed(audit.unwrap_or_default(), "open the audit log", e))?;
         site.tenants.open_all(&config.tenants(), &|tenant| config.names(tenant))?;
         let listen = config.listen;
@@ -372,6 +370,7 @@ fn restore_point(
     let began = Instant::now();
     let made = session.make(&open, vm.clone(), resume);
     crate::status::session_ended(&open, &vm, began, &made);
+    desk.site.standing.has_changed(tenant);
     let number = made?;
     Ok(format!("{vm}@{number} of tenant {tenant}"))
 }

@@ -1,6 +1,5 @@
 //! What is counted, as Prometheus reads it. Labels come from the configuration and from this program, never from a peer.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64};
 use std::time::Duration;
 
@@ -22,13 +21,9 @@ type Labels = Vec<(&'static str, String)>;
 type Count = Family<Labels, Counter>;
 type Level = Family<Labels, Gauge>;
 
-/// Text that somebody else adds.
-pub type Extra = Arc<dyn Fn() -> String + Send + Sync>;
-
 /// All that is counted.
 pub(super) struct Metrics {
     registry: Registry,
-    extra: Option<Extra>,
     sessions: Count,
     seconds: Family<Labels, Histogram>,
     failures: Count,
@@ -91,12 +86,11 @@ fn word(code: TroubleCode) -> &'static str {
 }
 
 impl Metrics {
-    pub(super) fn new(extra: Option<Extra>) -> Metrics {
+    pub(super) fn new() -> Metrics {
         let mut registry = Registry::with_prefix("reseal");
         let seconds = Family::new_with_constructor((|| Histogram::new(SECONDS)) as fn() -> Histogram);
         let mut metrics = Metrics {
             registry: Registry::default(),
-            extra,
             sessions: Count::default(),
             seconds,
             failures: Count::default(),
@@ -136,17 +130,15 @@ impl Metrics {
         metrics
     }
 
-    /// All of it as text.
-    pub(super) fn text(&self) -> String {
+    /// All of it as text, with more of it that is known elsewhere.
+    pub(super) fn text(&self, more: &str) -> String {
         const END: &str = "# EOF\n";
         let mut text = String::new();
         // Writing to a string does not fail.
         let _ = encode(&mut text, &self.registry);
-        if let Some(extra) = &self.extra {
-            text.truncate(text.strip_suffix(END).map_or(text.len(), str::len));
-            text.push_str(&extra());
-            text.push_str(END);
-        }
+        text.truncate(text.strip_suffix(END).map_or(text.len(), str::len));
+        text.push_str(more);
+        text.push_str(END);
         text
     }
 
@@ -214,11 +206,11 @@ mod tests {
 
     #[test]
     fn what_is_added_stands_before_the_end() {
-        let metrics = Metrics::new(Some(Arc::new(|| "reseal_more 1\n".into())));
+        let metrics = Metrics::new();
         let tenant = TenantName::new("acme").unwrap();
         metrics.committed(&tenant, 7);
         metrics.ended(&tenant, Role::Append, Outcome::Done, Duration::from_secs(2));
-        let text = metrics.text();
+        let text = metrics.text("reseal_more 1\n");
         for line in [
             "reseal_commits_total{tenant=\"acme\"} 1",
             "reseal_stored_bytes_total{tenant=\"acme\"} 7",

@@ -5,7 +5,7 @@
 //! (config) (listener, handshakes)        (session, receive)   landed: what need not be sent again
 //!
 //! what all share (site), each session's part of it (desk): who runs (running) · tenants that are unlocked (tenants)
-//!    limits: handshakes, windows, rates, turns        told: logging, audit, metrics, health
+//!    limits: handshakes, windows, rates, turns        told: logging, audit, metrics, standing, health
 //! ```
 //!
 //! Who it is, is said by `config`, and by the `registry` of those whom the site's own `authority` has enrolled.
@@ -34,6 +34,7 @@ mod renewal;
 mod running;
 mod session;
 mod site;
+mod standing;
 mod tenants;
 mod tls;
 mod turns;
@@ -43,6 +44,5 @@ pub use config::{Client, Role, ServeConfig, Settings};
 pub use enrol::{NewClient, clients, enrol, revoke};
 pub use listener::{Read, Server};
 pub use logging::Logging;
-pub use metrics::Extra;
 pub use registry::{Certificate, Enrolled, MAX_DAYS, Registry};
 pub use tenants::{Access, OpenTenant, Tenants};

@@ -11,9 +11,10 @@ use tracing::{error, info, warn};
 
 use super::audit::{Audit, Event, What};
 use super::logging::Logging;
-use super::metrics::{Extra, Metrics};
+use super::metrics::Metrics;
 use super::rates::Rates;
 use super::running::Running;
+use super::standing::Standing;
 use super::tenants::{OpenTenants, Tenants};
 use super::turns::Turns;
 use super::windows::Windows;
@@ -36,6 +37,7 @@ pub(super) struct Site {
     pub turns: Turns,
     pub windows: Windows,
     pub rates: Rates,
+    pub standing: Standing,
 }
 
 impl Site {
@@ -43,9 +45,8 @@ impl Site {
         config: Arc<ServeConfig>,
         tenants: Arc<dyn Tenants>,
         logging: Logging,
-        extra: Option<Extra>,
     ) -> std::io::Result<Arc<Site>> {
-        let metrics = Arc::new(Metrics::new(extra));
+        let metrics = Arc::new(Metrics::new());
         // Some wait for the disk, so a few more than there are cores.
         let turns = 2 * available_parallelism().map_or(1, usize::from);
         let site = Arc::new(Site {
@@ -61,6 +62,7 @@ impl Site {
             turns: Turns::new(turns),
             windows: Windows::default(),
             rates: Rates::new(),
+            standing: Standing::default(),
         });
         let weak = Arc::downgrade(&site);
         site.tenants.tell(Box::new(move |tenant: &TenantName| {
@@ -171,6 +173,11 @@ impl Site {
             }
         }
         Ok(client)
+    }
+
+    /// All metrics as text.
+    pub(super) fn metrics_text(&self) -> String {
+        self.metrics.text(&self.standing.text(&self.tenants, &self.config().tenants()))
     }
 
     /// Notes what nothing depends on.

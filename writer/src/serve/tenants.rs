@@ -205,6 +205,16 @@ impl OpenTenants {
         Ok(())
     }
 
+    /// A tenant if it is open, without keeping it so.
+    pub(super) fn peek(&self, name: &TenantName) -> Option<Arc<OpenTenant>> {
+        self.book.lock().open.get(name).map(|entry| entry.open.clone())
+    }
+
+    /// Unlocks a tenant for a moment.
+    pub(super) fn glance(&self, name: &TenantName) -> Result<Access, Failure> {
+        self.tenants.unlock(name)
+    }
+
     /// Whether the vault is there.
     pub(super) fn check_vault(&self) -> Result<(), String> {
         self.tenants.look().map_err(|failure| failure.message)

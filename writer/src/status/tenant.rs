@@ -20,7 +20,7 @@ use super::verdicts::{Verdict, Verdicts};
 use super::{Attempt, Problem};
 
 /// A tenant.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct TenantReport {
     pub tenant: TenantName,
     /// When it was erased.
@@ -57,7 +57,7 @@ pub enum RekeyState {
 }
 
 /// A VM.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct VmReport {
     pub vm: VmName,
     /// Points that were not forgotten.
@@ -234,6 +234,15 @@ impl TenantReport {
         report.problems.push(Problem::of(&why));
         report.closed = Some(why);
         Ok(report)
+    }
+
+    /// Makes it one of so many seconds later, in which nothing has happened.
+    pub(crate) fn grow_older(&mut self, seconds: u64) {
+        for report in &mut self.vms {
+            let Some(newest) = &mut report.newest else { continue };
+            newest.age = newest.age.saturating_add(seconds);
+            report.late = report.objective.is_some_and(|objective| newest.age > objective);
+        }
     }
 
     /// Only this VM, and what is wrong with it or with the tenant.
