@@ -109,7 +109,9 @@ impl Channel {
             .map_err(|error| Fault::Stranger(format!("no TLS: {error}")))?;
         let mut tls = StreamOwned::new(tls, Timed { socket, deadline });
         while tls.conn.is_handshaking() {
-            tls.conn.complete_io(&mut tls.sock).map_err(fault)?;
+            if let Err(error) = tls.conn.complete_io(&mut tls.sock) {
+                return Err(fault(last_words(&mut tls, error)));
+            }
         }
         if !credentials.were_shown() {
             let what = "it does not ask for a client certificate: switch mutual TLS on there, \
@@ -123,7 +125,7 @@ impl Channel {
     pub(super) fn exchange(&mut self, request: &[u8]) -> Result<Secret, Fault> {
         if let Err(error) = self.tls.write_all(request).and_then(|()| self.tls.flush()) {
             // A server that hangs up may have said why: in TLS 1.3 it sees our certificate only when we are done.
-            return Err(fault(self.last_words().unwrap_or(error)));
+            return Err(fault(last_words(&mut self.tls, error)));
         }
         let mut header = [0; HEADER_LEN];
         self.tls.read_exact(&mut header).map_err(fault)?;
@@ -136,16 +138,18 @@ impl Channel {
     }
 }
 
-impl Channel {
-    /// What a server that takes nothing any more has said of TLS before. What is still to be sent is left: that would fail first.
-    fn last_words(&mut self) -> Option<io::Error> {
-        while self.tls.conn.read_tls(&mut self.tls.sock).is_ok_and(|read| read > 0) {
-            if let Err(why) = self.tls.conn.process_new_packets() {
-                return Some(io::Error::new(io::ErrorKind::InvalidData, why));
-            }
-        }
-        None
+/// What a server that takes nothing any more has said of TLS before, or the error that there is. What is still to be sent is left:
+/// that would fail first.
+fn last_words(tls: &mut StreamOwned<ClientConnection, Timed>, error: io::Error) -> io::Error {
+    if !matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) {
+        return error;
     }
+    while tls.conn.read_tls(&mut tls.sock).is_ok_and(|read| read > 0) {
+        if let Err(why) = tls.conn.process_new_packets() {
+            return io::Error::new(io::ErrorKind::InvalidData, why);
+        }
+    }
+    error
 }
 
 impl Drop for Channel {
