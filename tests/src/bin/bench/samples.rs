@@ -91,6 +91,7 @@ pub(crate) struct Samples {
     pub(crate) rekey: Vec<Figure>,
     #[serde(default)]
     pub(crate) remote: Vec<Figure>,
+    #[serde(default)]
     pub(crate) tenants: Vec<Figure>,
 }
 
