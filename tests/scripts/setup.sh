@@ -4,7 +4,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 export DEBIAN_FRONTEND=noninteractive
 
-base=(gcc g++ make cmake pkg-config libc6-dev fuse3 e2fsprogs fdisk debootstrap extlinux syslinux-common fio python3 python3-venv xz-utils systemd)
+base=(gcc g++ make cmake pkg-config libc6-dev fuse3 e2fsprogs fdisk debootstrap extlinux syslinux-common fio python3 python3-venv xz-utils)
 qemu=(qemu-system-x86 qemu-utils)
 # Real peers of the tests: libvirt, a second NBD server, the reference client, age, which opens recovery kits, and systemd, which judges the unit.
 live=(age systemd libvirt-daemon-system libvirt-clients nbdkit nbdkit-plugin-python libnbd-bin)
