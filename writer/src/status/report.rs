@@ -6,10 +6,11 @@ use reseal_cli::{Failure, Status};
 use reseal_format::time::Timestamp;
 use serde_json::{Value, json};
 
-use super::results::{Attempt, now};
+use super::results::Attempt;
 use super::site::{SiteReport, SiteVm};
 use super::tenant::{RekeyState, TenantReport, VmReport};
 use super::verdicts::Verdict;
+use crate::certificate::now;
 
 /// Something that should be looked at.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use reseal_cli::Failure;
 use reseal_format::keys::Scope;
@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 
 use super::note;
 use crate::BackupError;
+use crate::certificate::now;
 use crate::remote::{Enrolment, Sent};
 use crate::serve::Access;
 
@@ -86,12 +87,6 @@ impl VmResults {
     pub fn objective(&self) -> Option<u64> {
         self.promised()?.objective
     }
-}
-
-/// Now, by this machine's clock.
-pub(super) fn now() -> Timestamp {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Timestamp(i64::try_from(since.as_millis()).unwrap_or(0))
 }
 
 impl Attempt {

@@ -11,7 +11,7 @@ use reseal_vault::heads::tenant_folder;
 use serde::{Deserialize, Serialize};
 
 use super::note;
-use super::results::now;
+use crate::certificate::now;
 use crate::verify::{Report, What};
 
 /// Restore points that are named for one VM.
