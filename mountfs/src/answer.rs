@@ -9,7 +9,6 @@ use fuser::{
 };
 use reseal_vault::Wait;
 
-use crate::disk::DiskReader;
 use crate::errno::{Fault, errno};
 use crate::handles::Handles;
 use crate::inodes::Node;
@@ -17,6 +16,7 @@ use crate::journal::Journal;
 use crate::pool::{Pool, Refuse};
 use crate::readahead::Readahead;
 use crate::view::{Attributes, Lasting, NodeKind, View};
+use reseal_vault::disk::DiskReader;
 
 /// How long the kernel may believe what never changes.
 const FIXED: Duration = Duration::from_secs(3600);

@@ -11,13 +11,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
-use reseal_format::layout::VAULT_FILE;
 use reseal_format::names::VmName;
 use reseal_format::time::Timestamp;
-use reseal_format::vaultfile::MAX_VAULT_FILE;
 use reseal_vault::cache::{Cache, Weigh};
 use reseal_vault::heads::Heads;
-use reseal_vault::{Chain, Tenant, VaultError, Wait};
+use reseal_vault::{Chain, Points, VaultError, Wait};
 
 use crate::files::OpenPoint;
 use crate::inodes::{MAX_VMS, VmIndex};
@@ -83,22 +81,22 @@ struct KnownVms {
     by_name: HashMap<VmName, VmIndex>,
 }
 
-/// The VMs and points of a tenant.
+/// VMs and their points.
 pub struct Catalog {
-    tenant: Arc<Tenant>,
+    points: Arc<dyn Points>,
     heads: Option<Heads>,
     shown: Shown,
     journal: Arc<Journal>,
     vms: RwLock<KnownVms>,
     chains: Cache<VmIndex, Arc<Listed>>,
-    points: Cache<(VmIndex, u32), Arc<OpenPoint>>,
+    opened: Cache<(VmIndex, u32), Arc<OpenPoint>>,
 }
 
 impl Catalog {
     /// A catalogue of what is shown of a tenant. With `heads`, a vault that was rolled back is noticed.
-    pub fn new(tenant: Arc<Tenant>, heads: Option<Heads>, shown: Shown, journal: Arc<Journal>) -> Catalog {
-        let (chains, points) = (Cache::new(CHAIN_BYTES), Cache::new(POINT_BYTES));
-        Catalog { tenant, heads, shown, journal, vms: RwLock::default(), chains, points }
+    pub fn new(points: Arc<dyn Points>, heads: Option<Heads>, shown: Shown, journal: Arc<Journal>) -> Catalog {
+        let (chains, opened) = (Cache::new(CHAIN_BYTES), Cache::new(POINT_BYTES));
+        Catalog { points, heads, shown, journal, vms: RwLock::default(), chains, opened }
     }
 
     /// Whether single points are hidden, so that there is no latest one.
@@ -134,11 +132,7 @@ impl Catalog {
 
     /// The VMs that are shown.
     pub fn vms(&self) -> Result<Vec<(VmIndex, VmName)>, VaultError> {
-        let names = self.tenant.vms()?;
-        if names.is_empty() {
-            // A place that is gone, such as a file system that was unmounted, lists nothing either.
-            self.tenant.store().get(VAULT_FILE, MAX_VAULT_FILE)?;
-        }
+        let names = self.points.vms()?;
         for known in self.heads.as_ref().map_or(Ok(Vec::new()), Heads::known_vms)? {
             if self.shown.admits(&known) && !names.contains(&known) {
                 self.journal.say(&format!(
@@ -197,23 +191,23 @@ impl Catalog {
     /// The numbers of a VM, held against what this machine has seen before.
     fn chain(&self, vm: &VmName) -> Result<Chain, VaultError> {
         match &self.heads {
-            Some(heads) => heads.whole_chain(&self.tenant, vm),
-            None => self.tenant.chain(vm),
+            Some(heads) => heads.whole_chain(&*self.points, vm),
+            None => self.points.chain(vm),
         }
     }
 
     /// A point, opened.
     pub fn point(&self, vm: VmIndex, number: u32, wait: Wait) -> Result<Arc<OpenPoint>, VaultError> {
-        if let Some(point) = self.points.get(&(vm, number)) {
+        if let Some(point) = self.opened.get(&(vm, number)) {
             return Ok(point);
         }
         if wait == Wait::MustNot {
             return Err(VaultError::WouldBlock);
         }
         let known = self.known(vm)?;
-        let point = Arc::new(OpenPoint::new(self.tenant.point(&known.name, number)?));
+        let point = Arc::new(OpenPoint::new(self.points.point(&known.name, number)?));
         known.times.lock().insert(number, point.manifest().created);
-        self.points.put((vm, number), point.clone());
+        self.opened.put((vm, number), point.clone());
         Ok(point)
     }
 
@@ -230,7 +224,7 @@ impl Catalog {
     pub fn latest(&self, vm: VmIndex) -> Result<Option<Timestamp>, VaultError> {
         let known = self.known(vm)?;
         // Through `list`, for what this names is then looked up.
-        let newest = self.tenant.newest(&known.name, &self.list(vm)?.0)?;
+        let newest = self.points.newest(&known.name, &self.list(vm)?.0)?;
         // If it is damaged that is an error: an older one under this name would be taken for it.
         newest.map(|number| self.time(vm, number, Wait::May)).transpose()
     }

@@ -109,6 +109,7 @@ fn vault_errno(error: &VaultError) -> Errno {
         | VaultError::NotEmptyTenant { .. }
         | VaultError::Busy { .. }
         | VaultError::Kms(_)
+        | VaultError::Elsewhere { .. }
         | VaultError::State { .. }
         | VaultError::Random => Errno::EIO,
         VaultError::Store(error) => match error {

@@ -15,14 +15,14 @@ use reseal_format::geometry::ClusterIndex;
 use reseal_vault::{VaultError, Wait};
 
 use crate::answer::{Noted, Shared, answer, answer_later, file_type};
-use crate::disk::{DiskReader, with_scratch};
 use crate::errno::Fault;
 use crate::files::OpenPoint;
 use crate::handles::{Handle, OpenDisk};
 use crate::inodes::Node;
 use crate::pool::{Pool, Refuse};
 use crate::view::{OpenContent, View};
-use crate::wipe::Secret;
+use reseal_vault::disk::{DiskReader, with_scratch};
+use reseal_vault::wipe::Secret;
 
 /// Background requests in the kernel: enough that readahead of several readers keeps every thread busy.
 const BACKGROUND: u16 = 64;

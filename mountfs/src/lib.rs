@@ -15,10 +15,6 @@
 //! Architecture invariant: `fuse` and `answer` are the only modules that know FUSE's requests; all that decides anything
 //! is tested without `/dev/fuse`. No FUSE thread waits for a store.
 
-pub mod disk;
-mod frame_cache;
-mod wipe;
-
 pub mod catalog;
 pub mod files;
 pub mod inodes;

@@ -14,7 +14,6 @@ use rustix::process::{getegid, geteuid};
 
 use crate::answer::Shared;
 use crate::catalog::{Catalog, Shown};
-use crate::disk::DiskReader;
 use crate::fuse::ResealFs;
 use crate::handles::Handles;
 use crate::journal::Journal;
@@ -22,6 +21,7 @@ use crate::mounts::{MountedAt, Unmount, kernel_path, mounted_at, unmount};
 use crate::pool::Pool;
 use crate::readahead::Readahead;
 use crate::view::View;
+use reseal_vault::disk::DiskReader;
 
 /// Requests that may wait for the store at the same time. They sleep, so there may be more than cores; each that hangs
 /// takes one away until the store is back.

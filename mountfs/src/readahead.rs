@@ -12,8 +12,8 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 use reseal_format::geometry::CLUSTER_U64;
 
-use crate::disk::{DiskReader, with_scratch};
 use crate::files::OpenPoint;
+use reseal_vault::disk::{DiskReader, with_scratch};
 
 /// A reader counts as sequential once it has read this much in order: more than a file system reads in one go for its own
 /// tables.

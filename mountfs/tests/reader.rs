@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use reseal_format::frames::FrameShift;
 use reseal_format::geometry::{CLUSTER, CLUSTER_U64};
 use reseal_format::manifest::Disk;
-use reseal_mountfs::disk::{DiskReader, Tools};
+use reseal_vault::disk::{DiskReader, Tools};
 use reseal_vault::{Class, VaultError, Wait};
 use support::faults::{Faulty, Mood};
 use support::{Model, Numbers, Vault, disk_bytes, flip, model_seek};

@@ -13,9 +13,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use reseal_format::geometry::CLUSTER;
 use reseal_format::manifest::Manifest;
 use reseal_format::names::{DiskName, VmName};
-use reseal_mountfs::disk::DiskReader;
 use reseal_mountfs::restore::{Plan, RestoreError, Watch, restore};
 use reseal_store::Local;
+use reseal_vault::disk::DiskReader;
 use support::faults::{Faulty, Mood};
 use support::{Model, Vault, disk_bytes, flip, used};
 

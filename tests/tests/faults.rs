@@ -11,7 +11,7 @@ use reseal_tests::faults::{Fault, Operation, Plan, Watched};
 use reseal_tests::library::{LibraryDisk, backup};
 use reseal_tests::random::Random;
 use reseal_tests::site::Site;
-use reseal_vault::{PointSpec, Tenant};
+use reseal_vault::{PointSpec, Points, Tenant};
 
 const DISK: usize = 700_000;
 

@@ -14,14 +14,15 @@ use crate::BackupError;
 use crate::changes::Changes;
 use crate::draft::{Draft, Made};
 use crate::live::Hypervisor;
-use crate::nbd::{NbdUri, Options};
 use crate::pipeline::{Job, Told};
 use crate::plan::Sample;
-use crate::remote::{Enrolment, Remote, Sent};
+use crate::remote::{Remote, Sent};
 use crate::source::{NbdSource, Source};
 use crate::target::{Asked, DiskFacts, Ending, Start, Target};
 use crate::throttle::Throttle;
 pub use crate::worker::Encoding;
+use reseal_nbd::{NbdUri, Options};
+use reseal_site::Enrolment;
 
 /// A disk to back up, and what is said of its changes.
 pub struct Input {

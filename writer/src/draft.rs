@@ -16,7 +16,7 @@ use reseal_format::names::VmName;
 use reseal_format::time::Timestamp;
 use reseal_store::Lease;
 use reseal_vault::heads::Heads;
-use reseal_vault::{Holder, PackFile, Packs, Quota, Tenant, Tree, VaultError, random};
+use reseal_vault::{Holder, PackFile, Packs, Points, Quota, Tenant, Tree, VaultError, random};
 
 use crate::BackupError;
 use crate::assemble::{Assembler, Counted};

@@ -8,9 +8,9 @@ use reseal_vault::VaultError;
 use crate::guardian::GuardianError;
 use crate::image::ImageError;
 use crate::libvirt::LibvirtError;
-use crate::nbd::NbdError;
 use crate::qemu::QemuError;
-use crate::remote::RemoteError;
+use reseal_nbd::NbdError;
+use reseal_site::RemoteError;
 
 /// A backup that did not make a restore point.
 #[derive(Debug, thiserror::Error)]

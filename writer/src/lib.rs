@@ -13,7 +13,6 @@
 
 mod assemble;
 pub mod backup;
-pub mod certificate;
 pub mod changes;
 mod draft;
 mod error;
@@ -28,8 +27,6 @@ pub mod libvirt;
 mod link;
 pub mod live;
 mod lookup;
-pub mod nbd;
-mod pem;
 mod pipeline;
 mod plan;
 pub mod qemu;

@@ -15,11 +15,11 @@ use reseal_format::geometry::CLUSTER_U64;
 
 use crate::BackupError;
 use crate::assemble::InOrder;
-use crate::nbd::{Read, Request};
 use crate::plan::{Plan, Sample, Task, Unit};
 use crate::source::{Extents, Marked, Source};
 use crate::throttle::Throttle;
 use crate::worker::{Buffer, Done, Encoding, Inbox, Right, Worker};
+use reseal_nbd::{Read, Request};
 
 /// Units of 1 MiB between plan and index for each worker: enough that none waits for a slow neighbour.
 const IN_FLIGHT: usize = 12;

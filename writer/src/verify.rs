@@ -119,7 +119,7 @@ impl<'a> Verify<'a> {
             What::Vm(vm) | What::Point(vm, _) => vec![vm.clone()],
         };
         for vm in vms {
-            let (chain, rollback) = self.heads.chain(&self.tenant, &vm)?;
+            let (chain, rollback) = self.heads.chain(&*self.tenant, &vm)?;
             if let Some(e) = rollback {
                 self.damage(layout::vm(self.tenant.name(), &vm), e.to_string(), Vec::new());
             }

@@ -9,10 +9,10 @@ use zeroize::Zeroizing;
 
 use crate::BackupError;
 use crate::judge::{ClusterHash, Judge, Verdict};
-use crate::nbd::{NbdError, Read};
 use crate::plan::{Task, Unit};
 use crate::remote::Asker;
 use crate::source::FileSource;
+use reseal_nbd::{NbdError, Read};
 
 /// Bytes of a disk on their way.
 pub(crate) type Buffer = Zeroizing<Vec<u8>>;

@@ -9,8 +9,8 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use reseal_nbd::{Export, NbdUri, Options, Read, Request};
 use reseal_writer::image::{Image, ImageError, ImageFormat, decide};
-use reseal_writer::nbd::{Export, NbdUri, Options, Read, Request};
 use tempfile::TempDir;
 use zeroize::Zeroizing;
 

@@ -142,6 +142,6 @@ impl CommonArgs {
 impl Opened {
     /// The numbers of a VM; an error if they are fewer than were seen before.
     pub fn chain(&self, vm: &VmName) -> Result<Chain, Failure> {
-        Ok(self.heads.whole_chain(&self.tenant, vm)?)
+        Ok(self.heads.whole_chain(&*self.tenant, vm)?)
     }
 }

@@ -131,6 +131,9 @@ pub enum VaultError {
     Store(#[from] StoreError),
     #[error("can't keep what was seen in {path}: {source}; set RESEAL_STATE to a folder that is yours")]
     State { path: String, source: std::io::Error },
+    /// Another site, which has the keys, could not do what it was asked.
+    #[error("{message}")]
+    Elsewhere { message: String, class: Class },
     #[error("{0} holds other files; a new vault needs a folder that is empty, or does not exist yet")]
     NotEmpty(String),
     #[error("the system gives no random bytes")]
@@ -167,6 +170,7 @@ impl VaultError {
             VaultError::Rollback { .. } | VaultError::Erased { .. } | VaultError::OldKit { .. } => Class::Damaged,
             VaultError::WouldBlock => Class::Unreachable,
             VaultError::NoNewKeys { source, .. } => source.class(),
+            VaultError::Elsewhere { class, .. } => *class,
             VaultError::Kms(error) => match error.class() {
                 reseal_kms::Class::Unreachable => Class::Unreachable,
                 reseal_kms::Class::Damaged => Class::Damaged,
@@ -198,6 +202,7 @@ impl VaultError {
     pub fn damaged_object(&self) -> Option<&str> {
         match self {
             VaultError::Damaged { object, .. } | VaultError::Missing { object, .. } => Some(object),
+            VaultError::Elsewhere { message, class: Class::Damaged } => Some(message),
             VaultError::Store(
                 StoreError::NotFound(key)
                 | StoreError::NotAFile(key)

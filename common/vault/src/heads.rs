@@ -15,7 +15,7 @@ use reseal_format::names::VmName;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::{Chain, Tenant, VaultError};
+use crate::{Chain, Points, VaultError};
 
 /// Longest file that is read; a VM takes about a hundred bytes.
 const MAX_FILE: u64 = 64 << 20;
@@ -52,15 +52,20 @@ impl Heads {
     /// Keeps its file in the tenant's state folder. With `accept_rollback`, lower numbers than before are taken as the
     /// new truth.
     pub fn new(state: &Path, scope: &Scope, accept_rollback: bool) -> Heads {
-        Heads { folder: tenant_folder(state, scope), accept_rollback }
+        Heads::at(tenant_folder(state, scope), accept_rollback)
+    }
+
+    /// The same, in a folder of another name: whoever has no keys does not know the scope.
+    pub fn at(folder: PathBuf, accept_rollback: bool) -> Heads {
+        Heads { folder, accept_rollback }
     }
 
     /// The numbers of a VM, and whether they are fewer than were seen before. What was seen is read first: what is
     /// committed while the folder is listed must not look like a rollback. Nothing is remembered here: a number in a
     /// listing proves nothing before its object was opened.
-    pub fn chain(&self, tenant: &Tenant, vm: &VmName) -> Result<(Chain, Option<VaultError>), VaultError> {
+    pub fn chain(&self, points: &dyn Points, vm: &VmName) -> Result<(Chain, Option<VaultError>), VaultError> {
         let seen = self.read().map_err(|e| self.error(e))?.number(vm);
-        let chain = tenant.chain(vm)?;
+        let chain = points.chain(vm)?;
         let now = chain.last();
         if now >= seen {
             return Ok((chain, None));
@@ -80,8 +85,8 @@ impl Heads {
     }
 
     /// The numbers of a VM; an error if they are fewer than were seen before.
-    pub fn whole_chain(&self, tenant: &Tenant, vm: &VmName) -> Result<Chain, VaultError> {
-        match self.chain(tenant, vm)? {
+    pub fn whole_chain(&self, points: &dyn Points, vm: &VmName) -> Result<Chain, VaultError> {
+        match self.chain(points, vm)? {
             (chain, None) => Ok(chain),
             (_, Some(rollback)) => Err(rollback),
         }

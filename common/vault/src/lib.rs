@@ -18,10 +18,12 @@
 //! durable before it was created. Nothing is served that was not authenticated.
 
 pub mod cache;
+pub mod disk;
 mod epochs;
 mod erase;
 mod error;
 mod escrow;
+mod frame_cache;
 pub mod heads;
 mod holdings;
 mod leases;
@@ -35,6 +37,7 @@ mod refresh;
 mod rekey;
 mod tenant;
 mod tree;
+pub mod wipe;
 
 pub use epochs::{Count, Epochs, ObjectSeal, PackSeal};
 pub use erase::Erased;
@@ -43,7 +46,7 @@ pub use holdings::{Holdings, VmHoldings, tenants};
 pub use leases::{Held, Holder, holders};
 pub use pack_writer::{FinishingPack, PackWriter};
 pub use packs::{PackFile, PackHandle, Packs, Wait, Window};
-pub use points::{Chain, Point, PointSpec, State, Which};
+pub use points::{Chain, Point, PointSpec, Points, State, Which};
 pub use quota::Quota;
 pub use record::Record;
 pub use rekey::Rewrapped;

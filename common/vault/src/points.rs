@@ -8,6 +8,7 @@ use reseal_format::layout::{self, PointFile, parse_point_file};
 use reseal_format::manifest::{Manifest, Note, Parent, Tombstone};
 use reseal_format::names::VmName;
 use reseal_format::time::Timestamp;
+use reseal_format::vaultfile::MAX_VAULT_FILE;
 use reseal_store::StoreError;
 
 use crate::tenant::random;
@@ -113,6 +114,118 @@ impl PointSpec {
     }
 }
 
+/// Where restore points are read from: a tenant that this process has the keys of, or another site that has them.
+pub trait Points: Send + Sync {
+    /// The VMs that have, or had, restore points, sorted by name.
+    fn vms(&self) -> Result<Vec<VmName>, VaultError>;
+
+    /// The numbers of a VM's restore points. A VM that has none has an empty chain.
+    fn chain(&self, vm: &VmName) -> Result<Chain, VaultError>;
+
+    /// Opens a point.
+    fn point(&self, vm: &VmName, number: u32) -> Result<Point, VaultError>;
+
+    /// Opens a tombstone.
+    fn tombstone(&self, vm: &VmName, number: u32) -> Result<Tombstone, VaultError>;
+
+    /// Opens the point that a user named.
+    fn resolve(&self, spec: &PointSpec) -> Result<Point, VaultError> {
+        let chain = self.chain(&spec.vm)?;
+        if chain.last() == 0 {
+            return Err(VaultError::NoVm { vm: spec.vm.clone() });
+        }
+        let missing = |point: String| VaultError::NoPoint { vm: spec.vm.clone(), point };
+        match spec.which {
+            Which::Number(number) if chain.is_gap(number) => Err(VaultError::Missing {
+                object: format!("{}@{number}", spec.vm),
+                why: "it was removed without `reseal forget`, for later restore points exist and no tombstone does",
+            }),
+            Which::Number(number) => self.point(&spec.vm, number),
+            Which::Latest => match self.newest(&spec.vm, &chain)? {
+                Some(number) => self.point(&spec.vm, number),
+                None => Err(missing(format!("{}@latest", spec.vm))),
+            },
+            Which::Time(time) => {
+                self.point_at(&spec.vm, &chain, time)?.ok_or_else(|| missing(format!("{}@{time}", spec.vm)))
+            }
+        }
+    }
+
+    /// The highest number that has a manifest. Tombstones above it are opened: one that somebody made up must not hide a
+    /// newer point.
+    fn newest(&self, vm: &VmName, chain: &Chain) -> Result<Option<u32>, VaultError> {
+        for (number, state) in chain.numbers().rev() {
+            match state {
+                State::Live => return Ok(Some(number)),
+                State::Forgotten => drop(self.tombstone(vm, number)?),
+                State::Missing => {}
+            }
+        }
+        Ok(None)
+    }
+
+    /// The point of exactly that time. Times grow along a chain, so it is searched by halves.
+    fn point_at(&self, vm: &VmName, chain: &Chain, time: Timestamp) -> Result<Option<Point>, VaultError> {
+        let numbers: Vec<u32> = chain.live().collect();
+        let (mut low, mut high) = (0, numbers.len());
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let point = match self.point(vm, numbers[middle]) {
+                // One that is damaged says nothing about the others: then each is looked at.
+                Err(e) if e.damaged_object().is_some() => return whole_point_at(self, vm, &numbers, time),
+                other => other?,
+            };
+            match point.manifest.created.cmp(&time) {
+                std::cmp::Ordering::Equal => return Ok(Some(point)),
+                std::cmp::Ordering::Less => low = middle + 1,
+                std::cmp::Ordering::Greater => high = middle,
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Finds the point of a time among numbers of which some are damaged.
+fn whole_point_at<P: Points + ?Sized>(
+    points: &P,
+    vm: &VmName,
+    numbers: &[u32],
+    time: Timestamp,
+) -> Result<Option<Point>, VaultError> {
+    for &number in numbers {
+        match points.point(vm, number) {
+            Ok(point) if point.manifest.created == time => return Ok(Some(point)),
+            Ok(_) | Err(VaultError::NoPoint { .. }) => {}
+            Err(e) if e.damaged_object().is_some() => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(None)
+}
+
+impl Points for Tenant {
+    fn vms(&self) -> Result<Vec<VmName>, VaultError> {
+        let names = Tenant::vms(self)?;
+        if names.is_empty() {
+            // A place that is gone, such as a file system that was unmounted, lists nothing either.
+            self.store.get(layout::VAULT_FILE, MAX_VAULT_FILE)?;
+        }
+        Ok(names)
+    }
+
+    fn chain(&self, vm: &VmName) -> Result<Chain, VaultError> {
+        Tenant::chain(self, vm)
+    }
+
+    fn point(&self, vm: &VmName, number: u32) -> Result<Point, VaultError> {
+        Tenant::point(self, vm, number)
+    }
+
+    fn tombstone(&self, vm: &VmName, number: u32) -> Result<Tombstone, VaultError> {
+        Tenant::tombstone(self, vm, number)
+    }
+}
+
 impl Tenant {
     /// The VMs that have a folder, sorted by name.
     pub fn vms(&self) -> Result<Vec<VmName>, VaultError> {
@@ -152,75 +265,6 @@ impl Tenant {
     pub fn note(&self, vm: &VmName, number: u32, id: NoteId) -> Result<Note, VaultError> {
         let key = layout::note(&self.name, vm, number, id);
         self.open_sealed(&key, |keys, object| Note::open(keys, vm, number, id, object))
-    }
-
-    /// Opens the point that a user named.
-    pub fn resolve(&self, spec: &PointSpec) -> Result<Point, VaultError> {
-        let chain = self.chain(&spec.vm)?;
-        if chain.last() == 0 {
-            return Err(VaultError::NoVm { vm: spec.vm.clone() });
-        }
-        let missing = |point: String| VaultError::NoPoint { vm: spec.vm.clone(), point };
-        match spec.which {
-            Which::Number(number) if chain.is_gap(number) => Err(VaultError::Missing {
-                object: layout::manifest(&self.name, &spec.vm, number),
-                why: "it was removed without `reseal forget`, for later restore points exist and no tombstone does",
-            }),
-            Which::Number(number) => self.point(&spec.vm, number),
-            Which::Latest => match self.newest(&spec.vm, &chain)? {
-                Some(number) => self.point(&spec.vm, number),
-                None => Err(missing(format!("{}@latest", spec.vm))),
-            },
-            Which::Time(time) => {
-                self.point_at(&spec.vm, &chain, time)?.ok_or_else(|| missing(format!("{}@{time}", spec.vm)))
-            }
-        }
-    }
-
-    /// The highest number that has a manifest. Tombstones above it are opened: one that somebody made up must not hide a
-    /// newer point.
-    pub fn newest(&self, vm: &VmName, chain: &Chain) -> Result<Option<u32>, VaultError> {
-        for (number, state) in chain.numbers().rev() {
-            match state {
-                State::Live => return Ok(Some(number)),
-                State::Forgotten => drop(self.tombstone(vm, number)?),
-                State::Missing => {}
-            }
-        }
-        Ok(None)
-    }
-
-    /// The point of exactly that time. Times grow along a chain, so it is searched by halves.
-    pub fn point_at(&self, vm: &VmName, chain: &Chain, time: Timestamp) -> Result<Option<Point>, VaultError> {
-        let numbers: Vec<u32> = chain.live().collect();
-        let (mut low, mut high) = (0, numbers.len());
-        while low < high {
-            let middle = low + (high - low) / 2;
-            let point = match self.point(vm, numbers[middle]) {
-                // One that is damaged says nothing about the others: then each is looked at.
-                Err(e) if e.damaged_object().is_some() => return self.whole_point_at(vm, &numbers, time),
-                other => other?,
-            };
-            match point.manifest.created.cmp(&time) {
-                std::cmp::Ordering::Equal => return Ok(Some(point)),
-                std::cmp::Ordering::Less => low = middle + 1,
-                std::cmp::Ordering::Greater => high = middle,
-            }
-        }
-        Ok(None)
-    }
-
-    /// The same among numbers of which some are damaged.
-    fn whole_point_at(&self, vm: &VmName, numbers: &[u32], time: Timestamp) -> Result<Option<Point>, VaultError> {
-        for &number in numbers {
-            match self.point(vm, number) {
-                Ok(point) if point.manifest.created == time => return Ok(Some(point)),
-                Ok(_) | Err(VaultError::NoPoint { .. }) => {}
-                Err(e) if e.damaged_object().is_some() => {}
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(None)
     }
 
     /// Makes a restore point exist. All that it leads to must be durable already.

@@ -14,7 +14,7 @@ use reseal_mountfs::mount::{MountError, Mounted, Options};
 use reseal_mountfs::record_watch;
 use reseal_mountfs::signals::StopSignals;
 use reseal_mountfs::umount;
-use reseal_vault::{Holder, PointSpec, Tenant, VaultError};
+use reseal_vault::{Holder, PointSpec, Points, Tenant, VaultError};
 
 use crate::PROGRAM;
 

@@ -10,10 +10,10 @@ use reseal_cli::{CommonArgs, Failure, Output, Progress, Status, end_when_erased,
 use reseal_format::geometry::CLUSTER_U64;
 use reseal_format::manifest::{Disk, Manifest};
 use reseal_format::names::DiskName;
-use reseal_mountfs::disk::DiskReader;
 use reseal_mountfs::restore::{Plan, RestoreError, Watch};
 use reseal_mountfs::signals::StopSignals;
-use reseal_vault::{Holder, PointSpec};
+use reseal_vault::disk::DiskReader;
+use reseal_vault::{Holder, PointSpec, Points};
 use serde::Serialize;
 
 #[derive(Args)]

@@ -11,8 +11,8 @@ use reseal_vault::{VaultError, Wait};
 use super::RestoreError;
 use super::plan::{Plan, PlannedDisk};
 use super::target::OpenTarget;
-use crate::disk::{DiskReader, Tools};
-use crate::wipe::Buffer;
+use reseal_vault::disk::{DiskReader, Tools};
+use reseal_vault::wipe::Buffer;
 
 /// How much is written at once: large enough for few system calls, small enough to stay in a core's own cache.
 const STRETCH: u64 = 16 * CLUSTER_U64;

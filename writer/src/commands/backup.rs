@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use reseal_cli::{
-    CommonArgs, DEFAULT_TENANT, Failure, Opened, Output, Progress, Status, hold_keys, human_bytes, human_duration,
-    parse_size,
+    CommonArgs, Failure, Opened, Output, Progress, Status, hold_keys, human_bytes, human_duration, parse_size,
 };
 use reseal_format::frames::FrameShift;
 use reseal_format::manifest::{Definition, MAX_DEFINITION, Manifest};
 use reseal_format::names::VmName;
+use reseal_site::{Enrolment, enrolment};
 use reseal_writer::backup::{Backup, Disks, Encoding, Vault};
-use reseal_writer::remote::{Enrolment, Sent};
+use reseal_writer::remote::Sent;
 use reseal_writer::status::{Attempt, Results};
 use reseal_writer::throttle::Throttle;
 use serde::Serialize;
@@ -84,6 +84,7 @@ fn back_up(
     let named = args.sources.named()?;
     let opened = match enrolment(common)? {
         Some(enrolment) => {
+            common.refuse_recovery_kit()?;
             *results = Some(Results::of_site(&state, &enrolment));
             To::Site(enrolment)
         }
@@ -143,23 +144,6 @@ fn back_up(
 enum To {
     Vault(Opened),
     Site(Enrolment),
-}
-
-/// The enrolment file, if --repo names one.
-fn enrolment(common: &CommonArgs) -> Result<Option<Enrolment>, Failure> {
-    let repo = common.repo()?;
-    let path = Path::new(&repo);
-    if !path.is_file() {
-        return Ok(None);
-    }
-    let enrolment = Enrolment::read(path)?;
-    let given = common.tenant()?;
-    if given != *enrolment.tenant() && common.tenant != DEFAULT_TENANT {
-        let message = format!("--tenant {given}: the enrolment file {repo} is of tenant {}", enrolment.tenant());
-        return Err(Failure::new(Status::Usage, message));
-    }
-    common.refuse_recovery_kit()?;
-    Ok(Some(enrolment))
 }
 
 /// A restore point at another site as `--json` prints it. Stable: fields are only ever added.

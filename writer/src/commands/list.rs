@@ -38,7 +38,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     let mut shown = 0;
     let header = format!("{:<24} {:<24} {:>10} {:>10} {:>10}", "POINT", "TIME", "SIZE", "USED", "ADDED");
     for vm in vms {
-        let (chain, rollback) = opened.heads.chain(tenant, &vm)?;
+        let (chain, rollback) = opened.heads.chain(&**tenant, &vm)?;
         if chain.last() == 0 && args.vm.is_some() && rollback.is_none() {
             return Err(VaultError::NoVm { vm }.into());
         }

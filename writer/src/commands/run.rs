@@ -8,8 +8,8 @@ use std::sync::atomic::AtomicBool;
 
 use clap::Parser;
 use reseal_cli::{CommonArgs, Failure, Output, Status, human_bytes, human_duration};
+use reseal_site::Enrolment;
 use reseal_writer::jobs::{Command, Ended, Event, Job, JobFile, Launch, Made, Outcome, Run, Summary};
-use reseal_writer::remote::Enrolment;
 use reseal_writer::span;
 use reseal_writer::status::Results;
 use serde_json::{Value, json};

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use reseal_cli::{CommonArgs, Failure, human_bytes, human_duration};
-use reseal_vault::PointSpec;
+use reseal_vault::{PointSpec, Points};
 
 use super::{PointJson, point_name};
 

@@ -9,7 +9,8 @@ use std::time::Duration;
 use reseal_cli::{Failure, Opened, Status, parse_size};
 use reseal_format::manifest::{MAX_DISKS, Tracking, method};
 use reseal_format::names::{DiskName, VmName};
-use reseal_vault::{PointSpec, Which};
+use reseal_nbd::{NbdUri, Options, TlsFiles};
+use reseal_vault::{PointSpec, Points, Which};
 use reseal_writer::BackupError;
 use reseal_writer::backup::{Disks, Input, Live, Said, Since};
 use reseal_writer::changes::Changes;
@@ -17,7 +18,6 @@ use reseal_writer::guardian::{Guardian, GuardianError, Plan, Undo};
 use reseal_writer::image::{self, Image, ImageFormat};
 use reseal_writer::libvirt::{Libvirt, LibvirtOptions};
 use reseal_writer::live::Hypervisor;
-use reseal_writer::nbd::{self, NbdUri, Options, TlsFiles};
 use reseal_writer::qemu::{Qemu, QemuOptions};
 use reseal_writer::source::{NbdSource, Source};
 
@@ -114,7 +114,7 @@ impl SourceArgs {
         }
         for text in &self.bitmap {
             let (disk, bitmap) = find(&mut named, text, "--bitmap").map_err(usage)?;
-            if !nbd::is_uri(&disk.place) {
+            if !reseal_nbd::is_uri(&disk.place) {
                 return Err(usage(format!("--bitmap: {} is no NBD URI, so it has no bitmaps", disk.name)));
             }
             if disk.changes.is_some() {
@@ -203,7 +203,7 @@ impl SourceArgs {
     }
 
     fn source(&self, name: &DiskName, place: &OsStr, bitmap: Option<&str>) -> Result<Source, Failure> {
-        if nbd::is_uri(place) {
+        if reseal_nbd::is_uri(place) {
             let text = place.to_str();
             let text = text.ok_or_else(|| Failure::new(Status::Usage, format!("{name}: the URI is not UTF-8")))?;
             let uri: NbdUri = text.parse().map_err(BackupError::Nbd)?;

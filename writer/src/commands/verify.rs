@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use reseal_cli::{CommonArgs, Failure, Progress, Status, hold_keys, human_bytes};
 use reseal_format::names::VmName;
-use reseal_vault::PointSpec;
+use reseal_vault::{PointSpec, Points};
 use reseal_writer::status::Verdicts;
 use reseal_writer::verify::{Verify, What};
 

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 use reseal_proto::wire::{Data, FromSource, FromTarget, Offer, Task as WireTask};
+use reseal_site::RemoteError;
 
-use super::RemoteError;
 use crate::BackupError;
 use crate::judge::ClusterHash;
 use crate::link::{Ended, Inbox, Outbox};

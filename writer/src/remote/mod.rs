@@ -8,14 +8,7 @@
 //! [`Remote`] keeps a restore point going over several connections: what has landed is not sent again.
 
 mod connection;
-mod enrolment;
-mod error;
-mod greeting;
-mod renewal;
 mod target;
 
 pub(crate) use connection::Asker;
-pub use enrolment::Enrolment;
-pub use error::RemoteError;
-pub use greeting::greet;
 pub use target::{Remote, Sent};

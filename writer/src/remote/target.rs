@@ -8,15 +8,15 @@ use reseal_format::manifest::{Disk, Manifest, Stats, Tracking};
 use reseal_format::names::{DiskName, VmName};
 use reseal_format::time::Timestamp;
 use reseal_proto::wire::{self, Begin, Begun, Commit, Committed, DiskEnd, FromSource, FromTarget, Hello, VERSION};
+use reseal_site::{Enrolment, RemoteError, renew};
 use reseal_vault::random;
 use tokio::net::TcpStream;
 use tokio::runtime::{Builder, Runtime};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
+use super::Asker;
 use super::connection::Connection;
-use super::renewal::renew;
-use super::{Asker, Enrolment, RemoteError};
 use crate::BackupError;
 use crate::link::carry;
 use crate::pipeline::Job;
@@ -137,11 +137,11 @@ impl<'a> Remote<'a> {
     }
 
     fn lost(&self, why: String) -> BackupError {
-        RemoteError::Lost { peer: self.enrolment.address.clone(), why }.into()
+        RemoteError::Lost { peer: self.enrolment.address().to_owned(), why }.into()
     }
 
     fn unexpected(&self, what: &str) -> BackupError {
-        RemoteError::Unexpected { peer: self.enrolment.address.clone(), what: what.into() }.into()
+        RemoteError::Unexpected { peer: self.enrolment.address().to_owned(), what: what.into() }.into()
     }
 
     fn connection(&self) -> Result<&Connection, BackupError> {
@@ -150,7 +150,7 @@ impl<'a> Remote<'a> {
 
     /// Takes the certificate with which another process has renewed the file, if one has.
     fn reread(&mut self) -> bool {
-        let Ok(now) = Enrolment::read(&self.enrolment.path) else { return false };
+        let Ok(now) = Enrolment::read(self.enrolment.path()) else { return false };
         let is_renewed = now.tenant() == self.enrolment.tenant() && !now.is_same(&self.enrolment);
         if is_renewed {
             self.enrolment = now;
@@ -161,11 +161,11 @@ impl<'a> Remote<'a> {
     /// Makes a connection, and begins or goes on with the point.
     fn open(&mut self, resume: Option<PointId>) -> Result<(), BackupError> {
         self.count();
-        let peer = self.enrolment.address.clone();
+        let peer = self.enrolment.address().to_owned();
         let connect = async {
             let stream = TcpStream::connect(&peer).await?;
             stream.set_nodelay(true)?;
-            TlsConnector::from(self.enrolment.tls.clone()).connect(self.enrolment.server.clone(), stream).await
+            TlsConnector::from(self.enrolment.tls()).connect(self.enrolment.server(), stream).await
         };
         let stream = self.runtime.block_on(async { timeout(CONNECT, connect).await });
         let stream = match stream {
@@ -173,7 +173,7 @@ impl<'a> Remote<'a> {
             Ok(Err(e)) if e.get_ref().is_some_and(|e| e.is::<rustls::Error>()) => {
                 return Err(RemoteError::Usage(format!(
                     "{peer} can't be trusted, or does not trust this site: {e}. Compare the enrolment file {} with what runs there",
-                    self.enrolment.path.display()
+                    self.enrolment.path().display()
                 ))
                 .into());
             }
@@ -189,7 +189,11 @@ impl<'a> Remote<'a> {
                 self.window = usize::from(welcome.window.min(MAX_WINDOW));
                 let time = Timestamp(i64::try_from(welcome.time).unwrap_or(i64::MAX));
                 if self.renews {
-                    renew(&connection, &self.enrolment, time, self.say).inspect_err(|_| self.renews = false)?;
+                    let ask = |message: &FromSource| {
+                        connection.send(message)?;
+                        connection.answer()
+                    };
+                    renew(&self.enrolment, time, self.say, ask).inspect_err(|_: &BackupError| self.renews = false)?;
                 }
             }
             FromTarget::Welcome(other) => {

@@ -27,8 +27,8 @@ use zeroize::{Zeroize, Zeroizing};
 
 use super::registry::Certificate;
 use crate::BackupError;
-use crate::certificate::Validity;
-use crate::pem;
+use reseal_site::certificate::Validity;
+use reseal_site::pem;
 
 const NAME: &str = "authority.pem";
 const MAX_FILE: u64 = 64 << 10;
@@ -231,7 +231,7 @@ mod tests {
     use rustls::server::WebPkiClientVerifier;
 
     use super::*;
-    use crate::certificate::now;
+    use reseal_site::certificate::now;
 
     fn name() -> ClientName {
         ClientName::new("site1").unwrap()

@@ -50,8 +50,8 @@ use super::operation::{AuditFile, Limits, Log, MetricsAt, Operation};
 use super::registry::{Enrolled, Look, Registry};
 use super::tls::{Pki, server_config};
 use crate::BackupError;
-use crate::certificate::{Validity, now};
-use crate::pem;
+use reseal_site::certificate::{Validity, now};
+use reseal_site::pem;
 
 /// Longest file that is read.
 const MAX_FILE: u64 = 4 << 20;

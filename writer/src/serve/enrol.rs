@@ -12,7 +12,7 @@ use super::authority::Authority;
 use super::config::{ANY, Role, Settings, checked_address};
 use super::registry::{Enrolled, MAX_DAYS};
 use crate::BackupError;
-use crate::certificate::now;
+use reseal_site::certificate::now;
 
 /// Names that are tried for a client that was given none.
 const NAMES: u32 = 1000;

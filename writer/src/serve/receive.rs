@@ -19,9 +19,9 @@ use crate::draft::{Draft, Filling};
 use crate::judge::{Judge, Verdict};
 use crate::known::{Known, ParentDisk};
 use crate::plan::{Task, Unit};
-use crate::remote::RemoteError;
 use crate::walk::Collector;
 use crate::worker::{Cluster, Done};
+use reseal_site::RemoteError;
 
 /// Most offers that may be under way: a connection of 100 ms carries 640 MB/s of the disk with so many.
 pub(super) const WINDOW: u16 = 64;

@@ -7,7 +7,7 @@ use super::Client;
 use super::authority::Authority;
 use super::site::Site;
 use crate::BackupError;
-use crate::certificate::Validity;
+use reseal_site::certificate::Validity;
 
 /// Answers a request of a client that came with `certificate`. What is answered is registered durably before.
 pub(super) fn renew(

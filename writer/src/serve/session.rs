@@ -20,11 +20,11 @@ use super::receive::{Own, Receiver, broken};
 use super::renewal::renew;
 use super::tenants::OpenTenant;
 use crate::BackupError;
-use crate::certificate::now;
 use crate::draft::Draft;
 use crate::link::{Ended, Inbox, Outbox};
-use crate::remote::RemoteError;
 use crate::target::{Asked, DiskFacts, Ending, Start, Target};
+use reseal_site::RemoteError;
+use reseal_site::certificate::now;
 
 /// Where what has landed is kept, in the tenant's folder of the state.
 const LANDED: &str = "landed";

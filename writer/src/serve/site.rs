@@ -19,7 +19,7 @@ use super::tenants::{OpenTenants, Tenants};
 use super::turns::Turns;
 use super::windows::Windows;
 use super::{Client, ServeConfig};
-use crate::certificate::now;
+use reseal_site::certificate::now;
 
 /// The server, as its connections see it.
 pub(super) struct Site {

@@ -8,9 +8,9 @@ use parking_lot::Mutex;
 use reseal_format::names::TenantName;
 
 use super::tenants::{Access, OpenTenants};
-use crate::certificate::now;
 use crate::status::metrics;
 use crate::status::{Report, TenantReport};
+use reseal_site::certificate::now;
 
 /// How long a report is good of a tenant that is open, and of one that is locked, for which its KMS is asked.
 const OPEN: Duration = Duration::from_secs(15);

@@ -14,7 +14,7 @@ use rustls::{
 
 use super::authority::Authority;
 use crate::BackupError;
-use crate::pem;
+use reseal_site::pem;
 
 type Verifier = Arc<dyn ClientCertVerifier>;
 

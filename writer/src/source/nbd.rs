@@ -9,7 +9,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use super::{Extent, Extents};
 use crate::BackupError;
-use crate::nbd::{Export, NbdError, NbdUri, Options, Request};
+use reseal_nbd::{Export, NbdError, NbdUri, Options, Request};
 
 /// Most bytes of a disk whose extents are asked for at once: how far the plan looks ahead of the reads.
 const WINDOW: u64 = 1 << 30;
@@ -17,7 +17,7 @@ const WINDOW: u64 = 1 << 30;
 /// How often a wait for extents looks whether anybody is left to answer.
 const NAP: Duration = Duration::from_millis(100);
 
-type Answer = Result<Vec<crate::nbd::Extent>, NbdError>;
+type Answer = Result<Vec<reseal_nbd::Extent>, NbdError>;
 
 /// An open NBD export.
 pub struct NbdSource {
@@ -71,12 +71,12 @@ pub(crate) struct NbdExtents<'a, T> {
     /// `None` if the server tells nothing of extents.
     requests: Option<Sender<Request<T>>>,
     serving: &'a AtomicUsize,
-    queue: VecDeque<crate::nbd::Extent>,
+    queue: VecDeque<reseal_nbd::Extent>,
 }
 
 impl<T> NbdExtents<'_, T> {
     /// Waits for an answer, unless those who should give it have ended: then their own errors say why.
-    fn wait(&self, answers: &Receiver<Answer>) -> Result<Vec<crate::nbd::Extent>, BackupError> {
+    fn wait(&self, answers: &Receiver<Answer>) -> Result<Vec<reseal_nbd::Extent>, BackupError> {
         loop {
             match answers.recv_timeout(NAP) {
                 Ok(answer) => return Ok(answer?),

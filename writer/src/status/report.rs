@@ -10,7 +10,7 @@ use super::results::Attempt;
 use super::site::{SiteReport, SiteVm};
 use super::tenant::{RekeyState, TenantReport, VmReport};
 use super::verdicts::Verdict;
-use crate::certificate::now;
+use reseal_site::certificate::now;
 
 /// Something that should be looked at.
 #[derive(Debug, Clone, PartialEq, Eq)]

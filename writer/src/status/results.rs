@@ -11,13 +11,13 @@ use reseal_format::names::VmName;
 use reseal_format::time::Timestamp;
 use reseal_vault::heads::tenant_folder;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use super::note;
 use crate::BackupError;
-use crate::certificate::now;
-use crate::remote::{Enrolment, Sent};
+use crate::remote::Sent;
 use crate::serve::Access;
+use reseal_site::Enrolment;
+use reseal_site::certificate::now;
 
 /// As much of a message as is kept.
 const MAX_MESSAGE: usize = 1_000;
@@ -143,10 +143,7 @@ impl Results {
 
     /// Of a vault at another site.
     pub fn of_site(state: &Path, enrolment: &Enrolment) -> Results {
-        let (address, tenant) = (&enrolment.address, enrolment.tenant());
-        // As a name of a folder, an address would need encoding.
-        let digest = Sha256::digest(format!("{address}\n{tenant}"));
-        Results { folder: state.join("sites").join(hex::encode(&digest[..16])).join("results") }
+        Results { folder: enrolment.folder(state).join("results") }
     }
 
     /// All that there is, by name.

@@ -10,8 +10,8 @@ use super::results::{Results, VmResults};
 use super::tenant::{age, failure, lateness};
 use super::{Attempt, Problem};
 use crate::BackupError;
-use crate::certificate::Validity;
-use crate::remote::{Enrolment, greet};
+use reseal_site::certificate::Validity;
+use reseal_site::{Enrolment, greet};
 
 /// A source.
 #[derive(Debug)]
@@ -64,7 +64,7 @@ impl SiteReport {
             problems.push(Problem::new(Status::Failed, what));
         }
         problems.extend(server.as_ref().err().map(Problem::of));
-        let (address, tenant) = (enrolment.address.clone(), enrolment.tenant().clone());
+        let (address, tenant) = (enrolment.address().to_owned(), enrolment.tenant().clone());
         let seconds_left = certificate.seconds_left(now);
         Ok(SiteReport { address, tenant, certificate, seconds_left, server, vms, problems })
     }

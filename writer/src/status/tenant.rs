@@ -13,7 +13,7 @@ use reseal_format::tenant::KmsRef;
 use reseal_format::time::Timestamp;
 use reseal_store::Store;
 use reseal_vault::heads::Heads;
-use reseal_vault::{Holdings, State, Tenant, VaultError, holders};
+use reseal_vault::{Holdings, Points, State, Tenant, VaultError, holders};
 
 use super::results::{Results, VmResults};
 use super::verdicts::{Verdict, Verdicts};

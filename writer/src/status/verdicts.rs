@@ -11,8 +11,8 @@ use reseal_vault::heads::tenant_folder;
 use serde::{Deserialize, Serialize};
 
 use super::note;
-use crate::certificate::now;
 use crate::verify::{Report, What};
+use reseal_site::certificate::now;
 
 /// Restore points that are named for one VM.
 const MAX_NAMED: usize = 16;

@@ -10,8 +10,8 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
+use reseal_nbd::{Export, NbdUri, Options, Read, Request};
 use reseal_tests::qmp::Qmp;
-use reseal_writer::nbd::{Export, NbdUri, Options, Read, Request};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 

@@ -1,0 +1,64 @@
+//! Where a command reads restore points from: a vault, or another site.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use reseal_cli::{CommonArgs, DEFAULT_TENANT, Failure, Opened, Status};
+use reseal_vault::Points;
+use reseal_vault::heads::Heads;
+
+use crate::{Enrolment, SiteReader};
+
+/// What is read from.
+pub enum Reading {
+    /// A vault whose keys this process has.
+    Here(Opened),
+    /// A site that has the keys, and what was seen of it before.
+    There(Arc<SiteReader>, Heads),
+}
+
+impl Reading {
+    /// Opens what --repo names.
+    pub fn open(common: &CommonArgs) -> Result<Reading, Failure> {
+        match enrolment(common)? {
+            None => Ok(Reading::Here(common.open()?)),
+            Some(enrolment) => {
+                let folder = enrolment.folder(&common.paths()?.state);
+                let heads = Heads::at(folder, common.accept_rollback);
+                Ok(Reading::There(Arc::new(SiteReader::new(enrolment)), heads))
+            }
+        }
+    }
+
+    /// Its restore points.
+    pub fn points(&self) -> Arc<dyn Points> {
+        match self {
+            Reading::Here(opened) => opened.tenant.clone(),
+            Reading::There(reader, _) => reader.clone(),
+        }
+    }
+
+    /// What was seen of it before.
+    pub fn heads(&self) -> &Heads {
+        match self {
+            Reading::Here(opened) => &opened.heads,
+            Reading::There(_, heads) => heads,
+        }
+    }
+}
+
+/// The enrolment file, if --repo names one.
+pub fn enrolment(common: &CommonArgs) -> Result<Option<Enrolment>, Failure> {
+    let repo = common.repo()?;
+    let path = Path::new(&repo);
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let enrolment = Enrolment::read(path)?;
+    let given = common.tenant()?;
+    if given != *enrolment.tenant() && common.tenant != DEFAULT_TENANT {
+        let message = format!("--tenant {given}: the enrolment file {repo} is of tenant {}", enrolment.tenant());
+        return Err(Failure::new(Status::Usage, message));
+    }
+    Ok(Some(enrolment))
+}

@@ -1,0 +1,259 @@
+//! Reading a disk: bytes of any range, from the caches or from the store.
+//!
+//! ```text
+//! range → clusters → leaf → hole: zeros
+//!                         → frame cache, or: blob → open → frames → bytes
+//! ```
+//!
+//! Architecture invariant: every byte that comes out was authenticated, or is of a cluster that an authenticated leaf
+//! calls a hole. An error leaves the output undefined and is never answered with it.
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::{Packs, Tenant, Tree, VaultError, Wait};
+use reseal_format::FormatError;
+use reseal_format::frames::{FrameDecoder, Frames};
+use reseal_format::geometry::{CLUSTER, CLUSTER_U64, ClusterIndex, cluster_count};
+use reseal_format::index::{BlobRef, IndexNode};
+use reseal_format::keys::Kind;
+use reseal_format::manifest::Disk;
+use reseal_format::pack::MAX_SEALED;
+
+use crate::frame_cache::{Frame, FrameCache};
+use crate::wipe::Buffer;
+
+/// What a thread needs to open blobs: a decompressor, and the buffer that a blob is read and opened in.
+pub struct Tools {
+    decoder: FrameDecoder,
+    sealed: Buffer,
+}
+
+impl Tools {
+    /// Fresh ones.
+    pub fn new() -> Tools {
+        let decoder = FrameDecoder::new().expect("a decompressor is a small allocation");
+        // As large as any blob, so that it is never moved.
+        Tools { decoder, sealed: Buffer::with_capacity(MAX_SEALED) }
+    }
+}
+
+impl Default for Tools {
+    fn default() -> Tools {
+        Tools::new()
+    }
+}
+
+thread_local! {
+    static SCRATCH: RefCell<(Tools, Buffer)> = RefCell::new((Tools::new(), Buffer::default()));
+}
+
+/// Runs with this thread's tools and an output buffer of that length.
+pub fn with_scratch<T>(length: usize, run: impl FnOnce(&mut Tools, &mut [u8]) -> T) -> T {
+    SCRATCH.with_borrow_mut(|(tools, out)| run(tools, out.take(length)))
+}
+
+/// How much of a pack is fetched around a blob that was not at hand. Neighbours on a disk are neighbours in a pack and are
+/// wanted together; reading this much takes little longer than seeking to it.
+const AROUND: u64 = 512 * 1024;
+
+/// Names what is wrong inside a blob that was authenticated.
+fn damaged(blob: BlobRef) -> impl Fn(FormatError) -> VaultError {
+    move |source| VaultError::Damaged { object: format!("pack {} blob {}", blob.pack, blob.ordinal), source }
+}
+
+/// Reads the disks of one tenant. All that it keeps stays within the bytes that it was given.
+pub struct DiskReader {
+    tree: Tree,
+    frames: FrameCache,
+}
+
+impl DiskReader {
+    /// A reader that keeps at most about so many bytes of frames, index nodes and pack tables.
+    pub fn new(tenant: Arc<Tenant>, cache_bytes: usize) -> DiskReader {
+        // Half for frames; a quarter each for nodes and tables, which are what a random read needs first. `Packs` halves
+        // its part again for tables of ids, which no reader asks for: so it is told twice as much.
+        let quarter = cache_bytes / 4;
+        let packs = Arc::new(Packs::new(tenant, quarter * 2));
+        DiskReader { tree: Tree::new(packs, quarter), frames: FrameCache::new(quarter * 2) }
+    }
+
+    /// How many of `length` bytes from `offset` on the disk has.
+    pub fn clip(disk: &Disk, offset: u64, length: usize) -> usize {
+        usize::try_from(disk.length.saturating_sub(offset)).map_or(length, |rest| rest.min(length))
+    }
+
+    /// Fills `out` from `offset` on. With [`Wait::MustNot`] it answers [`VaultError::WouldBlock`] where the store might
+    /// make it wait.
+    ///
+    /// # Panics
+    /// If the range reaches past the end of the disk.
+    pub fn read(
+        &self,
+        disk: &Disk,
+        offset: u64,
+        out: &mut [u8],
+        wait: Wait,
+        tools: &mut Tools,
+    ) -> Result<(), VaultError> {
+        self.read_on(disk, offset, out, &mut 0, wait, tools)
+    }
+
+    /// The same from byte `done` of `out` on, which grows with what is filled: what was tried without waiting is finished
+    /// by somebody who may wait.
+    pub fn read_on(
+        &self,
+        disk: &Disk,
+        offset: u64,
+        out: &mut [u8],
+        done: &mut usize,
+        wait: Wait,
+        tools: &mut Tools,
+    ) -> Result<(), VaultError> {
+        assert!(offset + out.len() as u64 <= disk.length, "the caller clips a range to the disk");
+        let mut leaves = Leaves::new(self, disk);
+        while *done < out.len() {
+            let at = offset + *done as u64;
+            let within = usize::try_from(at % CLUSTER_U64).unwrap_or(0);
+            let length = (out.len() - *done).min(CLUSTER - within);
+            let part = &mut out[*done..*done + length];
+            match leaves.blob(ClusterIndex::of_byte(at), wait)? {
+                None => part.fill(0),
+                Some(blob) => self.read_cluster(blob, within, part, wait, tools)?,
+            }
+            *done += length;
+        }
+        Ok(())
+    }
+
+    /// Fills `out` from byte `at` of a blob's cluster on.
+    fn read_cluster(
+        &self,
+        blob: BlobRef,
+        at: usize,
+        out: &mut [u8],
+        wait: Wait,
+        tools: &mut Tools,
+    ) -> Result<(), VaultError> {
+        let mut done = 0;
+        while done < out.len() {
+            match self.frames.covering(blob, at + done) {
+                Some(frame) => done += frame.copy_to(at + done, &mut out[done..]),
+                None => return self.open_cluster(blob, at + done, &mut out[done..], wait, tools),
+            }
+        }
+        Ok(())
+    }
+
+    /// The same, for what is not in the cache: opens the blob.
+    fn open_cluster(
+        &self,
+        blob: BlobRef,
+        at: usize,
+        out: &mut [u8],
+        wait: Wait,
+        tools: &mut Tools,
+    ) -> Result<(), VaultError> {
+        let Tools { decoder, sealed } = tools;
+        let frames = self.frames_of(blob, wait, sealed)?;
+        let size = frames.shift().bytes();
+        let mut done = 0;
+        while done < out.len() {
+            let (nth, within) = ((at + done) / size, (at + done) % size);
+            if within == 0 && out.len() - done >= size {
+                // Wanted whole: it is decoded to where it is wanted, and not kept. A stream does not come back for it,
+                // and what the kernel has read it keeps itself.
+                decoder.decode_frame(&frames, nth, &mut out[done..done + size]).map_err(damaged(blob))?;
+                done += size;
+            } else {
+                let mut frame = Frame::new(nth * size, size);
+                decoder.decode_frame(&frames, nth, frame.bytes_mut()).map_err(damaged(blob))?;
+                done += self.frames.put(blob, frame).copy_to(at + done, &mut out[done..]);
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads and opens a blob of data.
+    fn frames_of<'a>(&self, blob: BlobRef, wait: Wait, sealed: &'a mut Buffer) -> Result<Frames<'a>, VaultError> {
+        self.tree.packs().read_blob(Kind::DataPack, blob, wait, sealed.vector())?;
+        Frames::parse(sealed.vector()).map_err(damaged(blob))
+    }
+
+    /// Opens a cluster and keeps all its frames, for a stream that is about to want them. One that is there in part counts
+    /// as there.
+    fn prefetch(&self, disk: &Disk, cluster: ClusterIndex, tools: &mut Tools) -> Result<(), VaultError> {
+        let Some(blob) = self.tree.blob(disk, cluster, Wait::May)? else { return Ok(()) };
+        if self.frames.covering(blob, CLUSTER - 1).is_some() {
+            return Ok(());
+        }
+        let Tools { decoder, sealed } = tools;
+        let frames = self.frames_of(blob, Wait::May, sealed)?;
+        let size = frames.shift().bytes();
+        for nth in 0..frames.shift().count() {
+            let mut frame = Frame::new(nth * size, size);
+            decoder.decode_frame(&frames, nth, frame.bytes_mut()).map_err(damaged(blob))?;
+            self.frames.put(blob, frame);
+        }
+        Ok(())
+    }
+
+    /// Prepares for clusters that will be wanted soon: has the store fetch what they are in, or, where a store can't do that
+    /// on the side, opens them. May wait.
+    pub fn prepare(&self, disk: &Disk, clusters: Range<u64>, tools: &mut Tools) -> Result<(), VaultError> {
+        let mut expected = None;
+        for cluster in clusters.map(ClusterIndex) {
+            let Some(blob) = self.tree.blob(disk, cluster, Wait::May)? else { continue };
+            let Some((handle, offset)) = self.tree.packs().place(blob, Wait::May)? else { continue };
+            let window = Some((blob.pack, offset / AROUND));
+            if window == expected {
+                continue;
+            }
+            match self.tree.packs().tenant().store().expect(handle.key(), offset - offset % AROUND, AROUND) {
+                true => expected = window,
+                false => self.prefetch(disk, cluster, tools)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The leaf of that number, and through it the holes and blobs of 64 MiB of disk.
+    pub fn leaf(&self, disk: &Disk, leaf: u64, wait: Wait) -> Result<Option<Arc<IndexNode>>, VaultError> {
+        self.tree.leaf(disk, leaf, wait)
+    }
+
+    /// Where data begins at or after `offset`; `None` if only holes follow.
+    pub fn next_data(&self, disk: &Disk, offset: u64) -> Result<Option<u64>, VaultError> {
+        let found = self.tree.next(disk, ClusterIndex::of_byte(offset), cluster_count(disk.length), false)?;
+        Ok(found.map(|cluster| cluster.first_byte().max(offset)))
+    }
+
+    /// Where a hole begins at or after `offset`, which must be on the disk; its end counts as one.
+    pub fn next_hole(&self, disk: &Disk, offset: u64) -> Result<u64, VaultError> {
+        let found = self.tree.next(disk, ClusterIndex::of_byte(offset), cluster_count(disk.length), true)?;
+        Ok(found.map_or(disk.length, |cluster| cluster.first_byte().max(offset)))
+    }
+}
+
+/// The leaves that one range needs, each looked up once.
+struct Leaves<'a> {
+    reader: &'a DiskReader,
+    disk: &'a Disk,
+    current: Option<(u64, Option<Arc<IndexNode>>)>,
+}
+
+impl<'a> Leaves<'a> {
+    fn new(reader: &'a DiskReader, disk: &'a Disk) -> Leaves<'a> {
+        Leaves { reader, disk, current: None }
+    }
+
+    fn blob(&mut self, cluster: ClusterIndex, wait: Wait) -> Result<Option<BlobRef>, VaultError> {
+        let number = cluster.leaf();
+        if self.current.as_ref().is_none_or(|(current, _)| *current != number) {
+            self.current = Some((number, self.reader.leaf(self.disk, number, wait)?));
+        }
+        let leaf = self.current.as_ref().and_then(|(_, leaf)| leaf.as_ref());
+        Ok(leaf.and_then(|leaf| leaf.get(cluster.slot(0))))
+    }
+}
