@@ -22,6 +22,8 @@ pub(crate) enum Job<T> {
         read: Read<T>,
         /// Pieces that are not there yet.
         left: usize,
+        /// What became of a piece that the server could not read.
+        failed: Option<NbdError>,
     },
     Status {
         area: Area,
@@ -36,6 +38,8 @@ pub(crate) struct Piece {
     pub(crate) ask: Ask,
     /// How many connections were lost with it.
     pub(crate) tries: u32,
+    /// Why the server can't do it; its reply may still have more chunks.
+    failed: Option<NbdError>,
 }
 
 #[derive(Debug)]
@@ -112,14 +116,14 @@ impl<T> Flights<T> {
                 let step = PIECE.min(usize::try_from(most).unwrap_or(PIECE));
                 let (offset, length) = (read.offset, read.buffer.len());
                 if length == 0 {
-                    return Some(Job::Read { read, left: 0 });
+                    return Some(Job::Read { read, left: 0, failed: None });
                 }
-                let job = self.keep(Job::Read { read, left: length.div_ceil(step) });
+                let job = self.keep(Job::Read { read, left: length.div_ceil(step), failed: None });
                 for start in (0..length).step_by(step) {
                     let range = start..length.min(start + step);
                     let offset = offset + start as u64;
                     let ask = Ask::Data { range, offset, arrived: Coverage::default() };
-                    self.waiting.push_back(Piece { job, ask, tries: 0 });
+                    self.waiting.push_back(Piece { job, ask, tries: 0, failed: None });
                 }
             }
             Request::Status { offset, length, answer } => {
@@ -129,7 +133,7 @@ impl<T> Flights<T> {
                 }
                 let job = self.keep(Job::Status { area, answer });
                 let ask = Ask::Status { offset: area.start, length: area.asked, allocation: None, dirty: None };
-                self.waiting.push_back(Piece { job, ask, tries: 0 });
+                self.waiting.push_back(Piece { job, ask, tries: 0, failed: None });
             }
         }
         None
@@ -227,34 +231,45 @@ impl<T> Flights<T> {
         }
     }
 
+    /// The server can't do that.
+    pub(crate) fn fail(&mut self, cookie: u64, error: NbdError) -> Result<(), Nonsense> {
+        self.piece(cookie)?;
+        if let Some(piece) = self.under_way.get_mut(&cookie) {
+            piece.failed.get_or_insert(error);
+        }
+        Ok(())
+    }
+
     /// A reply is complete: checks that, and returns the job if it is.
     pub(crate) fn finish(&mut self, cookie: u64, contexts: (bool, bool)) -> Result<Option<Done<T>>, Nonsense> {
         self.piece(cookie)?;
         let Some(piece) = self.under_way.remove(&cookie) else { return Ok(None) };
         match piece.ask {
             Ask::Data { range, arrived, .. } => {
-                if !arrived.is_whole(range.len()) {
+                if piece.failed.is_none() && !arrived.is_whole(range.len()) {
                     return Err("a read was answered without all of its bytes".into());
                 }
-                if let Some(Some(Job::Read { left, .. })) = self.jobs.get_mut(piece.job) {
+                if let Some(Some(Job::Read { left, failed, .. })) = self.jobs.get_mut(piece.job) {
                     *left -= 1;
+                    *failed = failed.take().or(piece.failed);
                     if *left > 0 {
                         return Ok(None);
                     }
                 }
                 match self.release(piece.job) {
-                    Some(Job::Read { read, .. }) => Ok(Some(Done::Read(read))),
+                    Some(Job::Read { read, failed: None, .. }) => Ok(Some(Done::Read(read))),
+                    Some(Job::Read { read, failed: Some(error), .. }) => Ok(Some(Done::Failed(read.tag, error))),
                     _ => Ok(None),
                 }
             }
             Ask::Status { allocation, dirty, .. } => {
-                if (allocation.is_some(), dirty.is_some()) != contexts {
+                if piece.failed.is_none() && (allocation.is_some(), dirty.is_some()) != contexts {
                     return Err("a question about extents was answered without those of every context".into());
                 }
                 match self.release(piece.job) {
                     Some(Job::Status { area, answer }) => {
-                        let extents = area.extents(allocation.as_deref(), dirty.as_deref());
-                        Ok(Some(Done::Status(extents, answer)))
+                        let extents = || area.extents(allocation.as_deref(), dirty.as_deref());
+                        Ok(Some(Done::Status(piece.failed.map_or_else(|| Ok(extents()), Err), answer)))
                     }
                     _ => Ok(None),
                 }
@@ -281,6 +296,7 @@ impl<T> Flights<T> {
             return Err(piece.ask.bytes());
         }
         for (_, mut piece) in again.into_iter().rev() {
+            piece.failed = None;
             match &mut piece.ask {
                 Ask::Data { arrived, .. } => *arrived = Coverage::default(),
                 Ask::Status { allocation, dirty, .. } => (*allocation, *dirty) = (None, None),
@@ -300,5 +316,6 @@ impl<T> Flights<T> {
 /// A job that is answered.
 pub(crate) enum Done<T> {
     Read(Read<T>),
-    Status(Vec<Extent>, Sender<Result<Vec<Extent>, NbdError>>),
+    Failed(T, NbdError),
+    Status(Result<Vec<Extent>, NbdError>, Sender<Result<Vec<Extent>, NbdError>>),
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! URI → socket → TLS → handshake → Export → pump: requests ⇉ replies → buffers, extents
-//! (uri) (socket) (wire, tls) (connection)   (pump, flight, coverage, extents)
+//! (uri) (socket) (wire, tls) (connection)   (pump, flight, coverage)     (taker, extents)
 //! ```
 //!
 //! Synchronous: one thread a connection, which sends while it may and otherwise receives, so that data go from the socket
@@ -22,6 +22,7 @@ mod flight;
 mod patience;
 mod pump;
 mod socket;
+mod taker;
 mod tls;
 mod uri;
 mod wire;
@@ -36,6 +37,7 @@ use zeroize::Zeroizing;
 pub use error::NbdError;
 pub use extents::Extent;
 pub use reseal_proto::nbd::handshake::Refusal;
+pub use taker::Taker;
 pub use tls::TlsFiles;
 pub use uri::{NbdUri, is_uri};
 
@@ -184,10 +186,10 @@ impl Export {
     /// Serves requests over one connection until the channel is closed. To be called from as many threads as
     /// [`Export::connections`] says.
     ///
-    /// What fails for good is sent on `read`, and as the answer to each status that was asked for; then this returns.
-    /// After that the export is of no use.
-    pub fn pump<T: Send>(&self, requests: &Receiver<Request<T>>, read: &Sender<Result<Read<T>, NbdError>>) {
-        let connection = pump::Pump::new(self, requests, read).run(self.start());
+    /// What fails for good is told to `taker`, which may be a channel, and as the answer to each status that was asked for;
+    /// then this returns. After that the export is of no use.
+    pub fn pump<T: Send>(&self, requests: &Receiver<Request<T>>, taker: &dyn Taker<T>) {
+        let connection = pump::Pump::new(self, requests, taker).run(self.start());
         self.pool.lock().idle.extend(connection);
         self.ended.fetch_add(1, Ordering::Relaxed);
     }

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError};
+use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
 use reseal_proto::nbd::{
     BlockStatus, CHUNK_LENGTH, Chunk, ChunkKind, Errno, ErrorChunk, HOLE_LENGTH, Hole, OFFSET_LENGTH, REPLY_START,
     Reply, Violation, decode_offset,
@@ -14,7 +14,7 @@ use crate::connection::Connection;
 use crate::flight::{Done, Flights, Job, MAX_TRIES};
 use crate::patience::Patience;
 use crate::wire::WireError;
-use crate::{Export, NbdError, Read, Request, Serving, Start};
+use crate::{Export, NbdError, Request, Serving, Start, Taker};
 
 /// Wait before a lost connection is made again, doubled each time it is in vain.
 const FIRST_WAIT: Duration = Duration::from_millis(50);
@@ -47,7 +47,7 @@ struct Backoff {
 pub(crate) struct Pump<'a, T> {
     export: &'a Export,
     requests: &'a Receiver<Request<T>>,
-    read: &'a Sender<Result<Read<T>, NbdError>>,
+    taker: &'a dyn Taker<T>,
     flights: Flights<T>,
     backoff: Backoff,
     /// The channel of requests is closed.
@@ -59,15 +59,11 @@ pub(crate) struct Pump<'a, T> {
 }
 
 impl<'a, T: Send> Pump<'a, T> {
-    pub(crate) fn new(
-        export: &'a Export,
-        requests: &'a Receiver<Request<T>>,
-        read: &'a Sender<Result<Read<T>, NbdError>>,
-    ) -> Pump<'a, T> {
+    pub(crate) fn new(export: &'a Export, requests: &'a Receiver<Request<T>>, taker: &'a dyn Taker<T>) -> Pump<'a, T> {
         Pump {
             export,
             requests,
-            read,
+            taker,
             flights: Flights::new(),
             backoff: Backoff { since: Cell::new(None), wait: FIRST_WAIT },
             closed: false,
@@ -86,7 +82,7 @@ impl<'a, T: Send> Pump<'a, T> {
                     // Who does not wait any more needs no answer.
                     let _ = asker.send(Err(error.clone()));
                 }
-                let _ = self.read.send(Err(error));
+                self.taker.over(error);
                 None
             }
             Err(End::Unwanted | End::Lost(_)) => {
@@ -231,7 +227,7 @@ impl<'a, T: Send> Pump<'a, T> {
         let contexts = facts.allocation || self.export.target.bitmap.is_some();
         match self.flights.take(request, facts, contexts) {
             Some(Job::Read { read, .. }) => self.deliver(Done::Read(read)),
-            Some(Job::Status { area, answer }) => self.deliver(Done::Status(area.extents(None, None), answer)),
+            Some(Job::Status { area, answer }) => self.deliver(Done::Status(Ok(area.extents(None, None)), answer)),
             None => Ok(()),
         }
     }
@@ -279,7 +275,8 @@ impl<'a, T: Send> Pump<'a, T> {
     ) -> Result<(), End> {
         let piece = self.flights.piece(cookie).map_err(|e| self.nonsense(e))?;
         if error.is_error() {
-            return Err(self.failed(cookie, ErrorChunk { error, text: String::new(), offset: None }));
+            self.failed(cookie, ErrorChunk { error, text: String::new(), offset: None })?;
+            return self.finish(cookie, patience);
         }
         if self.export.facts.structured {
             return Err(self.nonsense("a reply that is not structured, though that was agreed".into()));
@@ -325,7 +322,7 @@ impl<'a, T: Send> Pump<'a, T> {
             ChunkKind::Error | ChunkKind::ErrorOffset | ChunkKind::OtherError(_) => {
                 self.payload(connection, patience, length)?;
                 let error = ErrorChunk::decode(kind, &self.payload).map_err(|e| self.violation(&e))?;
-                return Err(self.failed(cookie, error));
+                self.failed(cookie, error)?;
             }
         }
         if done { self.finish(cookie, patience) } else { Ok(()) }
@@ -362,34 +359,43 @@ impl<'a, T: Send> Pump<'a, T> {
 
     fn deliver(&self, done: Done<T>) -> Result<(), End> {
         match done {
-            Done::Read(read) => self.read.send(Ok(read)).map_err(|_| End::Unwanted),
+            Done::Read(read) => match self.taker.read(read) {
+                true => Ok(()),
+                false => Err(End::Unwanted),
+            },
+            Done::Failed(tag, error) => {
+                self.taker.failed(tag, error);
+                Ok(())
+            }
             Done::Status(extents, answer) => {
                 // Who does not wait any more needs no answer.
-                let _ = answer.send(Ok(extents));
+                let _ = answer.send(extents);
                 Ok(())
             }
         }
     }
 
-    fn failed(&self, cookie: u64, error: ErrorChunk) -> End {
+    /// The server can't do what it was asked: noted with the request, or the end, as whoever takes the answers wants it.
+    fn failed(&mut self, cookie: u64, error: ErrorChunk) -> Result<(), End> {
         if error.error == Errno::SHUTDOWN {
-            return End::Lost("the server is shutting down".into());
+            return Err(End::Lost("the server is shutting down".into()));
         }
-        let piece = match self.flights.piece(cookie) {
-            Ok(piece) => piece,
-            Err(e) => return self.nonsense(e),
-        };
+        let piece = self.flights.piece(cookie).map_err(|e| nonsense(self.export, e))?;
         let bytes = piece.ask.bytes();
         let action = piece.ask.action();
         let offset = match error.offset {
             Some(offset) if !bytes.contains(&offset) => {
-                return self.nonsense(format!("an error at byte {offset}, which was not asked for"));
+                return Err(self.nonsense(format!("an error at byte {offset}, which was not asked for")));
             }
             offset => offset.unwrap_or(bytes.start),
         };
         let text = if error.text.is_empty() { String::new() } else { format!(" (it says: {})", error.text) };
         let uri = self.export.name().to_owned();
-        End::Fatal(NbdError::Failed { uri, action, offset, end: bytes.end, errno: error.error, text })
+        let failed = NbdError::Failed { uri, action, offset, end: bytes.end, errno: error.error, text };
+        match self.taker.outlives_failures() {
+            true => self.flights.fail(cookie, failed).map_err(|e| nonsense(self.export, e)),
+            false => Err(failed.into()),
+        }
     }
 
     fn lost(&self, error: WireError) -> End {
