@@ -9,6 +9,7 @@ use fuser::{
 };
 use reseal_vault::Wait;
 
+use crate::disks::Disks;
 use crate::errno::{Fault, errno};
 use crate::handles::Handles;
 use crate::inodes::Node;
@@ -16,7 +17,6 @@ use crate::journal::Journal;
 use crate::pool::{Pool, Refuse};
 use crate::readahead::Readahead;
 use crate::view::{Attributes, Lasting, NodeKind, View};
-use reseal_vault::disk::DiskReader;
 
 /// How long the kernel may believe what never changes.
 const FIXED: Duration = Duration::from_secs(3600);
@@ -48,7 +48,7 @@ refuse!(
 /// What the FUSE threads and the workers share.
 pub(crate) struct Shared {
     pub(crate) view: View,
-    pub(crate) reader: Arc<DiskReader>,
+    pub(crate) disks: Disks,
     pub(crate) readahead: Readahead,
     pub(crate) journal: Arc<Journal>,
     pub(crate) handles: Handles,

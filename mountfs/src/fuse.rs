@@ -11,17 +11,17 @@ use fuser::{
     ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
     ReplyXattr, Request,
 };
-use reseal_format::geometry::ClusterIndex;
 use reseal_vault::{VaultError, Wait};
 
 use crate::answer::{Noted, Shared, answer, answer_later, file_type};
+use crate::disks::Disks;
 use crate::errno::Fault;
 use crate::files::OpenPoint;
 use crate::handles::{Handle, OpenDisk};
 use crate::inodes::Node;
 use crate::pool::{Pool, Refuse};
 use crate::view::{OpenContent, View};
-use reseal_vault::disk::{DiskReader, with_scratch};
+use reseal_vault::disk::with_scratch;
 use reseal_vault::wipe::Secret;
 
 /// Background requests in the kernel: enough that readahead of several readers keeps every thread busy.
@@ -62,12 +62,12 @@ impl ResealFs {
     /// Reads what can be read at once, and hands on what can't.
     fn read_disk(&self, node: Node, handle: &Arc<Handle>, open: &OpenDisk, offset: u64, size: u32, reply: ReplyData) {
         let Some(disk) = open.disk() else { return reply.refuse(&Fault::NoEntry) };
-        let length = DiskReader::clip(disk, offset, size as usize);
-        let ahead = open.stream.advance(offset, length as u64, disk.length);
+        let length = disk.clip(offset, size as usize);
+        let ahead = open.stream.advance(offset, length as u64, disk.disk().length, self.shared.disks.reach());
         self.shared.readahead.order(&open.point, open.nth, ahead);
         with_scratch(length, |tools, out| {
             let mut done = 0;
-            match self.shared.reader.read_on(disk, offset, out, &mut done, Wait::MustNot, tools) {
+            match self.shared.disks.read_on(disk, offset, out, &mut done, Wait::MustNot, tools) {
                 Ok(()) => reply.data(out),
                 Err(VaultError::WouldBlock) => {
                     open.stream.waited();
@@ -85,13 +85,10 @@ impl ResealFs {
             let Handle::Disk(open) = &*handle else { return };
             let Some(disk) = open.disk() else { return };
             let mut done = begun.0.len();
-            let missing = ClusterIndex::of_byte(offset + done as u64).0;
             // The answer is given while the buffer is borrowed: it is not copied.
             with_scratch(length, |tools, out| {
                 out[..done].copy_from_slice(&begun.0);
-                // What fails here fails again below, unless there is a way around it.
-                let _ = shared.reader.prepare(disk, missing..missing + 1, tools);
-                match shared.reader.read_on(disk, offset, out, &mut done, Wait::May, tools) {
+                match shared.disks.read_waiting(disk, offset, out, &mut done, tools) {
                     Ok(()) => ticket.answer(|noted| noted.reply.data(out)),
                     Err(error) => ticket.answer(|noted| noted.refuse(&error.into())),
                 }
@@ -200,7 +197,7 @@ impl Filesystem for ResealFs {
     ) {
         let Some((node, reply)) = self.node(inode, reply) else { return };
         let Some((handle, reply)) = self.handle(handle, reply) else { return };
-        let work = move |shared: &Shared| seek(&shared.reader, &handle, offset, whence);
+        let work = move |shared: &Shared| seek(&shared.disks, &handle, offset, whence);
         answer_later(&self.shared, &self.pool, node, reply, work, |_, reply, found: i64| reply.offset(found));
     }
 
@@ -295,10 +292,10 @@ impl Filesystem for ResealFs {
 }
 
 /// `lseek` for data and holes; the kernel does the other kinds itself.
-fn seek(reader: &DiskReader, handle: &Handle, offset: i64, whence: i32) -> Result<i64, Fault> {
+fn seek(disks: &Disks, handle: &Handle, offset: i64, whence: i32) -> Result<i64, Fault> {
     let from = u64::try_from(offset).map_err(|_| Fault::PastData)?;
     let length = match handle {
-        Handle::Disk(open) => open.disk().map_or(0, |disk| disk.length),
+        Handle::Disk(open) => open.disk().map_or(0, |disk| disk.disk().length),
         Handle::Text(point, content) => text(point, *content).len() as u64,
         Handle::Folder(_) => return Err(Fault::IsAFolder),
     };
@@ -310,8 +307,8 @@ fn seek(reader: &DiskReader, handle: &Handle, offset: i64, whence: i32) -> Resul
         Handle::Text(..) | Handle::Folder(_) => None,
     };
     let found = match (whence, disk) {
-        (libc::SEEK_DATA, Some(disk)) => reader.next_data(disk, from)?.ok_or(Fault::PastData)?,
-        (libc::SEEK_HOLE, Some(disk)) => reader.next_hole(disk, from)?,
+        (libc::SEEK_DATA, Some(disk)) => disks.next_data(disk, from)?.ok_or(Fault::PastData)?,
+        (libc::SEEK_HOLE, Some(disk)) => disks.next_hole(disk, from)?,
         (libc::SEEK_DATA, None) => from,
         (libc::SEEK_HOLE, None) => length,
         _ => return Err(Fault::BadSeek),

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::RwLock;
-use reseal_format::manifest::Disk;
 
+use crate::disks::DiskOf;
 use crate::files::{Content, OpenPoint};
 use crate::readahead::Stream;
 use crate::view::Child;
@@ -26,8 +26,8 @@ impl OpenDisk {
     }
 
     /// The disk.
-    pub(crate) fn disk(&self) -> Option<&Disk> {
-        self.point.manifest().disks.get(self.nth)
+    pub(crate) fn disk(&self) -> Option<DiskOf<'_>> {
+        DiskOf::new(self.point.manifest(), self.nth)
     }
 }
 

@@ -3,17 +3,19 @@
 //! The data's path, which is also the reading order of the modules:
 //!
 //! ```text
-//! request → disk: leaf → blob → open → frames → bytes → reply       (disk, frame_cache, wipe)
+//! request → disk, here or at another site → bytes → reply           (disks)
 //!         → view: VM → restore point → file                         (inodes, files, catalog, view)
 //!         → at once, or by the pool under a deadline                (answer, pool, readahead, handles, fuse)
 //! mount → session → unmount                                         (mount, mounts, signals, record_watch, umount)
-//! restore: disk → clusters on all cores → file or block device      (restore)
+//! restore: disk → stretches, several at a time → file or device     (restore)
 //! ```
 //!
 //! [`errno`] has every way to fail and what the kernel is told; [`journal`] what the administrator is told.
 //!
 //! Architecture invariant: `fuse` and `answer` are the only modules that know FUSE's requests; all that decides anything
 //! is tested without `/dev/fuse`. No FUSE thread waits for a store.
+
+pub mod disks;
 
 pub mod catalog;
 pub mod files;

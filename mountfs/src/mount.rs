@@ -8,12 +8,13 @@ use std::time::{Duration, SystemTime};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use fuser::{Config, MountOption, Session, SessionACL};
-use reseal_vault::Tenant;
+use reseal_vault::Points;
 use reseal_vault::heads::Heads;
 use rustix::process::{getegid, geteuid};
 
 use crate::answer::Shared;
 use crate::catalog::{Catalog, Shown};
+use crate::disks::Disks;
 use crate::fuse::ResealFs;
 use crate::handles::Handles;
 use crate::journal::Journal;
@@ -21,7 +22,6 @@ use crate::mounts::{MountedAt, Unmount, kernel_path, mounted_at, unmount};
 use crate::pool::Pool;
 use crate::readahead::Readahead;
 use crate::view::View;
-use reseal_vault::disk::DiskReader;
 
 /// Requests that may wait for the store at the same time. They sleep, so there may be more than cores; each that hangs
 /// takes one away until the store is back.
@@ -38,8 +38,6 @@ pub struct Options {
     pub shown: Shown,
     /// Threads that take requests from the kernel.
     pub threads: usize,
-    /// Bytes of frames, index nodes and pack tables that are kept.
-    pub cache_bytes: usize,
     /// How long a reader waits for the store before it gets an error.
     pub io_timeout: Duration,
     /// Whether other users than this one may read.
@@ -76,26 +74,27 @@ pub struct Mounted {
     /// What the kernel says is mounted there: this mount.
     own: MountedAt,
     pool: Arc<Pool>,
+    disks: Disks,
     sender: Sender<Event>,
     events: Receiver<Event>,
 }
 
 impl Mounted {
-    /// Mounts. When this returns, readers are served.
+    /// Mounts what `points` lists and `disks` reads. When this returns, readers are served.
     pub fn new(
-        tenant: Arc<Tenant>,
+        points: Arc<dyn Points>,
+        disks: Disks,
         heads: Option<Heads>,
         mountpoint: &Path,
         options: &Options,
         journal: Arc<Journal>,
     ) -> Result<Mounted, MountError> {
         let path = prepare(mountpoint, &journal)?;
-        let reader = Arc::new(DiskReader::new(tenant.clone(), options.cache_bytes));
         let cores = thread::available_parallelism().map_or(1, usize::from);
         let shared = Shared {
-            view: View::new(Catalog::new(tenant, heads, options.shown.clone(), journal.clone())),
-            readahead: Readahead::new(&reader, cores)?,
-            reader,
+            view: View::new(Catalog::new(points, heads, options.shown.clone(), journal.clone())),
+            readahead: Readahead::new(&disks, cores)?,
+            disks: disks.clone(),
             journal,
             handles: Handles::default(),
             owner: (geteuid().as_raw(), getegid().as_raw()),
@@ -116,7 +115,7 @@ impl Mounted {
         })?;
         let own = mounted_at(&path)?;
         raise_readahead(&own);
-        Ok(Mounted { path, own, pool, sender, events })
+        Ok(Mounted { path, own, pool, disks, sender, events })
     }
 
     /// Where it is mounted, as the kernel knows it.
@@ -139,6 +138,7 @@ impl Mounted {
             Ok(Event::Stop) | Err(_) => {}
         }
         self.pool.close();
+        self.disks.stop();
         if mounted_at(&self.path).map_err(broke)? != self.own {
             // Unmounted already, though something still holds it: another mount namespace, or an open file.
             return Ok(());

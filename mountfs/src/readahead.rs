@@ -12,17 +12,15 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 use reseal_format::geometry::CLUSTER_U64;
 
+use crate::disks::{DiskOf, Disks, Reach};
 use crate::files::OpenPoint;
-use reseal_vault::disk::{DiskReader, with_scratch};
+use reseal_vault::disk::with_scratch;
 
 /// A reader counts as sequential once it has read this much in order: more than a file system reads in one go for its own
 /// tables.
 const PROOF: u64 = 512 * 1024;
 /// Requests of one reader overtake one another by no more than this, with several threads serving it.
 const SLACK: u64 = 4 << 20;
-/// How far ahead of the kernel's own readahead clusters are prepared: it hides 50 ms of delay at 80 MB/s, and is a small part
-/// of the cache.
-const WINDOW: u64 = 4 << 20;
 /// For how much reading a store counts as slow after it made a reader wait.
 const PATIENCE: u64 = 32 << 20;
 /// Orders that wait, at most.
@@ -52,7 +50,7 @@ impl Stream {
     }
 
     /// Notes a read; the clusters to open ahead, if it is one of a sequence.
-    pub(crate) fn advance(&self, offset: u64, length: u64, disk_length: u64) -> Range<u64> {
+    pub(crate) fn advance(&self, offset: u64, length: u64, disk_length: u64, reach: Reach) -> Range<u64> {
         let mut state = self.0.lock();
         let end = offset + length;
         if offset.abs_diff(state.expected) > SLACK {
@@ -62,11 +60,11 @@ impl Stream {
         state.run = state.run.saturating_add(length);
         state.expected = state.expected.max(end);
         state.slow = state.slow.saturating_sub(length);
-        if state.run < PROOF || state.slow == 0 {
+        if state.run < PROOF || (state.slow == 0 && !reach.is_always) {
             return 0..0;
         }
         let from = state.ordered.max(state.expected).div_ceil(CLUSTER_U64);
-        let to = (state.expected + WINDOW).min(disk_length).div_ceil(CLUSTER_U64);
+        let to = (state.expected + reach.window).min(disk_length).div_ceil(CLUSTER_U64);
         state.ordered = to * CLUSTER_U64;
         from..to.max(from)
     }
@@ -83,14 +81,14 @@ pub(crate) struct Readahead(Sender<Order>);
 
 impl Readahead {
     /// With so many workers.
-    pub(crate) fn new(reader: &Arc<DiskReader>, workers: usize) -> std::io::Result<Readahead> {
+    pub(crate) fn new(disks: &Disks, workers: usize) -> std::io::Result<Readahead> {
         let (orders, queue) = bounded::<Order>(QUEUE);
         for nth in 0..workers {
-            let (reader, queue) = (reader.clone(), queue.clone());
+            let (disks, queue) = (disks.clone(), queue.clone());
             thread::Builder::new()
                 .name(format!("ahead-{nth}"))
                 .stack_size(STACK)
-                .spawn(move || work(&reader, &queue))?;
+                .spawn(move || work(&disks, &queue))?;
         }
         Ok(Readahead(orders))
     }
@@ -103,11 +101,11 @@ impl Readahead {
     }
 }
 
-fn work(reader: &DiskReader, queue: &Receiver<Order>) {
+fn work(disks: &Disks, queue: &Receiver<Order>) {
     while let Ok(order) = queue.recv() {
-        let Some(disk) = order.point.manifest().disks.get(order.disk) else { continue };
+        let Some(disk) = DiskOf::new(order.point.manifest(), order.disk) else { continue };
         // What fails here fails again when the reader gets there, and is said then.
-        let _ = with_scratch(0, |tools, _| reader.prepare(disk, order.clusters, tools));
+        let _ = with_scratch(0, |tools, _| disks.prepare(disk, order.clusters, tools));
     }
 }
 
@@ -116,6 +114,7 @@ mod tests {
     use super::*;
 
     const DISK: u64 = 1 << 30;
+    const SLOW: Reach = Reach { window: 4 << 20, is_always: false };
 
     #[test]
     fn a_sequence_is_read_ahead_of_each_cluster_once() {
@@ -123,12 +122,12 @@ mod tests {
         stream.waited();
         let mut ordered = Vec::new();
         for request in 0..100 {
-            ordered.extend(stream.advance(request * 131_072, 131_072, DISK));
+            ordered.extend(stream.advance(request * 131_072, 131_072, DISK, SLOW));
         }
         let first = ordered[0];
         assert!(first * CLUSTER_U64 >= PROOF);
         assert_eq!(ordered, (first..first + ordered.len() as u64).collect::<Vec<_>>());
-        assert_eq!(*ordered.last().unwrap(), (100 * 131_072 + WINDOW) / CLUSTER_U64 - 1);
+        assert_eq!(*ordered.last().unwrap(), (100 * 131_072 + SLOW.window) / CLUSTER_U64 - 1);
     }
 
     #[test]
@@ -138,7 +137,7 @@ mod tests {
         let mut ordered = 0;
         for pair in 0..50u64 {
             for request in [2 * pair + 1, 2 * pair] {
-                ordered += stream.advance(request * 131_072, 131_072, DISK).count();
+                ordered += stream.advance(request * 131_072, 131_072, DISK, SLOW).count();
             }
         }
         assert!(ordered > 150, "{ordered}");
@@ -151,12 +150,12 @@ mod tests {
         for _ in 0..1000 {
             at = at.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             stream.waited();
-            assert!(stream.advance((at % DISK) & !4095, 4096, DISK).is_empty());
+            assert!(stream.advance((at % DISK) & !4095, 4096, DISK, SLOW).is_empty());
         }
         let stream = Stream::default();
         stream.waited();
         for request in 0..8 {
-            let clusters = stream.advance(request * 131_072, 131_072, 1 << 20);
+            let clusters = stream.advance(request * 131_072, 131_072, 1 << 20, SLOW);
             assert!(clusters.end <= 16, "nothing past the end");
         }
     }
@@ -165,12 +164,20 @@ mod tests {
     fn a_store_that_keeps_up_is_left_alone() {
         let stream = Stream::default();
         let read = |from: u64, to: u64| -> usize {
-            (from..to).map(|request| stream.advance(request * 131_072, 131_072, DISK).count()).sum()
+            (from..to).map(|request| stream.advance(request * 131_072, 131_072, DISK, SLOW).count()).sum()
         };
         assert_eq!(read(0, 100), 0);
         stream.waited();
         assert!(read(100, 200) > 0);
         read(200, 500);
         assert_eq!(read(500, 600), 0, "and again once it does");
+    }
+
+    #[test]
+    fn a_line_is_read_ahead_of_without_waiting_first() {
+        let reach = Reach { window: 16 << 20, is_always: true };
+        let stream = Stream::default();
+        let ordered = (0..100u64).flat_map(|request| stream.advance(request * 131_072, 131_072, DISK, reach)).count();
+        assert_eq!(ordered as u64, (100 * 131_072 + reach.window - PROOF) / CLUSTER_U64);
     }
 }

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 use parking_lot::Mutex;
 use reseal_format::geometry::{CLUSTER, CLUSTER_U64};
 use reseal_mountfs::catalog::Shown;
+use reseal_mountfs::disks::Disks;
 use reseal_mountfs::mount::{MountError, Mounted, Options};
 use reseal_vault::Tenant;
 use rustix::fs::{SeekFrom, seek};
@@ -37,9 +38,9 @@ fn mount(vault: &Vault, tenant: Arc<Tenant>, shown: Shown) -> Option<Mount> {
         return None;
     }
     let (journal, lines) = journal();
-    let options = Options { shown, threads: 4, cache_bytes: 8 << 20, io_timeout: DEADLINE, allow_other: false };
+    let options = Options { shown, threads: 4, io_timeout: DEADLINE, allow_other: false };
     let path = vault.mountpoint();
-    let mounted = Mounted::new(tenant, None, &path, &options, journal).unwrap();
+    let mounted = Mounted::new(tenant.clone(), Disks::here(tenant, 8 << 20), None, &path, &options, journal).unwrap();
     let stop = Box::new(mounted.stopper());
     Some(Mount { path, lines, stop, server: Some(thread::spawn(|| mounted.wait())) })
 }
@@ -342,9 +343,11 @@ fn a_mountpoint_that_is_wrong_or_taken_is_refused() {
     let vault = Vault::new();
     vault.backup("web01", b"x");
     let mount = mount_or_skip!(vault);
-    let options =
-        Options { shown: Shown::All, threads: 1, cache_bytes: 1 << 20, io_timeout: DEADLINE, allow_other: false };
-    let again = |path: &Path| Mounted::new(vault.tenant.clone(), None, path, &options, journal().0).map(drop);
+    let options = Options { shown: Shown::All, threads: 1, io_timeout: DEADLINE, allow_other: false };
+    let again = |path: &Path| {
+        let (tenant, disks) = (vault.tenant.clone(), Disks::here(vault.tenant.clone(), 1 << 20));
+        Mounted::new(tenant, disks, None, path, &options, journal().0).map(drop)
+    };
     assert!(matches!(again(&mount.path), Err(MountError::Mounted { .. })));
     assert!(matches!(again(&vault.folder.path().join("none")), Err(MountError::Mountpoint { .. })));
     assert!(matches!(again(&vault.folder.path().join("keyring.json")), Err(MountError::NotAFolder { .. })));

@@ -13,9 +13,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use reseal_format::geometry::CLUSTER;
 use reseal_format::manifest::Manifest;
 use reseal_format::names::{DiskName, VmName};
+use reseal_mountfs::disks::Disks;
 use reseal_mountfs::restore::{Plan, RestoreError, Watch, restore};
 use reseal_store::Local;
-use reseal_vault::disk::DiskReader;
 use support::faults::{Faulty, Mood};
 use support::{Model, Vault, disk_bytes, flip, used};
 
@@ -23,8 +23,8 @@ fn manifest(vault: &Vault, number: u32) -> Manifest {
     vault.tenant.point(&VmName::new("web01").unwrap(), number).unwrap().manifest
 }
 
-fn reader(vault: &Vault) -> DiskReader {
-    DiskReader::new(vault.tenant_over(Arc::new(Local::new(vault.repo()))), 16 << 20)
+fn reader(vault: &Vault) -> Disks {
+    Disks::here(vault.tenant_over(Arc::new(Local::new(vault.repo()))), 16 << 20)
 }
 
 fn run(vault: &Vault, out: &Path, force: bool) -> Result<u64, RestoreError> {
@@ -32,7 +32,7 @@ fn run(vault: &Vault, out: &Path, force: bool) -> Result<u64, RestoreError> {
 }
 
 fn run_with(
-    reader: &DiskReader,
+    reader: &Disks,
     manifest: &Manifest,
     only: Option<&str>,
     out: &Path,
@@ -112,7 +112,7 @@ fn a_restore_that_fails_removes_what_it_made_and_only_that() {
     run(&vault, &out, true).unwrap();
 
     let faulty = Faulty::new(vault.tenant.store().clone());
-    let broken = DiskReader::new(vault.tenant_over(faulty.clone()), 16 << 20);
+    let broken = Disks::here(vault.tenant_over(faulty.clone()), 16 << 20);
     faulty.set(Mood::Fails);
     let new = vault.folder.path().join("new.raw");
     assert!(run_with(&broken, &manifest(&vault, 1), None, &new, false).is_err());

@@ -9,12 +9,14 @@ use clap::Args;
 use reseal_cli::{CommonArgs, Detach, Failure, Side, Status, finish, harden, split};
 use reseal_format::names::VmName;
 use reseal_mountfs::catalog::Shown;
+use reseal_mountfs::disks::{Disks, There};
 use reseal_mountfs::journal::Journal;
 use reseal_mountfs::mount::{MountError, Mounted, Options};
 use reseal_mountfs::record_watch;
 use reseal_mountfs::signals::StopSignals;
 use reseal_mountfs::umount;
-use reseal_vault::{Holder, PointSpec, Points, Tenant, VaultError};
+use reseal_site::Reading;
+use reseal_vault::{Holder, PointSpec, Points, VaultError};
 
 use crate::PROGRAM;
 
@@ -40,7 +42,7 @@ pub(crate) struct MountArgs {
     /// Threads that serve requests
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
     threads: u16,
-    /// How long a reader waits for the vault before it gets an error
+    /// How long a reader waits for the vault, or the other site, before it gets an error
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
     io_timeout: u32,
 }
@@ -83,21 +85,36 @@ fn serve(common: &CommonArgs, arguments: &MountArgs, detach: Option<Detach>) -> 
     harden(common.allow_swap)?;
     let failed = |e: std::io::Error| Failure::new(Status::Failed, e.to_string());
     let signals = StopSignals::new().map_err(failed)?;
-    let opened = common.open()?;
+    let reading = Reading::open(common)?;
+    let points = reading.points();
     let options = Options {
-        shown: shown(&opened.tenant, arguments.only.as_deref())?,
+        shown: shown(&*points, arguments.only.as_deref())?,
         threads: usize::from(arguments.threads),
-        cache_bytes: arguments.cache_size,
         io_timeout: Duration::from_secs(arguments.io_timeout.into()),
         allow_other: arguments.allow_other,
     };
-    let (tenant, heads, journal) = (opened.tenant, opened.heads, Arc::new(Journal::new()));
-    let at = format!("mount at {}", arguments.mountpoint.display());
-    let _lease = tenant.reader_lease(&Holder::this_process(at));
-    let mounted = Mounted::new(tenant.clone(), Some(heads.clone()), &arguments.mountpoint, &options, journal.clone());
+    let (heads, journal) = (reading.heads().clone(), Arc::new(Journal::new()));
+    let (disks, _lease) = match &reading {
+        Reading::Here(opened) => {
+            let at = format!("mount at {}", arguments.mountpoint.display());
+            let lease = opened.tenant.reader_lease(&Holder::this_process(at));
+            (Disks::here(opened.tenant.clone(), arguments.cache_size), lease)
+        }
+        Reading::There(reader, _) => {
+            // A site that can't be read is known now and not by the first reader.
+            points.vms()?;
+            let there = There::new(reader.clone(), common.repo()?, arguments.cache_size, options.io_timeout);
+            (Disks::There(there.map_err(failed)?), None)
+        }
+    };
+    let at = &arguments.mountpoint;
+    let mounted = Mounted::new(points, disks, Some(heads.clone()), at, &options, journal.clone());
     let mounted = mounted.map_err(mount_failure)?;
     signals.on_signal(mounted.stopper()).map_err(failed)?;
-    record_watch::watch(tenant, heads, journal, mounted.stopper()).map_err(failed)?;
+    // What another site does with its keys is seen there: it ends the reading.
+    if let Reading::Here(opened) = &reading {
+        record_watch::watch(opened.tenant.clone(), heads, journal, mounted.stopper()).map_err(failed)?;
+    }
     let end = if detach.is_some() { "`reseal umount` ends it" } else { "Ctrl-C ends it" };
     common.output().say(format!("mounted at {}, decrypted as it is read; {end}", mounted.path().display()));
     if let Some(detach) = detach {
@@ -107,10 +124,10 @@ fn serve(common: &CommonArgs, arguments: &MountArgs, detach: Option<Detach>) -> 
 }
 
 /// What the second argument of `mount` names. A VM's name may hold an `@`, so a VM of that name goes first.
-fn shown(tenant: &Tenant, only: Option<&str>) -> Result<Shown, Failure> {
+fn shown(points: &dyn Points, only: Option<&str>) -> Result<Shown, Failure> {
     let Some(text) = only else { return Ok(Shown::All) };
     if let Ok(vm) = VmName::new(text)
-        && tenant.chain(&vm)?.last() > 0
+        && points.chain(&vm)?.last() > 0
     {
         return Ok(Shown::Vm(vm));
     }
@@ -118,7 +135,7 @@ fn shown(tenant: &Tenant, only: Option<&str>) -> Result<Shown, Failure> {
         let vm = VmName::new(text).map_err(|e| Failure::of(Status::Usage, &e))?;
         return Err(VaultError::NoVm { vm }.into());
     }
-    let point = tenant.resolve(&PointSpec::parse(text)?)?;
+    let point = points.resolve(&PointSpec::parse(text)?)?;
     Ok(Shown::Point(point.manifest.vm, point.manifest.number))
 }
 

@@ -10,10 +10,11 @@ use reseal_cli::{CommonArgs, Failure, Output, Progress, Status, end_when_erased,
 use reseal_format::geometry::CLUSTER_U64;
 use reseal_format::manifest::{Disk, Manifest};
 use reseal_format::names::DiskName;
+use reseal_mountfs::disks::{Disks, There};
 use reseal_mountfs::restore::{Plan, RestoreError, Watch};
 use reseal_mountfs::signals::StopSignals;
-use reseal_vault::disk::DiskReader;
-use reseal_vault::{Holder, PointSpec, Points};
+use reseal_site::Reading;
+use reseal_vault::{Holder, PointSpec};
 use serde::Serialize;
 
 #[derive(Args)]
@@ -35,6 +36,8 @@ pub(crate) struct RestoreArgs {
 
 /// Memory for index nodes and pack tables of a restore: what it opens it writes out and does not need again.
 const RESTORE_CACHE: usize = 64 << 20;
+/// How long another site may be silent, or away, before a restore ends.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Restores the disks of a point.
 pub(crate) fn restore(common: &CommonArgs, arguments: &RestoreArgs) -> Result<(), Failure> {
@@ -48,35 +51,43 @@ pub(crate) fn restore(common: &CommonArgs, arguments: &RestoreArgs) -> Result<()
     let failed = |e: std::io::Error| Failure::new(Status::Failed, e.to_string());
     let stop = Arc::new(AtomicBool::new(false));
     let signals = StopSignals::new().map_err(failed)?;
-    let opened = common.open()?;
-    opened.chain(&spec.vm)?;
-    let tenant = opened.tenant;
-    let point = tenant.resolve(&spec)?;
+    let reading = Reading::open(common)?;
+    let points = reading.points();
+    reading.heads().whole_chain(&*points, &spec.vm)?;
+    let point = points.resolve(&spec)?;
     let plan = Plan::new(&point.manifest, disk.as_ref(), &arguments.out, arguments.force).map_err(restore_failure)?;
-    signals
-        .on_signal({
-            let stop = stop.clone();
-            move || stop.store(true, Ordering::Relaxed)
-        })
-        .map_err(failed)?;
-
-    // What was written of a disk that is not whole is in the clear, and goes.
-    end_when_erased(&tenant, {
-        let stop = stop.clone();
+    let disks = match &reading {
+        Reading::Here(opened) => Disks::here(opened.tenant.clone(), RESTORE_CACHE),
+        Reading::There(reader, _) => {
+            Disks::There(There::new(reader.clone(), common.repo()?, RESTORE_CACHE, PATIENCE).map_err(failed)?)
+        }
+    };
+    let end = {
+        let (stop, disks) = (stop.clone(), disks.clone());
         move || {
             stop.store(true, Ordering::Relaxed);
-            true
+            disks.stop();
         }
-    });
-    let what = format!("restore of {}@{}", point.manifest.vm, point.manifest.number);
-    let _lease = tenant.reader_lease(&Holder::this_process(what));
+    };
+    signals.on_signal(end.clone()).map_err(failed)?;
+    let _lease = match &reading {
+        Reading::Here(opened) => {
+            // What was written of a disk that is not whole is in the clear, and goes.
+            end_when_erased(&opened.tenant, move || {
+                end();
+                true
+            });
+            let what = format!("restore of {}@{}", point.manifest.vm, point.manifest.number);
+            opened.tenant.reader_lease(&Holder::this_process(what))
+        }
+        Reading::There(..) => None,
+    };
     let began = Instant::now();
     let bytes = plan.bytes();
-    let restored: Vec<_> = plan.disks.iter().map(|planned| (planned.disk, planned.path.clone())).collect();
+    let restored: Vec<_> = plan.disks.iter().map(|planned| (planned.disk.disk(), planned.path.clone())).collect();
     let progress = Progress::bytes(common.output(), "restored", bytes);
-    let reader = DiskReader::new(tenant, RESTORE_CACHE);
     let watch = Watch { progress: &|bytes| progress.add(bytes), stop: &stop };
-    let result = reseal_mountfs::restore::restore(&reader, plan, &watch);
+    let result = reseal_mountfs::restore::restore(&disks, plan, &watch);
     progress.finish();
     result.map_err(restore_failure)?;
     report(common.output(), &point.manifest, &restored, began.elapsed());

@@ -1,17 +1,17 @@
-//! Copying: each core takes the next stretch of data, opens its clusters and writes it where it belongs.
+//! Copying: each worker takes the next stretch of data, has it read and writes it where it belongs.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use parking_lot::Mutex;
 use reseal_format::geometry::{CLUSTER, CLUSTER_U64, is_zero};
-use reseal_format::manifest::Disk;
 use reseal_vault::{VaultError, Wait};
 
 use super::RestoreError;
 use super::plan::{Plan, PlannedDisk};
 use super::target::OpenTarget;
-use reseal_vault::disk::{DiskReader, Tools};
+use crate::disks::{DiskOf, Disks};
+use reseal_vault::disk::Tools;
 use reseal_vault::wipe::Buffer;
 
 /// How much is written at once: large enough for few system calls, small enough to stay in a core's own cache.
@@ -33,22 +33,23 @@ impl Watch<'_> {
     }
 }
 
-/// Restores the disks of a plan, one after the other, each with all cores. What was made for a disk that fails is removed.
-pub fn restore(reader: &DiskReader, plan: Plan<'_>, watch: &Watch<'_>) -> Result<(), RestoreError> {
-    plan.disks.into_iter().try_for_each(|planned| restore_disk(reader, &planned, watch))
+/// Restores the disks of a plan, one after the other, each with as many workers as are of use. What was made for a disk that
+/// fails is removed.
+pub fn restore(disks: &Disks, plan: Plan<'_>, watch: &Watch<'_>) -> Result<(), RestoreError> {
+    plan.disks.into_iter().try_for_each(|planned| restore_disk(disks, &planned, watch))
 }
 
-fn restore_disk(reader: &DiskReader, planned: &PlannedDisk<'_>, watch: &Watch<'_>) -> Result<(), RestoreError> {
-    let disk = planned.disk;
-    let target = planned.target.open(&planned.path, disk.length)?;
+fn restore_disk(disks: &Disks, planned: &PlannedDisk<'_>, watch: &Watch<'_>) -> Result<(), RestoreError> {
+    let source = Source { disks, of: planned.disk, watch };
+    let target = planned.target.open(&planned.path, source.length())?;
     if target.needs_zeros() {
-        zero_holes(reader, disk, &target, watch)?;
+        zero_holes(source, &target)?;
     }
-    let stretches = Mutex::new(Stretches { reader, disk, at: 0, end: 0 });
+    let stretches = Mutex::new(Stretches { source, at: 0, end: 0 });
     let failed = AtomicBool::new(false);
     let run = || {
         let copy = || -> Result<(), RestoreError> {
-            let mut worker = Worker { reader, disk, target: &target, tools: Tools::new(), buffer: Buffer::default() };
+            let mut worker = Worker { source, target: &target, tools: Tools::new(), buffer: Buffer::default() };
             while !failed.load(Ordering::Relaxed) {
                 watch.go_on()?;
                 let Some((from, to)) = stretches.lock().next()? else { break };
@@ -60,25 +61,52 @@ fn restore_disk(reader: &DiskReader, planned: &PlannedDisk<'_>, watch: &Watch<'_
         // One that fails stops the others.
         copy().inspect_err(|_| failed.store(true, Ordering::Relaxed))
     };
-    let workers = thread::available_parallelism().map_or(1, usize::from);
     thread::scope(|scope| {
-        let runs: Vec<_> = (0..workers).map(|_| scope.spawn(run)).collect();
+        let runs: Vec<_> = (0..disks.readers()).map(|_| scope.spawn(run)).collect();
         let results: Vec<_> = runs.into_iter().map(|run| run.join().expect("a copier does not panic")).collect();
         results.into_iter().collect::<Result<Vec<()>, _>>()
     })?;
     target.finish()
 }
 
-fn of_disk(disk: &Disk) -> impl Fn(VaultError) -> RestoreError {
-    |source| RestoreError::Vault { disk: disk.name.clone(), source }
+/// A disk that is read.
+#[derive(Clone, Copy)]
+struct Source<'a> {
+    disks: &'a Disks,
+    of: DiskOf<'a>,
+    watch: &'a Watch<'a>,
 }
 
-fn zero_holes(reader: &DiskReader, disk: &Disk, target: &OpenTarget, watch: &Watch<'_>) -> Result<(), RestoreError> {
+impl Source<'_> {
+    fn length(&self) -> u64 {
+        self.of.disk().length
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8], tools: &mut Tools) -> Result<(), RestoreError> {
+        self.disks.read_on(self.of, offset, out, &mut 0, Wait::May, tools).map_err(|e| self.failed(e))
+    }
+
+    fn next_data(&self, offset: u64) -> Result<Option<u64>, RestoreError> {
+        self.disks.next_data(self.of, offset).map_err(|e| self.failed(e))
+    }
+
+    fn next_hole(&self, offset: u64) -> Result<u64, RestoreError> {
+        self.disks.next_hole(self.of, offset).map_err(|e| self.failed(e))
+    }
+
+    /// What ended the reading; what was ended on purpose is nobody's fault.
+    fn failed(&self, source: VaultError) -> RestoreError {
+        let disk = self.of.disk().name.clone();
+        self.watch.go_on().err().unwrap_or(RestoreError::Vault { disk, source })
+    }
+}
+
+fn zero_holes(source: Source<'_>, target: &OpenTarget) -> Result<(), RestoreError> {
     let mut at = 0;
-    while at < disk.length {
-        let hole = reader.next_hole(disk, at).map_err(of_disk(disk))?;
-        let data = reader.next_data(disk, hole).map_err(of_disk(disk))?.unwrap_or(disk.length);
-        target.zero(hole, data, &|| watch.go_on())?;
+    while at < source.length() {
+        let hole = source.next_hole(at)?;
+        let data = source.next_data(hole)?.unwrap_or(source.length());
+        target.zero(hole, data, &|| source.watch.go_on())?;
         at = data.max(hole);
     }
     Ok(())
@@ -86,8 +114,7 @@ fn zero_holes(reader: &DiskReader, disk: &Disk, target: &OpenTarget, watch: &Wat
 
 /// The stretches of a disk that are not holes, in their order.
 struct Stretches<'a> {
-    reader: &'a DiskReader,
-    disk: &'a Disk,
+    source: Source<'a>,
     at: u64,
     /// End of the data that `at` is in.
     end: u64,
@@ -96,14 +123,12 @@ struct Stretches<'a> {
 impl Stretches<'_> {
     fn next(&mut self) -> Result<Option<(u64, u64)>, RestoreError> {
         if self.at >= self.end {
-            if self.at >= self.disk.length {
+            if self.at >= self.source.length() {
                 return Ok(None);
             }
-            let Some(data) = self.reader.next_data(self.disk, self.at).map_err(of_disk(self.disk))? else {
-                return Ok(None);
-            };
+            let Some(data) = self.source.next_data(self.at)? else { return Ok(None) };
             self.at = data;
-            self.end = self.reader.next_hole(self.disk, data).map_err(of_disk(self.disk))?;
+            self.end = self.source.next_hole(data)?;
         }
         let from = self.at;
         self.at = (from - from % STRETCH + STRETCH).min(self.end);
@@ -112,8 +137,7 @@ impl Stretches<'_> {
 }
 
 struct Worker<'a> {
-    reader: &'a DiskReader,
-    disk: &'a Disk,
+    source: Source<'a>,
     target: &'a OpenTarget,
     tools: Tools,
     buffer: Buffer,
@@ -123,7 +147,7 @@ impl Worker<'_> {
     fn copy(&mut self, from: u64, to: u64) -> Result<(), RestoreError> {
         let length = usize::try_from(to - from).unwrap_or(0);
         let bytes = self.buffer.take(length);
-        self.reader.read(self.disk, from, bytes, Wait::May, &mut self.tools).map_err(of_disk(self.disk))?;
+        self.source.read(from, bytes, &mut self.tools)?;
         match self.target.needs_zeros() {
             true => self.target.write(from, bytes)?,
             false => write_sparse(self.target, from, bytes)?,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! point → which disks → targets, all checked before anything is written   (plan)
-//!       → stretches of data, taken by all cores → bytes → write at        (copy)
+//!       → stretches of data, several at a time → bytes → write at         (copy)
 //!       → files that stay sparse, or block devices                        (target)
 //! ```
 //!

@@ -2,16 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
-use reseal_format::manifest::{Disk, Manifest};
+use reseal_format::manifest::Manifest;
 use reseal_format::names::DiskName;
 
 use super::RestoreError;
 use super::target::Target;
+use crate::disks::DiskOf;
 use crate::files::disk_file;
 
 /// A disk and where it goes.
 pub struct PlannedDisk<'a> {
-    pub disk: &'a Disk,
+    pub disk: DiskOf<'a>,
     pub path: PathBuf,
     pub(super) target: Target,
 }
@@ -30,8 +31,8 @@ impl<'a> Plan<'a> {
         force: bool,
     ) -> Result<Plan<'a>, RestoreError> {
         let point = || format!("{}@{}", manifest.vm, manifest.number);
-        let disks: Vec<&Disk> =
-            manifest.disks.iter().filter(|disk| only.is_none_or(|only| disk.name == *only)).collect();
+        let disks: Vec<DiskOf<'_>> =
+            DiskOf::all(manifest).filter(|disk| only.is_none_or(|only| disk.disk().name == *only)).collect();
         if let (true, Some(only)) = (disks.is_empty(), only) {
             let has = manifest.disks.iter().map(|disk| disk.name.to_string()).collect();
             return Err(RestoreError::NoDisk { point: point(), disk: only.clone(), has });
@@ -46,8 +47,8 @@ impl<'a> Plan<'a> {
             std::fs::create_dir_all(out).map_err(failed)?;
         }
         let planned = disks.into_iter().map(|disk| {
-            let path = if into_folder { out.join(disk_file(disk)) } else { out.to_owned() };
-            let target = Target::check(&path, disk.length, force)?;
+            let path = if into_folder { out.join(disk_file(disk.disk())) } else { out.to_owned() };
+            let target = Target::check(&path, disk.disk().length, force)?;
             Ok(PlannedDisk { disk, path, target })
         });
         Ok(Plan { disks: planned.collect::<Result<_, _>>()? })
@@ -55,6 +56,6 @@ impl<'a> Plan<'a> {
 
     /// Bytes that will be read and written.
     pub fn bytes(&self) -> u64 {
-        self.disks.iter().map(|planned| planned.disk.used_clusters * reseal_format::geometry::CLUSTER_U64).sum()
+        self.disks.iter().map(|planned| planned.disk.disk().used_clusters * reseal_format::geometry::CLUSTER_U64).sum()
     }
 }
