@@ -29,11 +29,33 @@ pub struct TlsFiles {
     pub key: Option<PathBuf>,
 }
 
+/// An export behind a server that speaks TLS from the first byte on, and NBD inside.
+#[derive(Clone)]
+pub struct TlsFirst {
+    /// HOST:PORT
+    pub address: String,
+    /// The name that the server's certificate must have.
+    pub server: ServerName<'static>,
+    /// Whom to trust, who we are, and what must be agreed on (ALPN).
+    pub config: Arc<ClientConfig>,
+    pub export: String,
+}
+
+/// When a connection begins to speak TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Starts {
+    /// At once.
+    First,
+    /// When the server was asked, in the clear, whether it can.
+    Asked,
+}
+
 /// What a TLS session is made from.
 #[derive(Clone)]
 pub(crate) struct Tls {
     pub(crate) config: Arc<ClientConfig>,
     pub(crate) server: ServerName<'static>,
+    pub(crate) starts: Starts,
     /// Whether a server can ask who we are.
     pub(crate) has_certificate: bool,
 }
@@ -64,7 +86,7 @@ impl Tls {
             (None, None) => (config.with_no_client_auth(), false),
             _ => return Err(NbdError::Usage("--tls-cert and --tls-key belong together".into())),
         };
-        Ok(Some(Tls { config: Arc::new(config), server, has_certificate }))
+        Ok(Some(Tls { config: Arc::new(config), server, starts: Starts::Asked, has_certificate }))
     }
 }
 
