@@ -165,7 +165,10 @@ impl ServerHandshake {
         Ok(match (purpose, found) {
             (Purpose::ExportName, Ok(facts)) => self.by_export_name(&facts),
             (Purpose::ExportName, Err(_)) => self.end(),
-            (Purpose::Info(request), Ok(facts)) => Step::Send(infos(OptionKind::Info, &request, facts)),
+            (Purpose::Info(request), Ok(facts)) => {
+                let flags = self.flags_of(&facts);
+                Step::Send(infos(OptionKind::Info, &request, Facts { flags, ..facts }))
+            }
             (Purpose::Go(request), Ok(facts)) => self.go(&request, facts),
             (Purpose::ListContexts(query), Ok(_)) => Step::Send(list_contexts(&query)),
             (Purpose::SetContexts(query), Ok(_)) => Step::Send(self.set_contexts(query)),
@@ -317,7 +320,7 @@ impl ServerHandshake {
         self.agree(false);
         let mut out = Vec::with_capacity(10 + ZEROES);
         out.extend(facts.size.to_be_bytes());
-        out.extend(facts.flags.0.to_be_bytes());
+        out.extend(self.flags_of(facts).0.to_be_bytes());
         if !self.flags.no_zeroes {
             out.extend([0; ZEROES]);
         }
@@ -327,7 +330,13 @@ impl ServerHandshake {
     fn go(&mut self, request: &InfoRequest, facts: Facts) -> Step {
         let allocation = self.allocation.as_deref() == Some(request.export.as_str());
         self.agree(allocation);
-        Step::Send(infos(OptionKind::Go, request, facts))
+        let flags = self.flags_of(&facts);
+        Step::Send(infos(OptionKind::Go, request, Facts { flags, ..facts }))
+    }
+
+    /// One chunk or several is a question only where there are chunks.
+    fn flags_of(&self, facts: &Facts) -> ExportFlags {
+        if self.structured { facts.flags } else { facts.flags.without(ExportFlags::SEND_DF) }
     }
 
     fn agree(&mut self, allocation: bool) {
