@@ -17,8 +17,12 @@ mod disk;
 mod endpoint;
 mod error;
 mod negotiate;
+mod point_exports;
+mod point_name;
 mod session;
 mod stream;
+mod tls;
+mod vault_disk;
 
 use std::io;
 use std::net::TcpStream;
@@ -31,8 +35,12 @@ use rustls::{ServerConfig, ServerConnection};
 
 pub use disk::{Disk, DiskError, Exports, NotOpened, Owner, Stretch};
 pub use error::ServeError;
+pub use point_exports::{PointExports, Scope};
+pub use point_name::{PointDisk, export_name};
 pub use reseal_proto::nbd::Errno;
 pub use reseal_proto::nbd::serve::Listed;
+pub use tls::ServerTls;
+pub use vault_disk::VaultDisk;
 
 use endpoint::Endpoint;
 use negotiate::negotiate;
