@@ -60,6 +60,8 @@ pub(crate) struct Reins {
     pub pace: Pace,
     /// Messages that may wait.
     pub waiting: usize,
+    /// Answers that may.
+    pub outgoing: usize,
 }
 
 impl Reins {
@@ -160,7 +162,7 @@ pub(crate) fn carry<I: Incoming, S: AsyncRead + AsyncWrite + Send + 'static>(
 ) -> (Inbox<I>, Outbox) {
     let (from, to) = split(stream);
     let (incoming, messages) = mpsc::channel(reins.as_ref().map_or(WAITING, |reins| reins.waiting));
-    let (outbox, outgoing) = mpsc::channel(WAITING);
+    let (outbox, outgoing) = mpsc::channel(reins.as_ref().map_or(WAITING, |reins| reins.outgoing));
     let reader = runtime.spawn(read_all::<I, _>(from, incoming, reins.clone()));
     runtime.spawn(async move {
         // Whoever sends learns it from the channel, and why from the other half.

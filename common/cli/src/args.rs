@@ -18,7 +18,7 @@ pub const DEFAULT_TENANT: &str = "default";
 /// Common arguments.
 #[derive(Debug, Clone, Args)]
 pub struct CommonArgs {
-    /// The vault: a folder; or for `backup`, `run` and `status` the enrolment file of a vault at another site
+    /// The vault: a folder; or, for commands that make or read restore points, the enrolment file of a vault at another site
     #[arg(long, env = "RESEAL_REPO", global = true, value_name = "URL")]
     pub repo: Option<String>,
     /// Whose restore points

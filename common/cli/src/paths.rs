@@ -77,8 +77,8 @@ pub fn open_store(repo: &str) -> Result<Arc<dyn Store>, Failure> {
     }
     if Path::new(repo).is_file() {
         let message = format!(
-            "--repo {repo} is a file; a vault is a folder. An enrolment file is for `reseal backup`, `run` and `status`: the rest is done \
-             where the vault is"
+            "--repo {repo} is a file; a vault is a folder. An enrolment file is for `reseal backup`, `run` and `status`, and with the \
+             role restore for `list`, `show`, `restore` and `mount`: the rest is done where the vault is"
         );
         return Err(Failure::new(Status::Usage, message));
     }

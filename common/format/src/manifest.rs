@@ -4,6 +4,7 @@
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
 
 use crate::FormatError;
 use crate::geometry::{CLUSTER_U64, MAX_DISK};
@@ -225,18 +226,36 @@ impl Manifest {
 
     /// Opens the manifest that stands where number `number` of `vm` should.
     pub fn open(keys: &TenantKeys, vm: &VmName, number: u32, object: &[u8]) -> Result<(Manifest, Digest), FormatError> {
+        let (plain, manifest, digest) = Manifest::open_plain(keys, vm, number, object)?;
+        drop(plain);
+        Ok((manifest, digest))
+    }
+
+    /// The same, and the plaintext, for another site that has no keys.
+    pub fn open_plain(
+        keys: &TenantKeys,
+        vm: &VmName,
+        number: u32,
+        object: &[u8],
+    ) -> Result<(Zeroizing<Vec<u8>>, Manifest, Digest), FormatError> {
         let (header, plain) = open(keys, Kind::Manifest, object)?;
-        let manifest: Manifest = from_json(&plain)?;
-        if manifest.vm != *vm || manifest.number != number {
-            return Err(FormatError::Mismatch("it is another restore point's manifest"));
-        }
+        let (manifest, digest) = Manifest::decode(vm, number, &plain)?;
         let expected =
             Header { epoch: header.epoch, record_generation: header.record_generation, ..manifest.header(keys) };
         if header != expected {
             return Err(FormatError::Mismatch("its header contradicts its content"));
         }
+        Ok((plain, manifest, digest))
+    }
+
+    /// Reads the plaintext of the manifest of number `number` of `vm`, from somebody who has opened it.
+    pub fn decode(vm: &VmName, number: u32, plain: &[u8]) -> Result<(Manifest, Digest), FormatError> {
+        let manifest: Manifest = from_json(plain)?;
+        if manifest.vm != *vm || manifest.number != number {
+            return Err(FormatError::Mismatch("it is another restore point's manifest"));
+        }
         manifest.check()?;
-        Ok((manifest, Digest::of(&plain)))
+        Ok((manifest, Digest::of(plain)))
     }
 
     /// What holds for every manifest: checked before one is written and after one is read.
@@ -297,10 +316,30 @@ impl Tombstone {
 
     /// Opens the tombstone that stands where number `number` of `vm` should.
     pub fn open(keys: &TenantKeys, vm: &VmName, number: u32, object: &[u8]) -> Result<Tombstone, FormatError> {
+        let (plain, tombstone) = Tombstone::open_plain(keys, vm, number, object)?;
+        drop(plain);
+        Ok(tombstone)
+    }
+
+    /// The same, and the plaintext, for another site that has no keys.
+    pub fn open_plain(
+        keys: &TenantKeys,
+        vm: &VmName,
+        number: u32,
+        object: &[u8],
+    ) -> Result<(Zeroizing<Vec<u8>>, Tombstone), FormatError> {
         let (header, plain) = open(keys, Kind::Tombstone, object)?;
-        let tombstone: Tombstone = from_json(&plain)?;
-        let same = (header.number, header.vm, &header.id) == (number, tombstone.vm_id, tombstone.point_id.as_bytes());
-        if !same || tombstone.number != number || tombstone.vm != *vm {
+        let tombstone = Tombstone::decode(vm, number, &plain)?;
+        if (header.number, header.vm, &header.id) != (number, tombstone.vm_id, tombstone.point_id.as_bytes()) {
+            return Err(FormatError::Mismatch("it is another restore point's tombstone"));
+        }
+        Ok((plain, tombstone))
+    }
+
+    /// Reads the plaintext of the tombstone of number `number` of `vm`, from somebody who has opened it.
+    pub fn decode(vm: &VmName, number: u32, plain: &[u8]) -> Result<Tombstone, FormatError> {
+        let tombstone: Tombstone = from_json(plain)?;
+        if tombstone.number != number || tombstone.vm != *vm {
             return Err(FormatError::Mismatch("it is another restore point's tombstone"));
         }
         if !tombstone.created.is_sane() {
@@ -377,6 +416,36 @@ mod tests {
         assert_eq!(Manifest::open(&keys, &web01, 2, &object).unwrap(), (manifest(), digest));
         assert!(Manifest::open(&keys, &web01, 3, &object).is_err());
         assert!(Manifest::open(&keys, &VmName::new("web02").unwrap(), 2, &object).is_err());
+    }
+
+    #[test]
+    fn what_was_opened_elsewhere_is_checked_as_what_is_opened_here() {
+        let keys = keys(1);
+        let (object, digest) = manifest().seal(&keys, [7; 32]).unwrap();
+        let web01 = VmName::new("web01").unwrap();
+        let (plain, _, _) = Manifest::open_plain(&keys, &web01, 2, &object).unwrap();
+        assert_eq!(Manifest::decode(&web01, 2, &plain).unwrap(), (manifest(), digest));
+        let mismatch = |decoded: Result<_, FormatError>| matches!(decoded, Err(FormatError::Mismatch(_)));
+        assert!(mismatch(Manifest::decode(&web01, 3, &plain)));
+        assert!(mismatch(Manifest::decode(&VmName::new("web02").unwrap(), 2, &plain)));
+        let mut wrong = manifest();
+        wrong.disks[0].used_clusters = u64::MAX;
+        assert!(matches!(Manifest::decode(&web01, 2, &to_json(&wrong)), Err(FormatError::Malformed(_))));
+        assert!(Manifest::decode(&web01, 2, &plain[..plain.len() - 1]).is_err());
+        let tombstone = Tombstone {
+            vm: web01.clone(),
+            vm_id: VmId::from_bytes([1; 16]),
+            number: 2,
+            point_id: PointId::from_bytes([2; 16]),
+            digest,
+            parent: None,
+            reason: "old".into(),
+            created: Timestamp(1),
+        };
+        let object = tombstone.seal(&keys, [9; 32]).unwrap();
+        let (plain, opened) = Tombstone::open_plain(&keys, &web01, 2, &object).unwrap();
+        assert_eq!((Tombstone::decode(&web01, 2, &plain).unwrap(), opened), (tombstone.clone(), tombstone));
+        assert!(Tombstone::decode(&web01, 1, &plain).is_err());
     }
 
     #[test]

@@ -8,15 +8,17 @@ use reseal_proto::nbd::{BASE_ALLOCATION, BlockSize, Command, CommandFlags, DIRTY
 
 use crate::patience::Patience;
 use crate::socket::Socket;
-use crate::tls::Tls;
+use crate::tls::{Starts, Tls};
+use crate::uri::{Place, host_and_port};
 use crate::wire::{Wire, WireError};
-use crate::{NbdError, NbdUri};
+use crate::{NbdError, NbdUri, TlsFirst};
 
 /// What each connection to an export is made from.
 #[derive(Clone)]
 pub(crate) struct Target {
-    pub(crate) uri: NbdUri,
-    /// The URI as shown to people.
+    place: Place,
+    export: String,
+    /// The URI as shown to people, or what stands for it.
     pub(crate) name: Arc<str>,
     pub(crate) tls: Option<Tls>,
     /// Name of the context that tells what changed.
@@ -45,7 +47,21 @@ pub(crate) struct Facts {
 impl Target {
     pub(crate) fn new(uri: &NbdUri, tls: Option<Tls>, bitmap: Option<&str>) -> Target {
         let bitmap = bitmap.map(|name| format!("{DIRTY_BITMAP}{name}"));
-        Target { uri: uri.clone(), name: uri.to_string().into(), tls, bitmap }
+        let (place, export) = (uri.place.clone(), uri.export.clone());
+        Target { place, export, name: uri.to_string().into(), tls, bitmap }
+    }
+
+    /// One where TLS comes first.
+    pub(crate) fn tls_first(first: &TlsFirst) -> Result<Target, NbdError> {
+        let TlsFirst { address, server, config, export } = first.clone();
+        let place = host_and_port(&address).map_err(|wrong| NbdError::Usage(format!("{address}: {wrong}")))?;
+        let name = format!("{export} at {address}").into();
+        let tls = Tls { config, server, starts: Starts::First, has_certificate: true };
+        Ok(Target { place, export, name, tls: Some(tls), bitmap: None })
+    }
+
+    fn starts(&self) -> Option<Starts> {
+        self.tls.as_ref().map(|tls| tls.starts)
     }
 
     pub(crate) fn unreachable(&self, reason: impl Into<String>) -> NbdError {
@@ -76,10 +92,16 @@ impl Target {
     /// Connects and opens the export. All of it must be done within `timeout`, for a handshake is short.
     pub(crate) fn connect(&self, timeout: Duration, stop: &dyn Fn() -> bool) -> Result<Connection, NbdError> {
         let began = Instant::now();
-        let socket = Socket::connect(&self.uri.place, timeout).map_err(|e| self.unreachable(e.to_string()))?;
+        let socket = Socket::connect(&self.place, timeout).map_err(|e| self.unreachable(e.to_string()))?;
         let left = timeout.saturating_sub(began.elapsed());
         let mut patience = Patience::new(left, stop);
         let mut wire = Wire::new(socket);
+        if let Some(tls) = self.tls.as_ref().filter(|tls| tls.starts == Starts::First) {
+            wire = wire.start_tls(tls, &mut patience).map_err(|e| self.wire_error(e))?;
+            if !tls.config.alpn_protocols.is_empty() && !wire.has_agreed() {
+                return Err(self.protocol("it did not say that it speaks this protocol inside TLS"));
+            }
+        }
         let mut handshake = ClientHandshake::new(self.wanted());
         let mut input = Vec::new();
         loop {
@@ -106,7 +128,7 @@ impl Target {
     fn wanted(&self) -> Wanted {
         let mut contexts = vec![(BASE_ALLOCATION.to_owned(), false)];
         contexts.extend(self.bitmap.iter().map(|name| (name.clone(), true)));
-        Wanted { export: self.uri.export.clone(), tls: self.tls.is_some(), contexts }
+        Wanted { export: self.export.clone(), tls: self.starts() == Some(Starts::Asked), contexts }
     }
 
     fn opened(&self, wire: Wire, opened: &Opened) -> Result<Connection, NbdError> {

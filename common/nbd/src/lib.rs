@@ -21,6 +21,7 @@ mod extents;
 mod flight;
 mod patience;
 mod pump;
+pub mod server;
 mod socket;
 mod taker;
 mod tls;
@@ -38,7 +39,7 @@ pub use error::NbdError;
 pub use extents::Extent;
 pub use reseal_proto::nbd::handshake::Refusal;
 pub use taker::Taker;
-pub use tls::TlsFiles;
+pub use tls::{TlsFiles, TlsFirst};
 pub use uri::{NbdUri, is_uri};
 
 use connection::{Connection, Facts, Target};
@@ -144,7 +145,15 @@ impl Export {
     /// must be there.
     pub fn open(uri: &NbdUri, options: &Options, bitmap: Option<&str>) -> Result<Export, NbdError> {
         let tls = Tls::of(uri, &options.tls)?;
-        let target = Target::new(uri, tls, bitmap);
+        Export::open_target(Target::new(uri, tls, bitmap), options)
+    }
+
+    /// The same where TLS comes first; the files for TLS of the options are not used.
+    pub fn open_tls(first: &TlsFirst, options: &Options) -> Result<Export, NbdError> {
+        Export::open_target(Target::tls_first(first)?, options)
+    }
+
+    fn open_target(target: Target, options: &Options) -> Result<Export, NbdError> {
         let first = target.connect(options.timeout, &|| false)?;
         let facts = first.facts;
         Ok(Export {

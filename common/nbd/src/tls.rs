@@ -29,11 +29,33 @@ pub struct TlsFiles {
     pub key: Option<PathBuf>,
 }
 
+/// An export behind a server that speaks TLS from the first byte on, and NBD inside.
+#[derive(Clone)]
+pub struct TlsFirst {
+    /// HOST:PORT
+    pub address: String,
+    /// The name that the server's certificate must have.
+    pub server: ServerName<'static>,
+    /// Whom to trust, who we are, and what must be agreed on (ALPN).
+    pub config: Arc<ClientConfig>,
+    pub export: String,
+}
+
+/// When a connection begins to speak TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Starts {
+    /// At once.
+    First,
+    /// When the server was asked, in the clear, whether it can.
+    Asked,
+}
+
 /// What a TLS session is made from.
 #[derive(Clone)]
 pub(crate) struct Tls {
     pub(crate) config: Arc<ClientConfig>,
     pub(crate) server: ServerName<'static>,
+    pub(crate) starts: Starts,
     /// Whether a server can ask who we are.
     pub(crate) has_certificate: bool,
 }
@@ -60,15 +82,18 @@ impl Tls {
             .map_err(unusable)?
             .with_root_certificates(authorities(ca)?);
         let (config, has_certificate) = match (&files.cert, &files.key) {
-            (Some(cert), Some(key)) => (config.with_client_cert_resolver(identity(cert, key)?), true),
+            (Some(cert), Some(key)) => {
+                let identity: Arc<dyn ResolvesClientCert> = Arc::new(SingleCertAndKey::from(certified(cert, key)?));
+                (config.with_client_cert_resolver(identity), true)
+            }
             (None, None) => (config.with_no_client_auth(), false),
             _ => return Err(NbdError::Usage("--tls-cert and --tls-key belong together".into())),
         };
-        Ok(Some(Tls { config: Arc::new(config), server, has_certificate }))
+        Ok(Some(Tls { config: Arc::new(config), server, starts: Starts::Asked, has_certificate }))
     }
 }
 
-fn authorities(path: &Path) -> Result<RootCertStore, NbdError> {
+pub(crate) fn authorities(path: &Path) -> Result<RootCertStore, NbdError> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(path)? {
         let added = roots.add(certificate);
@@ -77,7 +102,8 @@ fn authorities(path: &Path) -> Result<RootCertStore, NbdError> {
     Ok(roots)
 }
 
-fn identity(cert: &Path, key: &Path) -> Result<Arc<dyn ResolvesClientCert>, NbdError> {
+/// A certificate and the private key that belongs to it.
+pub(crate) fn certified(cert: &Path, key: &Path) -> Result<CertifiedKey, NbdError> {
     let chain = certificates(cert)?;
     let text = read(key)?;
     let parsed = PrivateKeyDer::from_pem_slice(&text);
@@ -90,7 +116,7 @@ fn identity(cert: &Path, key: &Path) -> Result<Arc<dyn ResolvesClientCert>, NbdE
     certified
         .keys_match()
         .map_err(|_| NbdError::Usage(format!("{} is not the private key of {}", key.display(), cert.display())))?;
-    Ok(Arc::new(SingleCertAndKey::from(certified)))
+    Ok(certified)
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, NbdError> {

@@ -149,7 +149,8 @@ fn parameters(query: &str) -> Result<Parameters, String> {
     Ok(known)
 }
 
-fn host_and_port(authority: &str) -> Result<Place, String> {
+/// HOST, HOST:PORT or \[IPV6\]:PORT.
+pub(crate) fn host_and_port(authority: &str) -> Result<Place, String> {
     if authority.contains('@') {
         return Err("user names are not supported".into());
     }

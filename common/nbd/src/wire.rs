@@ -77,6 +77,11 @@ impl Wire {
         Ok(Wire::Tls(session))
     }
 
+    /// Whether both sides have agreed, inside TLS, on what they speak.
+    pub(crate) fn has_agreed(&self) -> bool {
+        matches!(self, Wire::Tls(session) if session.tls.alpn_protocol().is_some())
+    }
+
     /// Fills `buf`.
     pub(crate) fn read_exact(&mut self, buf: &mut [u8], patience: &mut Patience<'_>) -> Result<(), WireError> {
         self.fill(buf, |_| {}, patience)

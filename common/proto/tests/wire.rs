@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests end where they meet what they did not expect
 
-use proptest::collection::vec;
+use proptest::collection::{btree_map, btree_set, vec};
 use proptest::option;
 use proptest::prelude::*;
 use reseal_proto::wire::*;
@@ -82,6 +82,9 @@ fn source_messages() -> impl Strategy<Value = FromSource> {
         Just(FromSource::Alive),
         trouble().prop_map(FromSource::Trouble),
         vec(any::<u8>(), 0..300).prop_map(|request| FromSource::Renew(Renew { request })),
+        option::of(line()).prop_map(|after| FromSource::ListVms(ListVms { after })),
+        (line(), any::<u32>()).prop_map(|(vm, after)| FromSource::ListPoints(ListPoints { vm, after })),
+        (line(), any::<u32>()).prop_map(|(vm, number)| FromSource::Show(Show { vm, number })),
     ]
 }
 
@@ -104,6 +107,20 @@ fn target_messages() -> impl Strategy<Value = FromTarget> {
         (any::<u32>(), areas).prop_map(|(number, always)| Start::Since { number, always }),
     ];
     let committed = (any::<u32>(), any::<[u8; 16]>(), any::<u64>(), vec(line(), 0..4));
+    let vms = (btree_set(line(), 0..5), any::<bool>()).prop_map(|(names, more)| {
+        let names: Vec<_> = names.into_iter().collect();
+        Vms { more: more && !names.is_empty(), names }
+    });
+    let state = prop_oneof![Just(PointState::Live), Just(PointState::Forgotten), Just(PointState::Missing)];
+    let points = (btree_map(1u32.., state, 0..9), any::<bool>()).prop_map(|(numbers, more)| {
+        let numbers: Vec<_> = numbers.into_iter().collect();
+        Points { more: more && !numbers.is_empty(), numbers }
+    });
+    let shown = prop_oneof![
+        trouble().prop_map(Shown::Refused),
+        vec(any::<u8>(), 0..300).prop_map(|bytes| Shown::Manifest(Plaintext(bytes))),
+        vec(any::<u8>(), 0..300).prop_map(|bytes| Shown::Tombstone(Plaintext(bytes))),
+    ];
     prop_oneof![
         (line(), any::<u64>(), 1u16..).prop_map(|(software, time, window)| {
             FromTarget::Welcome(Welcome { version: VERSION, software, time, window })
@@ -122,6 +139,9 @@ fn target_messages() -> impl Strategy<Value = FromTarget> {
         line().prop_map(|why| FromTarget::Renewed(Renewed::Refused(why))),
         vec(any::<u8>(), 0..300).prop_map(|certificate| FromTarget::Renewed(Renewed::Issued(certificate))),
         Just(FromTarget::Renewed(Renewed::Elsewhere)),
+        vms.prop_map(FromTarget::Vms),
+        points.prop_map(FromTarget::Points),
+        shown.prop_map(FromTarget::Shown),
     ]
 }
 
@@ -202,7 +222,7 @@ fn no_kind_of_message_claims_more_than_its_limit() {
             }
         }
     }
-    assert_eq!(known, 22);
+    assert_eq!(known, 28);
     assert!(Header::decode(Side::Source, [1, 0, 1, 0, 0, 0, 0, 0]).is_err(), "reserved bytes are zero");
 }
 
@@ -238,6 +258,54 @@ fn the_largest_messages_fit_their_limits() {
     let always = (0..MAX_AREAS as u64).map(|n| n * 10..n * 10 + 1).collect();
     let ready = FromTarget::DiskReady(DiskReady { start: Start::Since { number: 1, always } });
     assert_eq!(from_target(&ready.encode()), Some(Ok(ready)));
+    let list = FromSource::ListVms(ListVms { after: Some("v".repeat(MAX_NAME)) });
+    assert_eq!(from_source(&list.encode()), Some(Ok(list)));
+    let show = FromSource::Show(Show { vm: "v".repeat(MAX_NAME), number: u32::MAX });
+    assert_eq!(from_source(&show.encode()), Some(Ok(show)));
+    let names = (0..MAX_LISTED_VMS).map(|nth| format!("{nth:0MAX_NAME$}")).collect();
+    let vms = FromTarget::Vms(Vms { names, more: true });
+    assert_eq!(from_target(&vms.encode()), Some(Ok(vms)));
+    let numbers = (1..=u32::try_from(MAX_LISTED_POINTS).unwrap()).map(|number| (number, PointState::Live)).collect();
+    let points = FromTarget::Points(Points { numbers, more: true });
+    assert_eq!(from_target(&points.encode()), Some(Ok(points)));
+    let shown = FromTarget::Shown(Shown::Manifest(Plaintext(vec![7; MAX_SHOWN])));
+    assert_eq!(from_target(&shown.encode()), Some(Ok(shown)));
+}
+
+#[test]
+fn lists_of_what_there_is_are_in_order_and_a_page_before_another_is_not_empty() {
+    let number = |number: u32| (number, PointState::Live);
+    let points = |numbers: Vec<_>, more| from_target(&FromTarget::Points(Points { numbers, more }).encode()).unwrap();
+    let vms = |names: &[&str], more| {
+        let names = names.iter().map(|name| (*name).to_owned()).collect();
+        from_target(&FromTarget::Vms(Vms { names, more }).encode()).unwrap()
+    };
+    assert!(points(vec![number(1), number(2)], true).is_ok() && vms(&["a", "b"], true).is_ok());
+    assert!(points(vec![number(2), number(1)], false).is_err(), "descending");
+    assert!(points(vec![number(2), number(2)], false).is_err(), "twice");
+    assert!(points(vec![number(0)], false).is_err(), "there is no number 0");
+    assert!(points(vec![], false).is_ok() && points(vec![], true).is_err());
+    assert!(vms(&["b", "a"], false).is_err() && vms(&["a", "a"], false).is_err());
+    assert!(vms(&[], false).is_ok() && vms(&[], true).is_err());
+    let with = |message: FromTarget, at: usize, value: u8| {
+        let mut bytes = message.encode();
+        let at = if at < bytes.len() { HEADER_LENGTH + at } else { bytes.len() - 1 };
+        bytes[at] = value;
+        from_target(&bytes).unwrap()
+    };
+    let page = FromTarget::Points(Points { numbers: vec![number(1)], more: false });
+    assert!(with(page.clone(), 8, 3).is_err(), "an unknown state");
+    assert!(with(page, usize::MAX, 2).is_err(), "neither more nor not");
+    assert!(
+        with(FromTarget::Shown(Shown::Manifest(Plaintext(vec![]))), 0, 3).is_err(),
+        "neither manifest nor tombstone"
+    );
+}
+
+#[test]
+fn what_is_shown_is_never_printed() {
+    let shown = FromTarget::Shown(Shown::Manifest(Plaintext(b"secret".to_vec())));
+    assert_eq!(format!("{shown:?}"), "Shown(Manifest(Plaintext(6 bytes)))");
 }
 
 #[test]
@@ -273,7 +341,7 @@ fn offers_are_checked_against_themselves() {
 /// Bytes of messages as they stand in `docs/PROTOCOL.md`. If this fails, bump the version.
 #[test]
 fn the_bytes_stay_what_they_are() {
-    let golden: [(Vec<u8>, &str); 12] = [
+    let golden: [(Vec<u8>, &str); 21] = [
         (
             FromSource::Hello(Hello { version: 1, software: "r".into() }).encode(),
             "01000000 0000000f 52534c5749524500 0001 00000001 72",
@@ -318,6 +386,31 @@ fn the_bytes_stay_what_they_are() {
         (FromTarget::Renewed(Renewed::Refused("w".into())).encode(), "a0000000 00000006 00 00000001 77"),
         (FromTarget::Renewed(Renewed::Issued(vec![0x30, 0])).encode(), "a0000000 00000007 01 00000002 3000"),
         (FromTarget::Renewed(Renewed::Elsewhere).encode(), "a0000000 00000001 02"),
+        (FromSource::ListVms(ListVms { after: None }).encode(), "30000000 00000001 00"),
+        (FromSource::ListVms(ListVms { after: Some("a".into()) }).encode(), "30000000 00000006 01 00000001 61"),
+        (
+            FromSource::ListPoints(ListPoints { vm: "a".into(), after: 7 }).encode(),
+            "31000000 00000009 00000001 61 00000007",
+        ),
+        (FromSource::Show(Show { vm: "a".into(), number: 7 }).encode(), "32000000 00000009 00000001 61 00000007"),
+        (
+            FromTarget::Vms(Vms { names: vec!["a".into(), "b".into()], more: true }).encode(),
+            "b0000000 0000000f 00000002 00000001 61 00000001 62 01",
+        ),
+        (
+            FromTarget::Points(Points {
+                numbers: vec![(1, PointState::Live), (2, PointState::Forgotten), (3, PointState::Missing)],
+                more: false,
+            })
+            .encode(),
+            "b1000000 00000014 00000003 00000001 00 00000002 01 00000003 02 00",
+        ),
+        (
+            FromTarget::Shown(Shown::Refused(Trouble { code: TroubleCode::Unknown, message: "n".into() })).encode(),
+            "b2000000 00000008 00 0007 00000001 6e",
+        ),
+        (FromTarget::Shown(Shown::Manifest(Plaintext(b"{}".to_vec()))).encode(), "b2000000 00000007 01 00000002 7b7d"),
+        (FromTarget::Shown(Shown::Tombstone(Plaintext(b"{}".to_vec()))).encode(), "b2000000 00000007 02 00000002 7b7d"),
     ];
     for (bytes, expected) in golden {
         let found: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();

@@ -21,6 +21,6 @@ mod renewal;
 pub use enrolment::Enrolment;
 pub use error::RemoteError;
 pub use line::{Line, greet};
-pub use reader::SiteReader;
+pub use reader::{Say, SiteReader};
 pub use reading::{Reading, enrolment};
 pub use renewal::renew;

@@ -25,7 +25,9 @@ impl Reading {
             Some(enrolment) => {
                 let folder = enrolment.folder(&common.paths()?.state);
                 let heads = Heads::at(folder, common.accept_rollback);
-                Ok(Reading::There(Arc::new(SiteReader::new(enrolment)), heads))
+                let output = common.output();
+                let reader = SiteReader::telling(enrolment, Box::new(move |what| output.warn(what)));
+                Ok(Reading::There(Arc::new(reader), heads))
             }
         }
     }
@@ -35,6 +37,14 @@ impl Reading {
         match self {
             Reading::Here(opened) => opened.tenant.clone(),
             Reading::There(reader, _) => reader.clone(),
+        }
+    }
+
+    /// The generation of the tenant record that its keys came from; 0 where another site has the keys.
+    pub fn record_generation(&self) -> u64 {
+        match self {
+            Reading::Here(opened) => opened.tenant.record_generation(),
+            Reading::There(..) => 0,
         }
     }
 

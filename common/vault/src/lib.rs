@@ -46,7 +46,7 @@ pub use holdings::{Holdings, VmHoldings, tenants};
 pub use leases::{Held, Holder, holders};
 pub use pack_writer::{FinishingPack, PackWriter};
 pub use packs::{PackFile, PackHandle, Packs, Wait, Window};
-pub use points::{Chain, Point, PointSpec, Points, State, Which};
+pub use points::{Chain, Point, PointSpec, Points, Shown, State, Which};
 pub use quota::Quota;
 pub use record::Record;
 pub use rekey::Rewrapped;

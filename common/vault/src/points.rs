@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 
 use reseal_format::geometry::MAX_DISK;
 use reseal_format::ids::{Digest, NoteId};
-use reseal_format::layout::{self, PointFile, parse_point_file};
+use reseal_format::layout::{self, MAX_NUMBER, PointFile, parse_point_file};
 use reseal_format::manifest::{Manifest, Note, Parent, Tombstone};
 use reseal_format::names::VmName;
 use reseal_format::time::Timestamp;
 use reseal_format::vaultfile::MAX_VAULT_FILE;
 use reseal_store::StoreError;
+use zeroize::Zeroizing;
 
 use crate::tenant::random;
 use crate::{Tenant, VaultError};
@@ -55,6 +56,24 @@ impl Chain {
         Chain(states)
     }
 
+    /// The chain of numbers as [`Chain::numbers`] yields them; `None` if no chain does.
+    pub fn of_numbers(numbers: impl IntoIterator<Item = (u32, State)>) -> Option<Chain> {
+        let mut states = BTreeMap::new();
+        let mut before = (0u32, State::Live);
+        for (number, state) in numbers {
+            let follows = before.0.checked_add(1) == Some(number);
+            // Only a gap is told by its ends.
+            let ends = number > before.0 && (before.1, state) == (State::Missing, State::Missing);
+            if !(follows || ends) || number > MAX_NUMBER {
+                return None;
+            }
+            states.insert(number, state);
+            before = (number, state);
+        }
+        // A gap is there because something comes after it.
+        (before.1 != State::Missing).then_some(Chain(states))
+    }
+
     /// Every number with its state; of a gap only the first and the last number.
     pub fn numbers(&self) -> impl DoubleEndedIterator<Item = (u32, State)> + '_ {
         self.0.iter().map(|(&number, &state)| (number, state))
@@ -83,6 +102,12 @@ pub struct Point {
     pub manifest: Manifest,
     /// Digest of the manifest's plaintext.
     pub digest: Digest,
+}
+
+/// The plaintext of what was sealed about a point.
+pub enum Shown {
+    Manifest(Zeroizing<Vec<u8>>),
+    Tombstone(Zeroizing<Vec<u8>>),
 }
 
 /// How a user names a restore point: `VM@latest`, `VM@NUMBER` or `VM@TIME`.
@@ -127,6 +152,17 @@ pub trait Points: Send + Sync {
 
     /// Opens a tombstone.
     fn tombstone(&self, vm: &VmName, number: u32) -> Result<Tombstone, VaultError>;
+
+    /// Opens several points of a VM, each with its own result, in their order. Where each answer takes its time, they are asked
+    /// for together.
+    fn points(&self, vm: &VmName, numbers: &[u32]) -> Vec<Result<Point, VaultError>> {
+        numbers.iter().map(|&number| self.point(vm, number)).collect()
+    }
+
+    /// The same of tombstones.
+    fn tombstones(&self, vm: &VmName, numbers: &[u32]) -> Vec<Result<Tombstone, VaultError>> {
+        numbers.iter().map(|&number| self.tombstone(vm, number)).collect()
+    }
 
     /// Opens the point that a user named.
     fn resolve(&self, spec: &PointSpec) -> Result<Point, VaultError> {
@@ -261,6 +297,31 @@ impl Tenant {
         self.open_sealed(&key, |keys, object| Tombstone::open(keys, vm, number, object))
     }
 
+    /// What was sealed about a point, opened and checked, for another site that has no keys. A tombstone counts even where the
+    /// manifest is still there.
+    pub fn shown(&self, vm: &VmName, number: u32) -> Result<Shown, VaultError> {
+        let not_found = |e: &VaultError| matches!(e, VaultError::Store(StoreError::NotFound(_)));
+        let tombstone = || {
+            let key = layout::tombstone(&self.name, vm, number);
+            let plain = |keys: &_, object: &_| Ok(Tombstone::open_plain(keys, vm, number, object)?.0);
+            self.open_sealed(&key, plain).map(Shown::Tombstone)
+        };
+        match tombstone() {
+            Err(e) if not_found(&e) => {}
+            shown => return shown,
+        }
+        let key = layout::manifest(&self.name, vm, number);
+        let plain = |keys: &_, object: &_| Ok(Manifest::open_plain(keys, vm, number, object)?.0);
+        match self.open_sealed(&key, plain) {
+            // It may have been forgotten meanwhile.
+            Err(e) if not_found(&e) => tombstone().map_err(|e| match not_found(&e) {
+                true => VaultError::NoPoint { vm: vm.clone(), point: format!("{vm}@{number}") },
+                false => e,
+            }),
+            opened => opened.map(Shown::Manifest),
+        }
+    }
+
     /// Opens a note.
     pub fn note(&self, vm: &VmName, number: u32, id: NoteId) -> Result<Note, VaultError> {
         let key = layout::note(&self.name, vm, number, id);
@@ -313,6 +374,32 @@ mod tests {
         assert_eq!([0, 1, 2, 3, 4, 5, 6].map(|n| chain.is_gap(n)), [false, false, false, true, true, false, false]);
         let hostile = Chain::from_names(["99999999.manifest"].into_iter());
         assert_eq!(hostile.numbers().count(), 3, "a huge gap takes no memory");
+    }
+
+    #[test]
+    fn a_chain_is_made_again_of_its_numbers_and_of_no_others() {
+        for names in
+            [&[][..], &["00000001.manifest"], &["00000002.forgotten", "00000007.manifest", "00000008.manifest"]]
+        {
+            let chain = Chain::from_names(names.iter().copied());
+            assert_eq!(Chain::of_numbers(chain.numbers()), Some(chain));
+        }
+        let (live, missing) = (State::Live, State::Missing);
+        for wrong in [
+            vec![(0, live)],
+            vec![(2, live)],
+            vec![(1, live), (1, live)],
+            vec![(1, live), (3, live)],
+            vec![(1, live), (2, missing)],
+            vec![(1, live), (2, missing), (4, live)],
+            vec![(1, missing), (5, live)],
+            vec![(1, missing), (MAX_NUMBER, missing), (MAX_NUMBER + 1, live)],
+            vec![(3, live), (2, live), (1, live)],
+        ] {
+            assert_eq!(Chain::of_numbers(wrong.clone()), None, "{wrong:?}");
+        }
+        let gap = Chain::of_numbers([(1, missing), (9, missing), (10, live)]).unwrap();
+        assert!(gap.is_gap(5) && gap.last() == 10);
     }
 
     #[test]

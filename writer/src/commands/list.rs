@@ -3,9 +3,13 @@
 use reseal_cli::{CommonArgs, Failure, Status, human_bytes};
 use reseal_format::manifest::Disk;
 use reseal_format::names::VmName;
-use reseal_vault::{State, VaultError};
+use reseal_site::Reading;
+use reseal_vault::{Class, Point, Points, State, VaultError};
 
 use super::{PointJson, point_name};
+
+/// Points that are asked for together: where each answer takes its time, many are under way.
+const TOGETHER: usize = 64;
 
 /// Arguments of `list`.
 #[derive(clap::Args)]
@@ -16,13 +20,13 @@ pub(crate) struct Args {
 
 pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     let output = common.output();
-    let opened = common.open()?;
-    let tenant = &opened.tenant;
+    let reading = Reading::open(common)?;
+    let (points, heads) = (reading.points(), reading.heads());
     let vms = match &args.vm {
         Some(vm) => vec![VmName::new(vm).map_err(|e| Failure::of(Status::Usage, &e))?],
         None => {
-            let mut vms = tenant.vms()?;
-            vms.extend(opened.heads.known_vms()?);
+            let mut vms = points.vms()?;
+            vms.extend(heads.known_vms()?);
             vms.sort();
             vms.dedup();
             vms
@@ -38,7 +42,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     let mut shown = 0;
     let header = format!("{:<24} {:<24} {:>10} {:>10} {:>10}", "POINT", "TIME", "SIZE", "USED", "ADDED");
     for vm in vms {
-        let (chain, rollback) = opened.heads.chain(&**tenant, &vm)?;
+        let (chain, rollback) = heads.chain(&*points, &vm)?;
         if chain.last() == 0 && args.vm.is_some() && rollback.is_none() {
             return Err(VaultError::NoVm { vm }.into());
         }
@@ -46,25 +50,17 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
             damage(e.into());
         }
         let mut authenticated = 0;
-        for (number, state) in chain.numbers() {
-            match state {
-                State::Forgotten => {
-                    match tenant.tombstone(&vm, number) {
-                        Ok(_) => authenticated = number,
-                        Err(e) => damage(e.into()),
-                    }
-                    continue;
-                }
-                State::Missing => {
-                    let message = format!("{vm}@{number} is missing: it was removed without `reseal forget`");
-                    damage(Failure::new(Status::Damaged, message));
-                    continue;
-                }
-                State::Live => {}
-            }
+        let numbers: Vec<_> = chain.numbers().collect();
+        for (number, found) in numbers.chunks(TOGETHER).flat_map(|some| together(&*points, &vm, some)) {
             // One damaged point must not hide the others.
-            let point = match tenant.point(&vm, number) {
-                Ok(point) => point,
+            let point = match found {
+                Ok(Found::Live(point)) => point,
+                Ok(Found::Forgotten) => {
+                    authenticated = number;
+                    continue;
+                }
+                // A site that is gone is not asked for each of them.
+                Err(e @ VaultError::Elsewhere { class: Class::Unreachable, .. }) => return Err(e.into()),
                 Err(e) => {
                     damage(e.into());
                     continue;
@@ -87,10 +83,38 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
                 if manifest.warnings.is_empty() { "" } else { "  see `reseal show`" },
             ));
         }
-        opened.heads.remember(tenant.record_generation(), &[(vm, authenticated)])?;
+        heads.remember(reading.record_generation(), &[(vm, authenticated)])?;
     }
     if shown == 0 && damaged.is_none() {
         output.say("no restore points yet; make one with `reseal backup VM DISK`");
     }
     damaged.map_or(Ok(()), Err)
+}
+
+/// What stands at a number.
+enum Found {
+    Live(Box<Point>),
+    Forgotten,
+}
+
+/// Opens what stands at these numbers of a chain.
+fn together(points: &dyn Points, vm: &VmName, numbers: &[(u32, State)]) -> Vec<(u32, Result<Found, VaultError>)> {
+    let of = |wanted: State| -> Vec<u32> {
+        numbers.iter().filter(|(_, state)| *state == wanted).map(|(number, _)| *number).collect()
+    };
+    let mut live = points.points(vm, &of(State::Live)).into_iter();
+    let mut forgotten = points.tombstones(vm, &of(State::Forgotten)).into_iter();
+    let missing = |number: u32| VaultError::Missing {
+        object: format!("{vm}@{number}"),
+        why: "it was removed without `reseal forget`",
+    };
+    let open = |&(number, state): &(u32, State)| {
+        let next = match state {
+            State::Live => live.next().map(|point| point.map(|point| Found::Live(Box::new(point)))),
+            State::Forgotten => forgotten.next().map(|tombstone| tombstone.map(|_| Found::Forgotten)),
+            State::Missing => None,
+        };
+        (number, next.unwrap_or_else(|| Err(missing(number))))
+    };
+    numbers.iter().map(open).collect()
 }

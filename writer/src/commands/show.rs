@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use reseal_cli::{CommonArgs, Failure, human_bytes, human_duration};
-use reseal_vault::{PointSpec, Points};
+use reseal_site::Reading;
+use reseal_vault::PointSpec;
 
 use super::{PointJson, point_name};
 
@@ -17,9 +18,10 @@ pub(crate) struct Args {
 pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     let output = common.output();
     let spec = PointSpec::parse(&args.point)?;
-    let opened = common.open()?;
-    opened.chain(&spec.vm)?;
-    let point = opened.tenant.resolve(&spec)?;
+    let reading = Reading::open(common)?;
+    let points = reading.points();
+    reading.heads().whole_chain(&*points, &spec.vm)?;
+    let point = points.resolve(&spec)?;
     let manifest = &point.manifest;
     output.json(&PointJson::new(manifest));
     output.say(format!("point       {}", point_name(&point)));

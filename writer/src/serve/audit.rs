@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
-use reseal_format::names::{TenantName, VmName};
+use reseal_format::names::{DiskName, TenantName, VmName};
 use reseal_format::time::Timestamp;
 use serde::{Serialize, Serializer};
 
@@ -34,8 +34,9 @@ pub enum What {
     Began,
     Committed,
     Failed,
-    /// Content was read.
+    /// A disk is opened to be read, and was read.
     Read,
+    Ended,
     /// A certificate was given, replaced, or taken back.
     Enrolled,
     Renewed,
@@ -47,7 +48,7 @@ pub enum What {
 impl What {
     /// Whether the line has to be durable before anything follows from it.
     fn must_last(self) -> bool {
-        matches!(self, What::Committed | What::Enrolled | What::Renewed | What::Revoked)
+        matches!(self, What::Committed | What::Read | What::Enrolled | What::Renewed | What::Revoked)
     }
 }
 
@@ -73,9 +74,15 @@ pub struct Event<'a> {
     /// Its id.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub point: Option<String>,
+    /// Name of the disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk: Option<&'a DiskName>,
     /// Bytes of messages that came on the connection so far.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub received_bytes: Option<u64>,
+    /// Bytes that went to the client.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sent_bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
 }
@@ -99,7 +106,9 @@ impl Event<'_> {
             vm: None,
             number: None,
             point: None,
+            disk: None,
             received_bytes: None,
+            sent_bytes: None,
             why: None,
         }
     }

@@ -143,6 +143,16 @@ impl Client {
         self.role == Role::Append && self.names(vm)
     }
 
+    /// Whether it reads restore points, and so makes none.
+    pub(super) fn reads(&self) -> bool {
+        matches!(self.role, Role::Restore | Role::Admin)
+    }
+
+    /// Whether it may read restore points of a VM. Of others it does not learn that they are there.
+    pub(super) fn may_read(&self, vm: &VmName) -> bool {
+        self.reads() && self.names(vm)
+    }
+
     fn names(&self, vm: &VmName) -> bool {
         self.vms.iter().any(|allowed| allowed == ANY || allowed == vm.as_str())
     }
@@ -515,8 +525,8 @@ fn checked(clients: Vec<Client>) -> Result<Vec<Client>, String> {
         if clients[..nth].iter().any(|other| other.certificate_sha256 == client.certificate_sha256) {
             return Err(format!("the certificate of client {name} is named twice: each belongs to one"));
         }
-        if client.role == Role::Append && client.vms.is_empty() {
-            return Err(format!("client {name} may append, but vms names none; [\"*\"] stands for any"));
+        if client.role != Role::Admin && client.vms.is_empty() {
+            return Err(format!("client {name} may {}, but vms names none; [\"*\"] stands for any", client.role));
         }
         for vm in client.vms.iter().filter(|vm| *vm != ANY) {
             VmName::new(vm).map_err(|e| format!("client {name}: {e}"))?;
@@ -557,6 +567,9 @@ mod tests {
             |vm: &str| clients.iter().map(|client| client.may_append(&VmName::new(vm).unwrap())).collect::<Vec<_>>();
         assert_eq!(may("web01"), [true, true, false]);
         assert_eq!(may("web02"), [false, true, false]);
+        let may =
+            |vm: &str| clients.iter().map(|client| client.may_read(&VmName::new(vm).unwrap())).collect::<Vec<_>>();
+        assert_eq!(may("web01"), [false, false, true]);
     }
 
     #[test]

@@ -3,21 +3,29 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
+use prometheus_client::metrics::counter::Counter;
+use reseal_cli::Status;
 use reseal_format::manifest::Manifest;
-use reseal_format::names::VmName;
+use reseal_format::names::{DiskName, TenantName, VmName};
 use reseal_proto::wire::TroubleCode;
 use tracing::error;
 
 use super::Client;
 use super::audit::{Event, What};
+use super::rates::Held;
 use super::running::Entry;
 use super::session::refuse;
 use super::site::Site;
+use super::tenants::OpenTenant;
 use super::turns::Turn;
 use super::windows::Window;
 use crate::BackupError;
-use crate::link::{Pace, Reins, Why};
+use crate::link::{Pace, Reins, WAITING, Why};
+
+/// How long one who waits to send does so without looking whether the session is to end.
+const SLICE: Duration = Duration::from_millis(100);
 
 /// One session's place.
 pub(super) struct Desk<'a> {
@@ -31,6 +39,51 @@ pub(super) struct Desk<'a> {
     pub window: Window<'a>,
     /// Bytes that came.
     pub received: Arc<AtomicU64>,
+    pub sending: Sending,
+}
+
+/// What counts and limits the bytes that go to a client.
+pub(super) struct Sending {
+    rates: Held,
+    counted: Counter,
+    waits: Counter,
+    sent: AtomicU64,
+}
+
+impl Sending {
+    pub(super) fn new(site: &Site, digest: [u8; 32], tenant: &TenantName) -> Sending {
+        Sending {
+            rates: site.sending.of(&site.config().operation.limits, digest, tenant),
+            counted: site.metrics.sent(tenant),
+            waits: site.metrics.waits(tenant),
+            sent: AtomicU64::new(0),
+        }
+    }
+
+    /// Counts bytes that are about to go.
+    pub(super) fn count(&self, bytes: u64) {
+        self.sent.fetch_add(bytes, Ordering::Relaxed);
+        self.counted.inc_by(bytes);
+    }
+
+    /// The same, and waits while others were sent too fast, unless the session is to end.
+    pub(super) fn pace(&self, bytes: u64, is_over: impl Fn() -> bool) {
+        self.count(bytes);
+        let Some(until) = self.rates.take(bytes) else { return };
+        self.waits.inc();
+        while !is_over() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            std::thread::sleep(left.min(SLICE));
+        }
+    }
+
+    /// Bytes that went.
+    pub(super) fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
 }
 
 impl Desk<'_> {
@@ -51,7 +104,22 @@ impl Desk<'_> {
             }
             until
         });
-        Reins { ending: self.entry.ending.clone(), pace, waiting: self.window.waiting() }
+        // A manifest can be as long as eight messages of data: one is sent while another is made.
+        let outgoing = if self.client.reads() { 1 } else { WAITING };
+        Reins { ending: self.entry.ending.clone(), pace, waiting: self.window.waiting(), outgoing }
+    }
+
+    /// The client's tenant, unlocked.
+    pub(super) fn open(&self) -> Result<Arc<OpenTenant>, BackupError> {
+        self.site.tenants.open(&self.client.tenant).map_err(|failure| {
+            error!("the tenant can't be opened: {}", failure.message);
+            let code = match failure.status {
+                Status::Unreachable => TroubleCode::Unavailable,
+                Status::Damaged => TroubleCode::Damaged,
+                _ => TroubleCode::Failed,
+            };
+            refuse(code, "the tenant can't be opened at this site; its log says why")
+        })
     }
 
     /// Waits for a turn to work.
@@ -84,6 +152,11 @@ impl Desk<'_> {
                 "the session has lasted as long as one may at this site; another goes on with what has landed",
             ),
         }
+    }
+
+    /// Whether the client may read restore points of a VM, also by what is in force now.
+    pub(super) fn may_read(&self, vm: &VmName) -> bool {
+        self.client.may_read(vm) && self.site.config().may_stay(&self.digest, self.client, Some(vm))
     }
 
     /// Whether what came of a session that ends may still be made durable.
@@ -136,6 +209,16 @@ impl Desk<'_> {
     pub(super) fn failed(&self, what: What, vm: Option<&VmName>, why: &str) {
         let received_bytes = Some(self.received.load(Ordering::Relaxed));
         self.site.note(&Event { vm, received_bytes, ..self.event(what) }.because(why));
+    }
+
+    /// A disk is about to be read, which it is only if this is noted.
+    pub(super) fn reads(&self, vm: &VmName, number: u32, disk: &DiskName) -> Result<(), BackupError> {
+        self.record(&Event { vm: Some(vm), number: Some(number), disk: Some(disk), ..self.event(What::Read) })
+    }
+
+    /// It has read what it wanted.
+    pub(super) fn has_read(&self) {
+        self.site.note(&Event { sent_bytes: Some(self.sending.sent()), ..self.event(What::Ended) });
     }
 
     fn record(&self, event: &Event<'_>) -> Result<(), BackupError> {

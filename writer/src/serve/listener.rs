@@ -22,13 +22,13 @@ use tracing::{Span, debug, error, info, info_span, warn};
 
 use super::audit::{Event, What};
 use super::config::digest;
-use super::desk::Desk;
+use super::desk::{Desk, Sending};
 use super::handshakes::{Handshakes, Place};
 use super::health;
 use super::logging::{Logging, printable};
 use super::metrics::{Outcome, Refusal};
 use super::running::{Entry, Full};
-use super::session::{Session, refuse, trouble};
+use super::session::{Session, trouble};
 use super::site::Site;
 use super::tenants::Tenants;
 use super::{Client, ServeConfig};
@@ -313,15 +313,16 @@ fn session(site: &Arc<Site>, stream: TlsStream<TcpStream>, who: &Who, entry: &En
         entry,
         window: site.windows.take(limits.memory(), limits.connections),
         received: Arc::new(AtomicU64::new(0)),
+        sending: Sending::new(site, *digest, &client.tenant),
     };
     debug!(window = desk.window.offers, "connected");
     let (mut inbox, outbox) = carry::<FromSource, _>(runtime, stream, Some(desk.reins()));
     let mut vm = None;
     let session = Session { inbox: &mut inbox, outbox: &outbox, client, desk: &desk, passes_over: false };
-    let made = restore_point(session, &desk, &span, &mut vm);
+    let made = converse(session, &desk, &span, &mut vm);
     let outcome = match &made {
-        Ok(point) => {
-            info!("made {point}");
+        Ok(done) => {
+            info!("{done}");
             Outcome::Done
         }
         Err(e) => {
@@ -329,7 +330,10 @@ fn session(site: &Arc<Site>, stream: TlsStream<TcpStream>, who: &Who, entry: &En
             let trouble = trouble(e);
             let code = trouble.as_ref().map(|trouble| trouble.code);
             let is_refused = code == Some(TroubleCode::NotAllowed);
-            warn!("made nothing: {why}");
+            match client.reads() {
+                true => warn!("ended: {why}"),
+                false => warn!("made nothing: {why}"),
+            }
             site.metrics.failed(code);
             desk.failed(if is_refused { What::Refused } else { What::Failed }, vm.as_ref(), &why);
             if let Some(trouble) = trouble {
@@ -344,8 +348,8 @@ fn session(site: &Arc<Site>, stream: TlsStream<TcpStream>, who: &Who, entry: &En
     site.metrics.connections.dec();
 }
 
-/// What was made, for the log.
-fn restore_point(
+/// A session, up to its end; what came of it, for the log.
+fn converse(
     mut session: Session<'_>,
     desk: &Desk<'_>,
     span: &Span,
@@ -353,24 +357,20 @@ fn restore_point(
 ) -> Result<String, BackupError> {
     desk.connected()?;
     session.hello()?;
+    if desk.client.reads() {
+        let answered = session.answer_questions()?;
+        return Ok(format!("answered {answered} questions"));
+    }
     let (vm, resume) = session.begin()?;
     span.record("vm", display(&vm));
     *about = Some(vm.clone());
     desk.begins(&vm)?;
     let tenant = &desk.client.tenant;
-    let open = desk.site.tenants.open(tenant).map_err(|failure| {
-        error!("the tenant can't be opened: {}", failure.message);
-        let code = match failure.status {
-            reseal_cli::Status::Unreachable => TroubleCode::Unavailable,
-            reseal_cli::Status::Damaged => TroubleCode::Damaged,
-            _ => TroubleCode::Failed,
-        };
-        refuse(code, "the tenant can't be opened at this site; its log says why")
-    })?;
+    let open = desk.open()?;
     let began = Instant::now();
     let made = session.make(&open, vm.clone(), resume);
     crate::status::session_ended(&open, &vm, began, &made);
     desk.site.standing.has_changed(tenant);
     let number = made?;
-    Ok(format!("{vm}@{number} of tenant {tenant}"))
+    Ok(format!("made {vm}@{number} of tenant {tenant}"))
 }

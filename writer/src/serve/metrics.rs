@@ -29,6 +29,8 @@ pub(super) struct Metrics {
     failures: Count,
     refused: Count,
     received: Count,
+    sent: Count,
+    read_failures: Count,
     stored: Count,
     needed: Count,
     found: Count,
@@ -96,6 +98,8 @@ impl Metrics {
             failures: Count::default(),
             refused: Count::default(),
             received: Count::default(),
+            sent: Count::default(),
+            read_failures: Count::default(),
             stored: Count::default(),
             needed: Count::default(),
             found: Count::default(),
@@ -114,6 +118,9 @@ impl Metrics {
         registry.register("failures", "Sessions that failed, by the code that was told", m.failures.clone());
         registry.register("connections_refused", "Connections that did not become sessions", m.refused.clone());
         registry.register("received_bytes", "Bytes of messages that came", m.received.clone());
+        registry.register("sent_bytes", "Bytes that went to clients, inside TLS", m.sent.clone());
+        let failed = "What clients asked to read and could not be given, by why";
+        registry.register("read_failures", failed, m.read_failures.clone());
         registry.register("stored_bytes", "Bytes that committed points added to the vault", m.stored.clone());
         registry.register("clusters_needed", "Offered clusters whose contents were asked for", m.needed.clone());
         registry.register("clusters_found", "Offered clusters that were there already", m.found.clone());
@@ -174,6 +181,18 @@ impl Metrics {
     /// What counts the bytes that come for a tenant.
     pub(super) fn received(&self, tenant: &TenantName) -> Counter {
         self.received.get_or_create_owned(&of(tenant))
+    }
+
+    /// What counts the bytes that go to a tenant's clients.
+    pub(super) fn sent(&self, tenant: &TenantName) -> Counter {
+        self.sent.get_or_create_owned(&of(tenant))
+    }
+
+    /// Something of a tenant could not be read.
+    pub(super) fn not_read(&self, tenant: &TenantName, code: TroubleCode) {
+        let mut labels = of(tenant);
+        labels.push(("code", word(code).to_owned()));
+        self.read_failures.get_or_create(&labels).inc();
     }
 
     /// What counts how often a limit holds a session back.

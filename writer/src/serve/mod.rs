@@ -3,6 +3,7 @@
 //! ```text
 //! config → listener → TLS → who is it? → session: begin → disks (check → seal → pack → index) → commit
 //! (config) (listener, handshakes)        (session, receive)   landed: what need not be sent again
+//!                                      → who reads: questions → answers (reading)
 //!
 //! what all share (site), each session's part of it (desk): who runs (running) · tenants that are unlocked (tenants)
 //!    limits: handshakes, windows, rates, turns        told: logging, audit, metrics, standing, health
@@ -28,6 +29,7 @@ mod logging;
 mod metrics;
 pub mod operation;
 mod rates;
+mod reading;
 mod receive;
 mod registry;
 mod renewal;

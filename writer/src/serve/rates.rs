@@ -1,4 +1,4 @@
-//! How fast clients and tenants may send, whatever limits they keep by themselves.
+//! How fast clients and tenants may send, and be sent to, whatever limits they keep by themselves. Each way has limits of its own.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -47,7 +47,7 @@ pub(super) struct Held {
 }
 
 impl Held {
-    /// Takes bytes that came; until when to wait before more may come.
+    /// Takes bytes that passed; until when to wait before more may.
     pub(super) fn take(&self, bytes: u64) -> Option<Instant> {
         let until = self.client.reserve(bytes).max(self.tenant.reserve(bytes));
         (until > Instant::now()).then_some(until)

@@ -88,7 +88,7 @@ pub(super) fn trouble(error: &BackupError) -> Option<Trouble> {
 }
 
 impl Session<'_> {
-    fn next(&mut self) -> Result<FromSource, BackupError> {
+    pub(super) fn next(&mut self) -> Result<FromSource, BackupError> {
         // What still waits to be taken is nothing to wait for.
         self.desk.check()?;
         let lost = |why: String| RemoteError::Lost { peer: self.client.name.clone(), why };
@@ -101,9 +101,16 @@ impl Session<'_> {
         })
     }
 
-    fn send(&mut self, message: &FromTarget) -> Result<(), BackupError> {
+    pub(super) fn send(&mut self, message: &FromTarget) -> Result<(), BackupError> {
+        let message = message.encode();
+        let (bytes, is_over) = (message.len() as u64, || self.desk.check().is_err());
+        match self.client.reads() {
+            true => self.desk.sending.pace(bytes, is_over),
+            // What is answered to data is next to nothing.
+            false => self.desk.sending.count(bytes),
+        }
         let lost = |_| RemoteError::Lost { peer: self.client.name.clone(), why: "it takes nothing".into() }.into();
-        self.outbox.blocking_send(message.encode()).map_err(lost)
+        self.outbox.blocking_send(message).map_err(lost)
     }
 
     /// Both name their version.
@@ -124,7 +131,7 @@ impl Session<'_> {
     }
 
     /// Answers one who asks for another certificate. That it can't be had is no reason to make no restore point.
-    fn renew(&self, request: &[u8]) -> Renewed {
+    pub(super) fn renew(&self, request: &[u8]) -> Renewed {
         let name = &self.client.name;
         let renewed = renew(self.desk.site, self.client, self.desk.certificate, request, now());
         let noted = renewed.and_then(|renewed| {
@@ -156,8 +163,16 @@ impl Session<'_> {
             self.send(&FromTarget::Renewed(renewed))?;
             next = self.next()?;
         }
-        let FromSource::Begin(Begin { vm, resume }) = next else {
-            return Err(broken("it does not say what it begins"));
+        let Begin { vm, resume } = match next {
+            FromSource::Begin(begin) => begin,
+            FromSource::ListVms(_) | FromSource::ListPoints(_) | FromSource::Show(_) => {
+                let message = format!(
+                    "{} may add restore points and not read them; whoever runs this site can enrol a client for that",
+                    self.client.name
+                );
+                return Err(refuse(TroubleCode::NotAllowed, message));
+            }
+            _ => return Err(broken("it does not say what it begins")),
         };
         let vm = VmName::new(&vm).map_err(|e| broken(e.to_string()))?;
         if !self.client.may_append(&vm) {

@@ -37,6 +37,8 @@ pub(super) struct Site {
     pub turns: Turns,
     pub windows: Windows,
     pub rates: Rates,
+    /// The same for what goes to clients.
+    pub sending: Rates,
     pub standing: Standing,
 }
 
@@ -62,6 +64,7 @@ impl Site {
             turns: Turns::new(turns),
             windows: Windows::default(),
             rates: Rates::new(),
+            sending: Rates::new(),
             standing: Standing::default(),
         });
         let weak = Arc::downgrade(&site);
@@ -105,6 +108,7 @@ impl Site {
         let operation = &config.operation;
         self.logging.set_level(operation.log.level);
         self.rates.set(&operation.limits);
+        self.sending.set(&operation.limits);
         self.tenants.set(operation.limits.cache(), operation.limits.idle());
         self.metrics.certificate_ends.set(config.certificate_ends.0 / 1000);
     }

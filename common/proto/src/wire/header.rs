@@ -5,8 +5,8 @@
 //! ```
 
 use super::{
-    MAX_AREAS, MAX_CERTIFICATE, MAX_CLUSTERS, MAX_DEFINITION, MAX_DISKS, MAX_FRAMES, MAX_NAME, MAX_REQUEST, MAX_TEXT,
-    MAX_WARNINGS, Violation,
+    MAX_AREAS, MAX_CERTIFICATE, MAX_CLUSTERS, MAX_DEFINITION, MAX_DISKS, MAX_FRAMES, MAX_LISTED_POINTS, MAX_LISTED_VMS,
+    MAX_NAME, MAX_REQUEST, MAX_SHOWN, MAX_TEXT, MAX_WARNINGS, Violation,
 };
 
 pub const HEADER_LENGTH: usize = 8;
@@ -33,6 +33,10 @@ pub(super) mod kind {
 
     pub(crate) const RENEW: u8 = 0x20;
 
+    pub(crate) const LIST_VMS: u8 = 0x30;
+    pub(crate) const LIST_POINTS: u8 = 0x31;
+    pub(crate) const SHOW: u8 = 0x32;
+
     pub(crate) const WELCOME: u8 = 0x81;
     pub(crate) const BEGUN: u8 = 0x82;
     pub(crate) const DISK_READY: u8 = 0x83;
@@ -44,6 +48,9 @@ pub(super) mod kind {
     pub(crate) const TARGET_ALIVE: u8 = 0x90;
     pub(crate) const TARGET_TROUBLE: u8 = 0x91;
     pub(crate) const RENEWED: u8 = 0xa0;
+    pub(crate) const VMS: u8 = 0xb0;
+    pub(crate) const POINTS: u8 = 0xb1;
+    pub(crate) const SHOWN: u8 = 0xb2;
 }
 
 /// Bytes of a text of at most `max` bytes, with its length.
@@ -72,6 +79,11 @@ fn limit(side: Side, kind: u8) -> Option<usize> {
         (Side::Source, kind::TROUBLE) | (Side::Target, kind::TARGET_TROUBLE) => 2 + text(MAX_TEXT),
         (Side::Source, kind::RENEW) => text(MAX_REQUEST),
         (Side::Target, kind::RENEWED) => 1 + text(MAX_CERTIFICATE),
+        (Side::Source, kind::LIST_VMS) => 1 + text(MAX_NAME),
+        (Side::Source, kind::LIST_POINTS | kind::SHOW) => text(MAX_NAME) + 4,
+        (Side::Target, kind::VMS) => 4 + MAX_LISTED_VMS * text(MAX_NAME) + 1,
+        (Side::Target, kind::POINTS) => 4 + MAX_LISTED_POINTS * 5 + 1,
+        (Side::Target, kind::SHOWN) => 1 + text(MAX_SHOWN),
         (Side::Target, kind::BEGUN) => 64 + MAX_DISKS * (text(MAX_NAME) + 8 + TRACKING),
         (Side::Target, kind::DISK_READY) => 1 + 4 + 4 + MAX_AREAS * 16,
         (Side::Target, kind::NEED) => 10,

@@ -5,13 +5,15 @@
 //! target: Welcome  Begun  DiskReady  Need …          DiskDone  Closed  Committed
 //! ```
 //!
-//! Between Welcome and Begin a source may ask for a new certificate: Renew, Renewed.
+//! Between Welcome and Begin a source may ask for a new certificate: Renew, Renewed. Who may read asks, in the place of Begin, any
+//! number of questions: ListVms, Vms; ListPoints, Points; Show, Shown.
 //!
 //! A message is a [`Header`] and a payload; the header's length is checked against the limit of its kind before anything is
 //! read. Encoding and decoding stand side by side. All numbers are big-endian.
 
 mod fields;
 mod header;
+mod reading;
 mod renewal;
 mod source;
 mod target;
@@ -19,6 +21,7 @@ mod trouble;
 mod violation;
 
 pub use header::{HEADER_LENGTH, Header, Side};
+pub use reading::{ListPoints, ListVms, Plaintext, PointState, Points, Show, Shown, Vms};
 pub use renewal::{Renew, Renewed};
 pub use source::{Begin, Commit, Data, Definition, Disk, DiskEnd, FromSource, Hello, Offer, Said, Task, Tracking};
 pub use target::{Begun, Committed, DiskReady, FromTarget, Need, Newest, NewestDisk, Start, Welcome};
@@ -29,6 +32,8 @@ pub use violation::Violation;
 pub const VERSION: u16 = 1;
 /// What TLS is asked to agree on (ALPN), so that nothing else is taken for it.
 pub const ALPN: &[u8] = b"reseal/1";
+/// The same where a disk of a restore point is read: inside is NBD, and none of these messages.
+pub const NBD_ALPN: &[u8] = b"reseal-nbd/1";
 /// Clusters of one offer.
 pub const MAX_CLUSTERS: usize = 16;
 /// Bytes of a cluster's hash.
@@ -51,3 +56,9 @@ pub const MAX_AREAS: usize = 65_536;
 pub const MAX_REQUEST: usize = 2048;
 /// Longest certificate that answers it.
 pub const MAX_CERTIFICATE: usize = 8192;
+/// Most VMs of one answer.
+pub const MAX_LISTED_VMS: usize = 1024;
+/// Most restore points of one answer.
+pub const MAX_LISTED_POINTS: usize = 16_384;
+/// Longest manifest or tombstone: as long as one may be in a vault.
+pub const MAX_SHOWN: usize = 8 << 20;

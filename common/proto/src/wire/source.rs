@@ -3,7 +3,8 @@
 use super::fields::{Fields, Out};
 use super::header::{MAGIC, kind, message};
 use super::{
-    HASH, Header, MAX_CLUSTERS, MAX_DEFINITION, MAX_FRAMES, MAX_NAME, MAX_TEXT, MAX_WARNINGS, Renew, Trouble, Violation,
+    HASH, Header, ListPoints, ListVms, MAX_CLUSTERS, MAX_DEFINITION, MAX_FRAMES, MAX_NAME, MAX_TEXT, MAX_WARNINGS,
+    Renew, Show, Trouble, Violation,
 };
 
 /// A message of the source.
@@ -22,6 +23,9 @@ pub enum FromSource {
     Alive,
     Trouble(Trouble),
     Renew(Renew),
+    ListVms(ListVms),
+    ListPoints(ListPoints),
+    Show(Show),
 }
 
 /// The first message.
@@ -276,6 +280,9 @@ impl FromSource {
             FromSource::Alive => message(kind::ALIVE, |_| {}),
             FromSource::Trouble(trouble) => message(kind::TROUBLE, |out| trouble.put(out)),
             FromSource::Renew(renew) => message(kind::RENEW, |out| renew.put(out)),
+            FromSource::ListVms(list) => message(kind::LIST_VMS, |out| list.put(out)),
+            FromSource::ListPoints(list) => message(kind::LIST_POINTS, |out| list.put(out)),
+            FromSource::Show(show) => message(kind::SHOW, |out| show.put(out)),
         }
     }
 
@@ -313,6 +320,9 @@ impl FromSource {
             kind::ALIVE => FromSource::Alive,
             kind::TROUBLE => FromSource::Trouble(Trouble::take(&mut fields)?),
             kind::RENEW => FromSource::Renew(Renew::take(&mut fields)?),
+            kind::LIST_VMS => FromSource::ListVms(ListVms::take(&mut fields)?),
+            kind::LIST_POINTS => FromSource::ListPoints(ListPoints::take(&mut fields)?),
+            kind::SHOW => FromSource::Show(Show::take(&mut fields)?),
             kind => return Err(Violation::Kind { kind }),
         };
         fields.end()?;

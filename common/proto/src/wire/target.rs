@@ -4,7 +4,10 @@ use std::ops::Range;
 
 use super::fields::{Fields, Out};
 use super::header::{MAGIC, kind, message};
-use super::{Header, MAX_AREAS, MAX_DISKS, MAX_NAME, MAX_TEXT, MAX_WARNINGS, Renewed, Tracking, Trouble, Violation};
+use super::{
+    Header, MAX_AREAS, MAX_DISKS, MAX_NAME, MAX_TEXT, MAX_WARNINGS, Points, Renewed, Shown, Tracking, Trouble,
+    Violation, Vms,
+};
 
 /// A message of the target.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +27,9 @@ pub enum FromTarget {
     Alive,
     Trouble(Trouble),
     Renewed(Renewed),
+    Vms(Vms),
+    Points(Points),
+    Shown(Shown),
 }
 
 /// The answer to the first message.
@@ -184,6 +190,9 @@ impl FromTarget {
             FromTarget::Alive => message(kind::TARGET_ALIVE, |_| {}),
             FromTarget::Trouble(trouble) => message(kind::TARGET_TROUBLE, |out| trouble.put(out)),
             FromTarget::Renewed(renewed) => message(kind::RENEWED, |out| renewed.put(out)),
+            FromTarget::Vms(vms) => message(kind::VMS, |out| vms.put(out)),
+            FromTarget::Points(points) => message(kind::POINTS, |out| points.put(out)),
+            FromTarget::Shown(shown) => message(kind::SHOWN, |out| shown.put(out)),
         }
     }
 
@@ -223,6 +232,9 @@ impl FromTarget {
             kind::TARGET_ALIVE => FromTarget::Alive,
             kind::TARGET_TROUBLE => FromTarget::Trouble(Trouble::take(&mut fields)?),
             kind::RENEWED => FromTarget::Renewed(Renewed::take(&mut fields)?),
+            kind::VMS => FromTarget::Vms(Vms::take(&mut fields)?),
+            kind::POINTS => FromTarget::Points(Points::take(&mut fields)?),
+            kind::SHOWN => FromTarget::Shown(Shown::take(&mut fields)?),
             kind => return Err(Violation::Kind { kind }),
         };
         fields.end()?;
