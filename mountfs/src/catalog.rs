@@ -11,11 +11,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
+use reseal_format::manifest::Manifest;
 use reseal_format::names::VmName;
 use reseal_format::time::Timestamp;
 use reseal_vault::cache::{Cache, Weigh};
 use reseal_vault::heads::Heads;
-use reseal_vault::{Chain, Points, VaultError, Wait};
+use reseal_vault::{Chain, Point, Points, VaultError, Wait};
 
 use crate::files::OpenPoint;
 use crate::inodes::{MAX_VMS, VmIndex};
@@ -27,10 +28,8 @@ const RECENT: Duration = Duration::from_secs(1);
 const POINT_BYTES: usize = 16 << 20;
 /// Listings take at most about so much.
 const CHAIN_BYTES: usize = 8 << 20;
-/// Manifests that are opened at a time: enough to hide the delay of an object store behind one another.
-const OPENERS: usize = 16;
-/// Fewer manifests than this are opened one after the other.
-const WORTH_THREADS: usize = 32;
+/// Manifests that are opened together: what a site is asked for at once, and what a thread of its own is worth.
+const TOGETHER: usize = 32;
 
 /// What a mount is limited to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,6 +86,8 @@ pub struct Catalog {
     heads: Option<Heads>,
     shown: Shown,
     journal: Arc<Journal>,
+    /// Threads that open manifests of one listing.
+    openers: usize,
     vms: RwLock<KnownVms>,
     chains: Cache<VmIndex, Arc<Listed>>,
     opened: Cache<(VmIndex, u32), Arc<OpenPoint>>,
@@ -96,7 +97,12 @@ impl Catalog {
     /// A catalogue of what is shown of a tenant. With `heads`, a vault that was rolled back is noticed.
     pub fn new(points: Arc<dyn Points>, heads: Option<Heads>, shown: Shown, journal: Arc<Journal>) -> Catalog {
         let (chains, opened) = (Cache::new(CHAIN_BYTES), Cache::new(POINT_BYTES));
-        Catalog { points, heads, shown, journal, vms: RwLock::default(), chains, opened }
+        Catalog { points, heads, shown, journal, openers: 1, vms: RwLock::default(), chains, opened }
+    }
+
+    /// Opens the manifests of a listing with so many threads, where one that waits for many answers is not enough.
+    pub fn with_openers(self, openers: usize) -> Catalog {
+        Catalog { openers, ..self }
     }
 
     /// Whether single points are hidden, so that there is no latest one.
@@ -205,10 +211,15 @@ impl Catalog {
             return Err(VaultError::WouldBlock);
         }
         let known = self.known(vm)?;
-        let point = Arc::new(OpenPoint::new(self.points.point(&known.name, number)?));
-        known.times.lock().insert(number, point.manifest().created);
-        self.opened.put((vm, number), point.clone());
-        Ok(point)
+        Ok(self.keep(&known, vm, self.points.point(&known.name, number)?))
+    }
+
+    fn keep(&self, known: &KnownVm, vm: VmIndex, point: Point) -> Arc<OpenPoint> {
+        let point = Arc::new(OpenPoint::new(point));
+        let Manifest { number, created, .. } = point.manifest();
+        known.times.lock().insert(*number, *created);
+        self.opened.put((vm, *number), point.clone());
+        point
     }
 
     /// When a point was made.
@@ -254,27 +265,34 @@ impl Catalog {
     }
 
     fn learn_times(&self, vm: VmIndex, numbers: &[u32]) -> Result<(), VaultError> {
-        let learn = |number| match self.time(vm, number, Wait::May) {
-            Err(error) if error.damaged_object().is_some() => {
-                self.journal.say(&format!("{}@{number} is left out: {error}", self.known(vm)?.name));
-                Ok(())
+        let known = self.known(vm)?;
+        let learn = |numbers: &[u32]| -> Result<(), VaultError> {
+            for (&number, opened) in numbers.iter().zip(self.points.points(&known.name, numbers)) {
+                match opened {
+                    Ok(point) => drop(self.keep(&known, vm, point)),
+                    Err(error) if error.damaged_object().is_some() => {
+                        self.journal.say(&format!("{}@{number} is left out: {error}", known.name));
+                    }
+                    // Forgotten since it was listed.
+                    Err(VaultError::NoPoint { .. }) => {}
+                    Err(error) => return Err(error),
+                }
             }
-            // Forgotten since it was listed.
-            Err(VaultError::NoPoint { .. }) => Ok(()),
-            other => other.map(drop),
+            Ok(())
         };
-        if numbers.len() < WORTH_THREADS {
-            return numbers.iter().try_for_each(|&number| learn(number));
+        let together: Vec<&[u32]> = numbers.chunks(TOGETHER).collect();
+        if self.openers.min(together.len()) < 2 {
+            return together.into_iter().try_for_each(learn);
         }
         let next = AtomicUsize::new(0);
         let run = || {
-            while let Some(&number) = numbers.get(next.fetch_add(1, Ordering::Relaxed)) {
-                learn(number)?;
+            while let Some(numbers) = together.get(next.fetch_add(1, Ordering::Relaxed)) {
+                learn(numbers)?;
             }
             Ok(())
         };
         thread::scope(|scope| {
-            let runs: Vec<_> = (0..OPENERS).map(|_| scope.spawn(run)).collect();
+            let runs: Vec<_> = (0..self.openers.min(together.len())).map(|_| scope.spawn(run)).collect();
             runs.into_iter().try_for_each(|run| run.join().expect("it opens manifests and does not panic"))
         })
     }

@@ -91,8 +91,9 @@ impl Mounted {
     ) -> Result<Mounted, MountError> {
         let path = prepare(mountpoint, &journal)?;
         let cores = thread::available_parallelism().map_or(1, usize::from);
+        let catalog = Catalog::new(points, heads, options.shown.clone(), journal.clone());
         let shared = Shared {
-            view: View::new(Catalog::new(points, heads, options.shown.clone(), journal.clone())),
+            view: View::new(catalog.with_openers(disks.openers())),
             readahead: Readahead::new(&disks, cores)?,
             disks: disks.clone(),
             journal,

@@ -31,6 +31,8 @@ pub use there::{Opens, There};
 /// How far ahead of the kernel's own readahead clusters are prepared here: it hides 50 ms of delay at 80 MB/s, and is a
 /// small part of the cache.
 const WINDOW: u64 = 4 << 20;
+/// Manifests that are opened at a time: enough to hide the delay of an object store behind one another.
+const OPENERS: usize = 16;
 /// Stretches of a restore that are under way where each waits for a long line.
 const READERS: usize = 16;
 
@@ -161,6 +163,14 @@ impl Disks {
         match self {
             Disks::Here(_) => thread::available_parallelism().map_or(1, usize::from),
             Disks::There(_) => READERS,
+        }
+    }
+
+    /// How many threads open many manifests: enough to hide the delay of a store, while a site answers many questions at once.
+    pub fn openers(&self) -> usize {
+        match self {
+            Disks::Here(_) => OPENERS,
+            Disks::There(_) => 1,
         }
     }
 

@@ -27,7 +27,15 @@ impl Trouble {
 
     /// The server could not read something.
     pub(super) fn reading(error: &NbdError) -> Trouble {
-        Trouble::new(class(error), error.to_string())
+        let message = match error {
+            NbdError::Failed { errno: Errno::IO, .. } => {
+                format!(
+                    "{error}: what is there is damaged, or its vault does not answer; the log of that site says which"
+                )
+            }
+            other => other.to_string(),
+        };
+        Trouble::new(class(error), message)
     }
 
     /// An export that had worked is of no use any more.
@@ -55,7 +63,7 @@ impl From<Trouble> for VaultError {
 fn class(error: &NbdError) -> Class {
     match error {
         NbdError::Unreachable { .. } => Class::Unreachable,
-        // What a site answers where its vault has not the bytes that it should have.
+        // What a site answers where its vault has not the bytes that it should have; nothing else lasts.
         NbdError::Failed { errno: Errno::IO, .. } => Class::Damaged,
         NbdError::Failed { .. } => Class::Unreachable,
         NbdError::Refused { refusal: Refusal::ShuttingDown, .. } => Class::Unreachable,
