@@ -79,6 +79,14 @@ impl DiskReader {
         DiskReader { tree: Tree::new(packs, quarter), frames: FrameCache::new(quarter * 2) }
     }
 
+    /// Keeps at most about so many bytes from now on.
+    pub fn resize(&self, cache_bytes: usize) {
+        let quarter = cache_bytes / 4;
+        self.tree.packs().resize_cache(quarter * 2);
+        self.tree.resize_cache(quarter);
+        self.frames.resize(quarter * 2);
+    }
+
     /// How many of `length` bytes from `offset` on the disk has.
     pub fn clip(disk: &Disk, offset: u64, length: usize) -> usize {
         usize::try_from(disk.length.saturating_sub(offset)).map_or(length, |rest| rest.min(length))

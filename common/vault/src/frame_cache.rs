@@ -100,6 +100,11 @@ impl FrameCache {
         FrameCache(Cache::new(bytes))
     }
 
+    /// Keeps at most about so many bytes from now on.
+    pub(crate) fn resize(&self, bytes: usize) {
+        self.0.resize(bytes);
+    }
+
     fn key(blob: BlobRef, start: usize) -> FrameKey {
         FrameKey { pack: blob.pack, ordinal: blob.ordinal, start: u32::try_from(start).unwrap_or(u32::MAX) }
     }

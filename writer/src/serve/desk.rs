@@ -28,15 +28,15 @@ use crate::link::{Pace, Reins, WAITING, Why};
 const SLICE: Duration = Duration::from_millis(100);
 
 /// One session's place.
-pub(super) struct Desk<'a> {
-    pub site: &'a Arc<Site>,
+pub(super) struct Desk {
+    pub site: Arc<Site>,
     pub connection: u64,
     pub peer: SocketAddr,
-    pub client: &'a Client,
-    pub certificate: &'a [u8],
+    pub client: Client,
+    pub certificate: Vec<u8>,
     pub digest: [u8; 32],
-    pub entry: &'a Entry,
-    pub window: Window<'a>,
+    pub entry: Entry,
+    pub window: Window,
     /// Bytes that came.
     pub received: Arc<AtomicU64>,
     pub sending: Sending,
@@ -86,10 +86,10 @@ impl Sending {
     }
 }
 
-impl Desk<'_> {
+impl Desk {
     /// What its connection is held by.
     pub(super) fn reins(&self) -> Reins {
-        let site = self.site;
+        let site = &self.site;
         let tenant = &self.client.tenant;
         let rates = site.rates.of(&site.config().operation.limits, self.digest, tenant);
         let (counted, waits) = (site.metrics.received(tenant), site.metrics.waits(tenant));
@@ -156,7 +156,7 @@ impl Desk<'_> {
 
     /// Whether the client may read restore points of a VM, also by what is in force now.
     pub(super) fn may_read(&self, vm: &VmName) -> bool {
-        self.client.may_read(vm) && self.site.config().may_stay(&self.digest, self.client, Some(vm))
+        self.client.may_read(vm) && self.site.config().may_stay(&self.digest, &self.client, Some(vm))
     }
 
     /// Whether what came of a session that ends may still be made durable.

@@ -3,12 +3,11 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use reseal_cli::Failure;
 use reseal_format::names::VmName;
-use reseal_proto::wire::{ALPN, FromSource, FromTarget, Trouble, TroubleCode};
+use reseal_proto::wire::{ALPN, FromSource, FromTarget, NBD_ALPN, Trouble, TroubleCode};
 use sd_notify::{NotifyState, notify};
 use tokio::io::{AsyncWriteExt, copy, sink};
 use tokio::net::{TcpListener, TcpStream};
@@ -20,6 +19,7 @@ use tokio_rustls::server::TlsStream;
 use tracing::field::{Empty, display};
 use tracing::{Span, debug, error, info, info_span, warn};
 
+use super::ServeConfig;
 use super::audit::{Event, What};
 use super::config::digest;
 use super::desk::{Desk, Sending};
@@ -27,11 +27,11 @@ use super::handshakes::{Handshakes, Place};
 use super::health;
 use super::logging::{Logging, printable};
 use super::metrics::{Outcome, Refusal};
-use super::running::{Entry, Full};
+use super::nbd;
+use super::running::Full;
 use super::session::{Session, trouble};
 use super::site::Site;
 use super::tenants::Tenants;
-use super::{Client, ServeConfig};
 use crate::BackupError;
 use crate::link::carry;
 
@@ -40,7 +40,7 @@ const FAREWELL: Duration = Duration::from_secs(60);
 /// How often it is looked whether they have.
 const LOOK: Duration = Duration::from_millis(50);
 /// How long one who is turned away may take to read why.
-const LAST_WORDS: Duration = Duration::from_secs(5);
+pub(super) const LAST_WORDS: Duration = Duration::from_secs(5);
 /// How often the registry is looked at.
 const LOOK_AFTER: Duration = Duration::from_secs(1);
 /// How long to wait where a connection can't be accepted, such as for want of descriptors.
@@ -173,8 +173,20 @@ async fn reload(site: &Arc<Site>, read: &Arc<Read>) {
     tell(&[NotifyState::Ready]);
 }
 
+/// What is spoken inside TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Speech {
+    /// Messages of `docs/PROTOCOL.md`.
+    Wire,
+    Nbd,
+}
+
 /// Says why, and waits until that was read: were it closed with bytes unread, the peer would not read it.
-async fn turn_away(mut stream: TlsStream<TcpStream>, code: TroubleCode, message: String) {
+async fn turn_away(mut stream: TlsStream<TcpStream>, speech: Speech, code: TroubleCode, message: String) {
+    if speech == Speech::Nbd {
+        let _ = tokio::task::spawn_blocking(move || nbd::turn_away(stream, message)).await;
+        return;
+    }
     let words = FromTarget::Trouble(Trouble { code, message }).encode();
     let _ = timeout(LAST_WORDS, async {
         let _ = stream.write_all(&words).await;
@@ -202,8 +214,8 @@ async fn greet(site: Arc<Site>, handshakes: Arc<Handshakes>, stream: TcpStream, 
         return refused(Refusal::Slow, "so many handshakes are under way that there is no place for it");
     };
     let shaken = shake_hands(&site, stream, time, &mut place);
-    let stream = match shaken.await {
-        Ok(stream) => stream,
+    let (stream, speech) = match shaken.await {
+        Ok(shaken) => shaken,
         Err((refusal, why)) => return refused(refusal, &why),
     };
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| Some(chain.first()?.to_vec()));
@@ -218,7 +230,7 @@ async fn greet(site: Arc<Site>, handshakes: Arc<Handshakes>, stream: TcpStream, 
         Ok(Ok(client)) => client,
         Ok(Err(why)) => {
             refused(Refusal::Unknown, &format!("certificate {}: {why}", hex::encode(digest)));
-            return turn_away(stream, TroubleCode::NotAllowed, why.into()).await;
+            return turn_away(stream, speech, TroubleCode::NotAllowed, why.into()).await;
         }
         Err(_) => return,
     };
@@ -232,7 +244,7 @@ async fn greet(site: Arc<Site>, handshakes: Arc<Handshakes>, stream: TcpStream, 
             };
             refused(Refusal::Full, &why);
             let message = "this site has as many sessions as it can take; try again later";
-            return turn_away(stream, TroubleCode::Unavailable, message.into()).await;
+            return turn_away(stream, speech, TroubleCode::Unavailable, message.into()).await;
         }
     };
     drop(place);
@@ -245,8 +257,11 @@ async fn greet(site: Arc<Site>, handshakes: Arc<Handshakes>, stream: TcpStream, 
     });
     let (runtime, site) = (Handle::current(), site.clone());
     let spawned = std::thread::Builder::new().name("session".into()).spawn(move || {
-        let who = Who { connection, peer, certificate, digest, client };
-        session(&site, stream, &who, &entry, &runtime);
+        let window = site.windows.take(limits.memory(), limits.connections);
+        let sending = Sending::new(&site, digest, &client.tenant);
+        let received = Arc::default();
+        let desk = Desk { site, connection, peer, client, certificate, digest, entry, window, received, sending };
+        session(desk, stream, speech, &runtime);
         old.abort();
     });
     if let Err(e) = spawned {
@@ -261,7 +276,7 @@ async fn shake_hands(
     stream: TcpStream,
     time: Duration,
     place: &mut Place,
-) -> Result<TlsStream<TcpStream>, (Refusal, String)> {
+) -> Result<(TlsStream<TcpStream>, Speech), (Refusal, String)> {
     let _ = stream.set_nodelay(true);
     let acceptor = TlsAcceptor::from(site.config().tls.clone());
     let shaken = tokio::select! {
@@ -269,8 +284,11 @@ async fn shake_hands(
         _ = &mut place.leave => return Err((Refusal::Slow, "its handshake took long, and another needed the place".into())),
     };
     match shaken {
-        Ok(Ok(stream)) if stream.get_ref().1.alpn_protocol() == Some(ALPN) => Ok(stream),
-        Ok(Ok(_)) => Err((Refusal::Handshake, "it does not speak the protocol".into())),
+        Ok(Ok(stream)) => match stream.get_ref().1.alpn_protocol() {
+            Some(ALPN) => Ok((stream, Speech::Wire)),
+            Some(NBD_ALPN) => Ok((stream, Speech::Nbd)),
+            _ => Err((Refusal::Handshake, "it does not speak the protocol".into())),
+        },
         Ok(Err((e, mut stream))) => {
             // As when one is turned away; the place is another's if he needs it.
             let read = async {
@@ -287,39 +305,30 @@ async fn shake_hands(
     }
 }
 
-/// One who was let in.
-struct Who {
-    connection: u64,
-    peer: SocketAddr,
-    certificate: Vec<u8>,
-    digest: [u8; 32],
-    client: Client,
-}
-
-fn session(site: &Arc<Site>, stream: TlsStream<TcpStream>, who: &Who, entry: &Entry, runtime: &Handle) {
-    let Who { connection, peer, certificate, digest, client } = who;
+/// One connection of one who was let in, up to its end.
+fn session(desk: Desk, stream: TlsStream<TcpStream>, speech: Speech, runtime: &Handle) {
+    let desk = Arc::new(desk);
+    let Desk { site, connection, peer, client, .. } = &*desk;
     let span = info_span!("session", connection, %peer, client = %printable(&client.name), tenant = %client.tenant, vm = Empty);
     let _inside = span.enter();
     let began = Instant::now();
     site.metrics.connections.inc();
-    let limits = site.config().operation.limits.clone();
-    let desk = Desk {
-        site,
-        connection: *connection,
-        peer: *peer,
-        client,
-        certificate,
-        digest: *digest,
-        entry,
-        window: site.windows.take(limits.memory(), limits.connections),
-        received: Arc::new(AtomicU64::new(0)),
-        sending: Sending::new(site, *digest, &client.tenant),
-    };
     debug!(window = desk.window.offers, "connected");
+    let outcome = match speech {
+        Speech::Wire => speak(&desk, stream, &span, runtime),
+        Speech::Nbd => nbd::serve(&desk, stream, &span, runtime),
+    };
+    site.metrics.ended(&client.tenant, client.role, outcome, began.elapsed());
+    site.metrics.connections.dec();
+}
+
+/// A session of messages.
+fn speak(desk: &Desk, stream: TlsStream<TcpStream>, span: &Span, runtime: &Handle) -> Outcome {
+    let Desk { site, client, .. } = desk;
     let (mut inbox, outbox) = carry::<FromSource, _>(runtime, stream, Some(desk.reins()));
     let mut vm = None;
-    let session = Session { inbox: &mut inbox, outbox: &outbox, client, desk: &desk, passes_over: false };
-    let made = converse(session, &desk, &span, &mut vm);
+    let session = Session { inbox: &mut inbox, outbox: &outbox, client, desk, passes_over: false };
+    let made = converse(session, desk, span, &mut vm);
     let outcome = match &made {
         Ok(done) => {
             info!("{done}");
@@ -342,16 +351,15 @@ fn session(site: &Arc<Site>, stream: TlsStream<TcpStream>, who: &Who, entry: &En
             if is_refused { Outcome::Refused } else { Outcome::Failed }
         }
     };
-    site.metrics.ended(&client.tenant, client.role, outcome, began.elapsed());
     drop(outbox);
     inbox.farewell(runtime);
-    site.metrics.connections.dec();
+    outcome
 }
 
 /// A session, up to its end; what came of it, for the log.
 fn converse(
     mut session: Session<'_>,
-    desk: &Desk<'_>,
+    desk: &Desk,
     span: &Span,
     about: &mut Option<VmName>,
 ) -> Result<String, BackupError> {

@@ -3,7 +3,7 @@
 //! ```text
 //! config → listener → TLS → who is it? → session: begin → disks (check → seal → pack → index) → commit
 //! (config) (listener, handshakes)        (session, receive)   landed: what need not be sent again
-//!                                      → who reads: questions → answers (reading)
+//!                                      → who reads: questions → answers (reading), or a disk over NBD (nbd)
 //!
 //! what all share (site), each session's part of it (desk): who runs (running) · tenants that are unlocked (tenants)
 //!    limits: handshakes, windows, rates, turns        told: logging, audit, metrics, standing, health
@@ -27,6 +27,7 @@ mod landed;
 mod listener;
 mod logging;
 mod metrics;
+mod nbd;
 pub mod operation;
 mod rates;
 mod reading;

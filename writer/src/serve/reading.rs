@@ -38,7 +38,7 @@ pub(super) fn told(error: &VaultError, what: &str) -> Trouble {
     Trouble { code, message }
 }
 
-impl Desk<'_> {
+impl Desk {
     /// Logs and counts what could not be read; what the client is told.
     pub(super) fn not_read(&self, error: &VaultError, what: &str) -> Trouble {
         let trouble = told(error, what);

@@ -34,7 +34,7 @@ pub(super) struct Session<'a> {
     pub inbox: &'a mut Inbox<FromSource>,
     pub outbox: &'a Outbox,
     pub client: &'a Client,
-    pub desk: &'a Desk<'a>,
+    pub desk: &'a Desk,
     /// Whether what still comes of a disk is of one that was distrusted.
     pub passes_over: bool,
 }
@@ -133,7 +133,7 @@ impl Session<'_> {
     /// Answers one who asks for another certificate. That it can't be had is no reason to make no restore point.
     pub(super) fn renew(&self, request: &[u8]) -> Renewed {
         let name = &self.client.name;
-        let renewed = renew(self.desk.site, self.client, self.desk.certificate, request, now());
+        let renewed = renew(&self.desk.site, self.client, &self.desk.certificate, request, now());
         let noted = renewed.and_then(|renewed| {
             match &renewed {
                 Renewed::Issued(_) => {

@@ -35,7 +35,7 @@ pub(super) struct Site {
     pub audit: Audit,
     pub running: Arc<Running>,
     pub turns: Turns,
-    pub windows: Windows,
+    pub windows: Arc<Windows>,
     pub rates: Rates,
     /// The same for what goes to clients.
     pub sending: Rates,
@@ -62,7 +62,7 @@ impl Site {
             audit: Audit::default(),
             running: Arc::default(),
             turns: Turns::new(turns),
-            windows: Windows::default(),
+            windows: Arc::default(),
             rates: Rates::new(),
             sending: Rates::new(),
             standing: Standing::default(),

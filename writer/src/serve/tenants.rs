@@ -6,13 +6,15 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Deref;
 use std::path::PathBuf;
-use std::sync::{Arc, Weak};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use reseal_cli::{Failure, Status};
 use reseal_format::names::TenantName;
 use reseal_store::Lease;
+use reseal_vault::disk::DiskReader;
 use reseal_vault::heads::{Heads, tenant_folder};
 use reseal_vault::{Holder, Tenant, VaultError};
 use tracing::{info, warn};
@@ -48,6 +50,10 @@ pub trait Tenants: Send + Sync {
 pub struct OpenTenant {
     access: Access,
     caches: Caches,
+    /// Reads disks, once somebody does.
+    reader: OnceLock<Arc<DiskReader>>,
+    /// Bytes that all of it may keep.
+    part: AtomicUsize,
     /// Dropped last.
     _lease: Option<Box<dyn Lease>>,
 }
@@ -69,6 +75,26 @@ impl OpenTenant {
     /// What its sessions keep of packs and index.
     pub(super) fn caches(&self) -> &Caches {
         &self.caches
+    }
+
+    /// What reads its disks, for all who do.
+    pub(super) fn reader(&self) -> Arc<DiskReader> {
+        let part = self.part.load(Ordering::Relaxed);
+        let reader = self.reader.get_or_init(|| Arc::new(DiskReader::new(self.tenant.clone(), part / 2))).clone();
+        self.resize(part);
+        reader
+    }
+
+    /// Keeps at most so many bytes: those who read and those who add have half each, where there are both.
+    fn resize(&self, part: usize) {
+        self.part.store(part, Ordering::Relaxed);
+        match self.reader.get() {
+            None => self.caches.resize(part),
+            Some(reader) => {
+                self.caches.resize(part / 2);
+                reader.resize(part / 2);
+            }
+        }
     }
 }
 
@@ -95,7 +121,7 @@ impl Book {
     /// Gives each that is open the same part.
     fn share_cache(&self) {
         let part = self.cache / self.open.len().max(1);
-        self.open.values().for_each(|entry| entry.open.caches.resize(part));
+        self.open.values().for_each(|entry| entry.open.resize(part));
     }
 }
 
@@ -160,8 +186,10 @@ impl OpenTenants {
             warn!(tenant = %name, "the vault takes no lease: an erasure of this tenant will not wait for this server");
         }
         let mut book = self.book.lock();
-        let caches = Caches::new(access.tenant.clone(), book.cache / (book.open.len() + 1));
-        let open = Arc::new(OpenTenant { access, caches, _lease: lease });
+        let part = book.cache / (book.open.len() + 1);
+        let caches = Caches::new(access.tenant.clone(), part);
+        let (reader, part) = (OnceLock::new(), AtomicUsize::new(part));
+        let open = Arc::new(OpenTenant { access, caches, reader, part, _lease: lease });
         book.open.insert(name.clone(), Entry { open: open.clone(), used: Instant::now(), wanted: true });
         book.failed.remove(name);
         book.share_cache();

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use reseal_proto::wire::ALPN;
+use reseal_proto::wire::{ALPN, NBD_ALPN};
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
@@ -126,7 +126,7 @@ pub(super) fn server_config(identity: Arc<CertifiedKey>, verifiers: Vec<Verifier
         .map_err(|e| format!("TLS can't be set up: {e}"))?
         .with_client_cert_verifier(Arc::new(AnyOf { verifiers, hints }))
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(identity)));
-    tls.alpn_protocols = vec![ALPN.to_vec()];
+    tls.alpn_protocols = vec![ALPN.to_vec(), NBD_ALPN.to_vec()];
     // Each connection shows its certificate anew.
     tls.send_tls13_tickets = 0;
     tls.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});

@@ -4,13 +4,15 @@
 //! announced when it begins and stays. Each connection that is allowed has the least of it set aside, so nobody is kept waiting; what
 //! the memory has beyond that goes to those who come first, and less of it the more are there.
 
+use std::sync::Arc;
+
 use parking_lot::Mutex;
 
 use super::receive::WINDOW;
 use crate::link::WAITING;
 
 /// Most of one message, in which memory is counted.
-const MESSAGE: u64 = 1 << 20;
+pub(super) const MESSAGE: u64 = 1 << 20;
 /// Least that is under way: the connection then waits for each answer.
 const LEAST: u16 = 1;
 
@@ -26,8 +28,8 @@ struct State {
 pub(super) struct Windows(Mutex<State>);
 
 /// What a session may have under way, until it is dropped.
-pub(super) struct Window<'a> {
-    windows: &'a Windows,
+pub(super) struct Window {
+    windows: Arc<Windows>,
     /// Offers.
     pub offers: u16,
 }
@@ -52,7 +54,7 @@ fn beyond(offers: u16) -> u64 {
 impl Windows {
     /// A window out of so many bytes, of which the least is set aside for so many connections. Whoever comes when n are there gets at
     /// most the (n + 1)th part of a quarter of the rest: so early ones have what makes them fast, and something is left for late ones.
-    pub(super) fn take(&self, memory: u64, connections: u32) -> Window<'_> {
+    pub(super) fn take(self: &Arc<Self>, memory: u64, connections: u32) -> Window {
         let rest = memory.saturating_sub(SET_ASIDE * u64::from(connections)) / MESSAGE;
         let mut state = self.0.lock();
         let fair = rest / 4 / (state.sessions + 1);
@@ -63,18 +65,19 @@ impl Windows {
         }
         state.taken += beyond(offers);
         state.sessions += 1;
-        Window { windows: self, offers }
+        drop(state);
+        Window { windows: self.clone(), offers }
     }
 }
 
-impl Window<'_> {
+impl Window {
     /// Messages that may wait to be taken.
     pub(super) fn waiting(&self) -> usize {
         waiting(self.offers)
     }
 }
 
-impl Drop for Window<'_> {
+impl Drop for Window {
     fn drop(&mut self) {
         let mut state = self.windows.0.lock();
         state.taken -= beyond(self.offers);
@@ -88,7 +91,7 @@ mod tests {
 
     #[test]
     fn windows_get_smaller_and_all_that_are_allowed_fit_in_the_memory() {
-        let windows = Windows::default();
+        let windows = Arc::<Windows>::default();
         let (memory, connections) = (1 << 30, 128);
         let taken: Vec<_> = (0..connections).map(|_| windows.take(memory, connections)).collect();
         assert!(taken.windows(2).all(|pair| pair[0].offers >= pair[1].offers));
@@ -102,7 +105,7 @@ mod tests {
 
     #[test]
     fn where_memory_is_scarce_the_least_is_given() {
-        let windows = Windows::default();
+        let windows = Arc::<Windows>::default();
         let taken = [(); 3].map(|()| windows.take(3 * SET_ASIDE, 3));
         assert!(taken.iter().all(|window| window.offers == LEAST));
     }

@@ -65,6 +65,8 @@ pub enum StartTls {
 pub struct Limits {
     /// Threads that work on its requests: as many are under way at once.
     pub threads: usize,
+    /// Longest read, of which clients are told.
+    pub max_read: u32,
     /// Bytes that its reads under way may have; never less than one read.
     pub in_flight: usize,
     /// How long it may take to open an export, apart from what the server itself takes for it.
@@ -77,6 +79,7 @@ impl Default for Limits {
     fn default() -> Limits {
         Limits {
             threads: std::thread::available_parallelism().map_or(2, usize::from).max(2),
+            max_read: MAX_READ,
             in_flight: 64 << 20,
             handshake: Duration::from_secs(30),
             patience: Duration::from_secs(60),

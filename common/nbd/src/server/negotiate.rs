@@ -64,7 +64,10 @@ pub(super) fn negotiate(
                 };
                 // The time that it takes is not the client's.
                 until += began.elapsed();
-                let facts = disk.as_ref().map(|disk| facts(&**disk)).map_err(|e| refused(service, &name, e));
+                let facts = disk
+                    .as_ref()
+                    .map(|disk| facts(&**disk, service.limits.max_read.min(MAX_READ)))
+                    .map_err(|e| refused(service, &name, e));
                 found = disk.ok().map(|disk| (name, disk));
                 step = handshake.opened(facts)?;
                 continue;
@@ -83,7 +86,7 @@ pub(super) fn negotiate(
     }
 }
 
-fn facts(disk: &dyn Disk) -> Facts {
+fn facts(disk: &dyn Disk, max_read: u32) -> Facts {
     let mut flags = ExportFlags::HAS_FLAGS
         .with(ExportFlags::READ_ONLY)
         .with(ExportFlags::SEND_FLUSH)
@@ -97,7 +100,7 @@ fn facts(disk: &dyn Disk) -> Facts {
         description: disk.description(),
         size: disk.length(),
         flags,
-        block_size: BlockSize { minimum: 1, preferred: PREFERRED, maximum: MAX_READ },
+        block_size: BlockSize { minimum: 1, preferred: PREFERRED, maximum: max_read },
     }
 }
 

@@ -33,6 +33,7 @@ pub(super) struct Session<'a> {
     opened: &'a Opened,
     owner: &'a dyn Owner,
     patience: Duration,
+    max_read: u32,
     budget: Budget,
     /// The first thing that went wrong.
     failure: Mutex<Option<ServeError>>,
@@ -63,7 +64,8 @@ impl<'a> Session<'a> {
         receiving: Receiving,
         sending: Sending,
     ) -> Session<'a> {
-        let in_flight = service.limits.in_flight.max(MAX_READ as usize);
+        let max_read = service.limits.max_read.min(MAX_READ);
+        let in_flight = service.limits.in_flight.max(max_read as usize);
         Session {
             stream,
             incoming: Mutex::new(Incoming { receiving, over: false }),
@@ -71,6 +73,7 @@ impl<'a> Session<'a> {
             opened,
             owner: &*service.owner,
             patience: service.limits.patience,
+            max_read,
             budget: Budget::new(in_flight),
             failure: Mutex::new(None),
         }
@@ -137,7 +140,7 @@ impl<'a> Session<'a> {
                 incoming.receiving.skip(self.stream, request.length as usize)?;
                 None
             }
-            Command::Read if request.length <= MAX_READ => Some(self.budget.take(request.length as usize)),
+            Command::Read if request.length <= self.max_read => Some(self.budget.take(request.length as usize)),
             _ => None,
         };
         incoming.over = false;
@@ -176,7 +179,7 @@ impl<'a> Session<'a> {
         let end = request.offset.checked_add(request.length.into());
         let is_inside = end.is_some_and(|end| end <= self.opened.disk.length());
         let fits = match request.command {
-            Command::Read => request.length <= MAX_READ && is_inside,
+            Command::Read => request.length <= self.max_read && is_inside,
             Command::Cache => is_inside,
             Command::BlockStatus => agreed.allocation && request.length > 0 && is_inside,
             Command::Flush => true,
