@@ -197,6 +197,8 @@ fn a_server_that_is_gone_is_an_error_in_time_and_forgotten_when_it_is_back() {
     assert_eq!(place.disks.next_hole(of, 0).unwrap_err().class(), Class::Unreachable);
     let _server = place.serve();
     place.check_some(5, 50);
+    let Disks::There(there) = &place.disks else { unreachable!() };
+    assert_eq!(there.under_way(), 0, "what was lost is not waited for");
 }
 
 #[test]

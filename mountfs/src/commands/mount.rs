@@ -103,7 +103,7 @@ fn serve(common: &CommonArgs, arguments: &MountArgs, detach: Option<Detach>) -> 
         Reading::There(reader, _) => {
             // A site that can't be read is known now and not by the first reader.
             points.vms()?;
-            let there = There::new(reader.clone(), common.repo()?, arguments.cache_size, options.io_timeout);
+            let there = There::new(reader.clone(), reader.address(), arguments.cache_size, options.io_timeout);
             (Disks::There(there.map_err(failed)?), None)
         }
     };

@@ -59,7 +59,7 @@ pub(crate) fn restore(common: &CommonArgs, arguments: &RestoreArgs) -> Result<()
     let disks = match &reading {
         Reading::Here(opened) => Disks::here(opened.tenant.clone(), RESTORE_CACHE),
         Reading::There(reader, _) => {
-            Disks::There(There::new(reader.clone(), common.repo()?, RESTORE_CACHE, PATIENCE).map_err(failed)?)
+            Disks::There(There::new(reader.clone(), reader.address(), RESTORE_CACHE, PATIENCE).map_err(failed)?)
         }
     };
     let end = {

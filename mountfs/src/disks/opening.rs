@@ -51,8 +51,9 @@ pub(super) struct Opening {
     state: Mutex<State>,
     queue: Receiver<Request<Flight>>,
     export: OnceLock<Export>,
-    /// Requests that are not answered.
+    /// Requests that are not answered, and their bytes.
     under_way: AtomicUsize,
+    bytes_under_way: AtomicUsize,
 }
 
 /// Blocks that were asked for, and where they will be.
@@ -70,6 +71,7 @@ impl Opening {
             queue,
             export: OnceLock::new(),
             under_way: AtomicUsize::new(0),
+            bytes_under_way: AtomicUsize::new(0),
         });
         let started = opening.clone();
         spawn(move || {
@@ -211,6 +213,7 @@ impl Opening {
         let bytes = self.bytes(flight);
         let length = usize::try_from(bytes.end - bytes.start).unwrap_or(0);
         self.under_way.fetch_add(1, Ordering::Relaxed);
+        self.bytes_under_way.fetch_add(length, Ordering::Relaxed);
         self.disk.site.flying.fetch_add(length, Ordering::Relaxed);
         let read = Read { offset: bytes.start, buffer: Zeroizing::new(vec![0; length]), tag: flight };
         // It can't be closed: this has the other end.
@@ -225,8 +228,10 @@ impl Opening {
     /// Notes that a request is answered.
     fn landed(&self, flight: Flight) {
         let bytes = self.bytes(flight);
+        let length = usize::try_from(bytes.end - bytes.start).unwrap_or(0);
         self.under_way.fetch_sub(1, Ordering::Relaxed);
-        self.disk.site.flying.fetch_sub(usize::try_from(bytes.end - bytes.start).unwrap_or(0), Ordering::Relaxed);
+        self.bytes_under_way.fetch_sub(length, Ordering::Relaxed);
+        self.disk.site.flying.fetch_sub(length, Ordering::Relaxed);
     }
 
     /// More connections, if there is more to do than those that there are do at once.
@@ -279,6 +284,9 @@ impl Opening {
         };
         if is_last {
             self.end(&Trouble::closed(&self.disk.site.place));
+            // What pumps had taken and did not answer is lost with them.
+            self.under_way.store(0, Ordering::Relaxed);
+            self.disk.site.flying.fetch_sub(self.bytes_under_way.swap(0, Ordering::Relaxed), Ordering::Relaxed);
         }
     }
 
@@ -315,6 +323,7 @@ impl Opening {
 impl Taker<Flight> for Opening {
     fn read(&self, mut read: Read<Flight>) -> bool {
         let flight = read.tag;
+        self.landed(flight);
         match flight.count {
             1 => self.fill(flight.first, Ok(Arc::new(Block::of(std::mem::take(&mut *read.buffer))))),
             _ => {
@@ -323,7 +332,6 @@ impl Taker<Flight> for Opening {
                 }
             }
         }
-        self.landed(flight);
         !self.disk.site.is_stopped()
     }
 

@@ -142,7 +142,7 @@ impl There {
 
     /// Asks for clusters, unless more is on its way than is worth it.
     pub(super) fn prepare(&self, of: DiskOf<'_>, clusters: Range<u64>) -> Result<(), VaultError> {
-        if self.site.flying.load(Ordering::Relaxed) > self.window * 2 {
+        if self.under_way() > self.window * 2 {
             return Ok(());
         }
         let disk = self.disk(of);
@@ -166,6 +166,11 @@ impl There {
     /// Connections that run.
     pub fn connections(&self) -> usize {
         self.site.pumps.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that were asked for and have not come.
+    pub fn under_way(&self) -> usize {
+        self.site.flying.load(Ordering::Relaxed)
     }
 
     /// Whoever waits waits no longer.

@@ -6,8 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use reseal_nbd::{Export, NbdError, Options};
+use crossbeam_channel::unbounded;
+use parking_lot::Mutex;
+use reseal_nbd::{Export, Extent, NbdError, Options, Read, Request as NbdRequest, Taker};
 use reseal_proto::nbd::*;
+use zeroize::Zeroizing;
 
 use crate::reading::{extents, impatient, read_all};
 use crate::server::Place;
@@ -452,4 +455,85 @@ fn a_question_while_nobody_answers_ends_too() {
     let export = Export::open(&place.uri(""), &impatient(), None).unwrap();
     let error = extents(&export, 0, SIZE).unwrap_err();
     assert!(matches!(error, NbdError::Unreachable { .. }), "{error}");
+}
+
+/// Goes on after failures, and keeps what came of each read by its offset.
+#[derive(Default)]
+struct Patient {
+    read: Mutex<Vec<(u64, bool)>>,
+    over: Mutex<Option<NbdError>>,
+}
+
+impl Taker<u64> for Patient {
+    fn read(&self, read: Read<u64>) -> bool {
+        assert!(read.buffer.iter().all(|byte| *byte == 0x55));
+        self.read.lock().push((read.tag, true));
+        true
+    }
+
+    fn outlives_failures(&self) -> bool {
+        true
+    }
+
+    fn failed(&self, tag: u64, error: NbdError) {
+        assert!(matches!(error, NbdError::Failed { errno: Errno::IO, .. }), "{error}");
+        self.read.lock().push((tag, false));
+    }
+
+    fn over(&self, error: NbdError) {
+        *self.over.lock() = Some(error);
+    }
+}
+
+/// Reads units of half a megabyte, two requests each, and asks once about extents.
+fn read_patiently(liar: &Liar) -> (Patient, Option<Result<Vec<Extent>, NbdError>>) {
+    let place = Place::new();
+    liar.listen(&place);
+    let export = Export::open(&place.uri(""), &impatient(), None).unwrap();
+    let (request, requests) = unbounded();
+    for offset in (0..SIZE).step_by(512 << 10) {
+        let buffer = Zeroizing::new(vec![0; 512 << 10]);
+        request.send(NbdRequest::Read(Read { offset, buffer, tag: offset })).unwrap();
+    }
+    let (answer, answers) = unbounded();
+    request.send(NbdRequest::Status { offset: 0, length: SIZE, answer }).unwrap();
+    drop(request);
+    let patient = Patient::default();
+    export.pump(&requests, &patient);
+    drop(requests);
+    (patient, answers.try_recv().ok())
+}
+
+#[test]
+fn who_outlives_failures_loses_what_failed_and_nothing_else() {
+    let fails = |request: &Request| request.command == Command::BlockStatus || request.offset == 256 << 10;
+    let liar = Liar {
+        about_extents: true,
+        ..Liar::new(move |stream, request| match fails(&request) {
+            true => {
+                // Some of it came, then it failed, and the end comes by itself.
+                if request.command == Command::Read {
+                    data(stream, request, false, request.offset, 100);
+                }
+                let error = ErrorChunk { error: Errno::IO, text: "bad".into(), offset: None };
+                chunk(stream, request, false, ChunkKind::Error, &error.encode());
+                chunk(stream, request, true, ChunkKind::None, &[]);
+            }
+            false => data(stream, request, true, request.offset, request.length),
+        })
+    };
+    let (patient, status) = read_patiently(&liar);
+    let mut read = patient.read.into_inner();
+    read.sort_unstable();
+    assert_eq!(read, [(0, false), (512 << 10, true)]);
+    assert!(patient.over.into_inner().is_none());
+    assert!(matches!(status, Some(Err(NbdError::Failed { errno: Errno::IO, .. }))), "{status:?}");
+    assert_eq!(liar.connections.load(Ordering::Relaxed), 1);
+
+    // A lie is the end all the same.
+    let (patient, status) = read_patiently(&Liar::new(|stream, request| {
+        data(stream, request, true, request.offset + 1, request.length);
+    }));
+    assert!(matches!(patient.over.into_inner(), Some(NbdError::Protocol { .. })));
+    assert!(patient.read.into_inner().is_empty() && !matches!(status, Some(Ok(_))), "{status:?}");
 }
