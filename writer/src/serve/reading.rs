@@ -104,10 +104,10 @@ impl Session<'_> {
             };
             let answer = match question {
                 FromSource::Renew(asked) if answered == 0 => FromTarget::Renewed(self.renew(&asked.request)),
-                FromSource::Begin(_) => {
+                FromSource::Begin(begin) => {
+                    let (name, vm) = (&self.client.name, vm_name(&begin.vm)?);
                     let message = format!(
-                        "{} may read restore points and add none; whoever runs this site can enrol a client for that",
-                        self.client.name
+                        "{name} may not add restore points of {vm}, only read them; whoever runs this site can enrol a client that may"
                     );
                     return Err(refuse(TroubleCode::NotAllowed, message));
                 }
