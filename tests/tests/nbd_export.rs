@@ -315,3 +315,29 @@ fn clients_do_not_disturb_each_other_even_when_they_are_killed() {
     }
     server.stop().ok();
 }
+
+#[test]
+fn a_server_ends_when_its_tenant_is_erased() {
+    let Vault { site, restored } = Vault::new();
+    let (mut server, socket) = Exported::at(&site, &[]);
+    let uri = uri(&socket, &restored[0].0);
+    system("nbdcopy", &[&uri, "null:"]);
+    let erased = site.reseal(["tenant", "erase", "default", "--yes", "default", "--json"]).ok().json();
+    assert_eq!(erased["still_have_keys"], serde_json::json!([]));
+    let end = server.process.take().unwrap().wait().ok();
+    assert!(end.stderr.contains("was erased") && end.stderr.contains("the NBD server ends"), "{end:#?}");
+    assert!(!socket.exists());
+}
+
+#[test]
+fn a_point_that_is_made_meanwhile_is_the_latest() {
+    let Vault { site, restored } = Vault::new();
+    let (server, socket) = Exported::at(&site, &["web@1"]);
+    let latest = uri(&socket, "web@1@latest/data");
+    system("qemu-img", &["compare", "-f", "raw", "-F", "raw", restored[3].1.to_str().unwrap(), &latest]);
+    let changed = fs::File::options().write(true).open(site.disk("data")).unwrap();
+    changed.write_all_at(&[7; 1000], 5 << 20).unwrap();
+    site.backup_disks("web@1", &["root", "data"].map(|name| (name.to_owned(), site.disk(name))));
+    system("qemu-img", &["compare", "-f", "raw", "-F", "raw", site.disk("data").to_str().unwrap(), &latest]);
+    server.stop().ok();
+}
