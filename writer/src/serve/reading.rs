@@ -61,7 +61,11 @@ impl Desk {
         if !self.may_read(vm) {
             return Ok(Points { numbers: Vec::new(), more: false });
         }
-        let chain = open.tenant.chain(vm)?;
+        let (chain, rollback) = open.heads.chain(&*open.tenant, vm)?;
+        if let Some(rollback) = rollback {
+            // Who asks has a memory of his own; this one is for whoever runs this site.
+            self.not_read(&rollback, &format!("the list of restore points of {vm}"));
+        }
         let later = chain.numbers().filter(|(number, _)| *number > after).map(|(number, state)| match state {
             State::Live => (number, PointState::Live),
             State::Forgotten => (number, PointState::Forgotten),
