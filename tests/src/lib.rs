@@ -7,6 +7,7 @@
 
 pub mod domain;
 pub mod enrolled;
+pub mod far;
 pub mod faults;
 pub mod frozen;
 pub mod guest;

@@ -257,6 +257,11 @@ pub struct Peer(StreamOwned<ClientConnection, TcpStream>);
 impl Peer {
     /// One who trusts an authority, and has a certificate or none.
     pub fn connect(port: u16, authority: &str, identity: Option<&Identity>) -> Peer {
+        Peer::speaking(ALPN, port, authority, identity)
+    }
+
+    /// The same, who says that inside TLS he speaks something else.
+    pub fn speaking(alpn: &[u8], port: u16, authority: &str, identity: Option<&Identity>) -> Peer {
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_slice(authority.as_bytes()).unwrap()).unwrap();
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -272,7 +277,7 @@ impl Peer {
                 config.with_client_auth_cert(chain, key).unwrap()
             }
         };
-        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.alpn_protocols = vec![alpn.to_vec()];
         let name = ServerName::try_from("localhost").unwrap();
         let connection = ClientConnection::new(Arc::new(config), name).unwrap();
         let stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
@@ -294,6 +299,12 @@ impl Peer {
     pub fn end(&mut self) {
         self.0.conn.send_close_notify();
         let _ = self.0.flush();
+    }
+
+    /// Exactly so many bytes; `None` where the connection ended before.
+    pub fn read(&mut self, length: usize) -> Option<Vec<u8>> {
+        let mut bytes = vec![0; length];
+        self.0.read_exact(&mut bytes).ok().map(|()| bytes)
     }
 
     /// The next message; `None` where the connection ended.

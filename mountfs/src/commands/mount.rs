@@ -47,7 +47,7 @@ pub(crate) struct MountArgs {
     io_timeout: u32,
 }
 
-fn parse_size(text: &str) -> Result<usize, String> {
+pub(crate) fn parse_size(text: &str) -> Result<usize, String> {
     let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (digits, unit) = text.split_at(split);
     let shift = match unit {
@@ -113,7 +113,7 @@ fn serve(common: &CommonArgs, arguments: &MountArgs, detach: Option<Detach>) -> 
     signals.on_signal(mounted.stopper()).map_err(failed)?;
     // What another site does with its keys is seen there: it ends the reading.
     if let Reading::Here(opened) = &reading {
-        record_watch::watch(opened.tenant.clone(), heads, journal, mounted.stopper()).map_err(failed)?;
+        record_watch::watch("mount", opened.tenant.clone(), heads, journal, mounted.stopper()).map_err(failed)?;
     }
     let end = if detach.is_some() { "`reseal umount` ends it" } else { "Ctrl-C ends it" };
     common.output().say(format!("mounted at {}, decrypted as it is read; {end}", mounted.path().display()));

@@ -1,4 +1,4 @@
-//! `reseal tenant enroll`, `clients` and `revoke`: the sites that may send to this one.
+//! `reseal tenant enroll`, `clients` and `revoke`: the sites that may send to this one, and read from it.
 
 use std::path::PathBuf;
 
@@ -91,9 +91,10 @@ pub(crate) fn enroll(common: &CommonArgs, tenant: TenantName, args: EnrollArgs) 
         "\nThis file is all that the site needs, and whoever has it can do the same. Move it there on a way that nobody else reads, \
          mode 0600, and keep no copy.",
     );
-    if *role == Role::Append {
-        out.say(format!("There: reseal --repo {} backup VM DISK…", output.display()));
-    }
+    out.say(match role {
+        Role::Append => format!("There: reseal --repo {} backup VM DISK…", output.display()),
+        Role::Restore | Role::Admin => format!("There: reseal --repo {} list", output.display()),
+    });
     Ok(())
 }
 

@@ -33,6 +33,10 @@ impl Tenants for Unlocks {
         Ok(Access { tenant: Arc::new(tenant), heads, state: paths.state })
     }
 
+    fn is_erased(&self, name: &TenantName) -> bool {
+        self.0.find(name).is_ok_and(|found| found.record.erased().is_some())
+    }
+
     fn look(&self) -> Result<(), Failure> {
         let (store, _) = self.0.vault()?;
         let file = VaultFile::decode(&store.get(VAULT_FILE, MAX_VAULT_FILE)?);
@@ -49,6 +53,10 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
     if args.check {
         tenants.look()?;
         for tenant in config.tenants() {
+            if !config.names(&tenant) && tenants.is_erased(&tenant) {
+                // Only clients that were enrolled by command name it, and they may be left.
+                continue;
+            }
             let found = tenants.0.find(&tenant).and_then(|found| Ok(found.record.check_live()?));
             found.map_err(|failure| Failure::new(failure.status, format!("tenant {tenant}: {}", failure.message)))?;
         }

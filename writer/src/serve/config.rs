@@ -45,6 +45,7 @@ use rustls::ServerConfig;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::audit::Audit;
 use super::authority::Authority;
 use super::operation::{AuditFile, Limits, Log, MetricsAt, Operation};
 use super::registry::{Enrolled, Look, Registry};
@@ -269,6 +270,16 @@ impl Settings {
         let address = self.address()?;
         // It was checked, or is that of a socket.
         host(&address).map(str::to_owned).ok_or_else(|| BackupError::Usage(format!("{address} has no host")))
+    }
+
+    /// The audit log, for a command: whoever else appends to it, lines stay whole.
+    pub(super) fn audit(&self) -> Result<Audit, BackupError> {
+        let audit = Audit::default();
+        let file = self.operation.audit.as_ref().map(|audit| &*audit.file);
+        audit
+            .reopen(file)
+            .map_err(|e| of(file.unwrap_or(&self.path), format!("the audit log can't be opened: {e}")))?;
+        Ok(audit)
     }
 
     pub(super) fn authority(&self) -> &Path {

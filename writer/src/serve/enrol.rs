@@ -8,6 +8,7 @@ use reseal_kms::private_file::{beside, write_new};
 use reseal_vault::random;
 use zeroize::Zeroizing;
 
+use super::audit::{Event, What};
 use super::authority::Authority;
 use super::config::{ANY, Role, Settings, checked_address};
 use super::registry::{Enrolled, MAX_DAYS};
@@ -73,6 +74,7 @@ pub fn enrol(settings: &Settings, new: NewClient<'_>) -> Result<(Enrolled, Strin
         false => new.vms.iter().map(|vm| vm.as_str().to_owned()).collect(),
     };
     let registry = settings.registry();
+    let audit = settings.audit()?;
     let is_given = new.name.is_some();
     for nth in 1..NAMES {
         let name = match &new.name {
@@ -91,6 +93,10 @@ pub fn enrol(settings: &Settings, new: NewClient<'_>) -> Result<(Enrolled, Strin
             }
             continue;
         }
+        if let Err(e) = audit.record(&event(What::Enrolled, &enrolled)) {
+            registry.take_back(&enrolled)?;
+            return Err(BackupError::Usage(format!("nobody was enrolled: {e}")));
+        }
         let file = File { address: &address, server_name: &server_name, server_ca: &server_ca, enrolled: &enrolled };
         let text = file.text(&issued.pem, &key);
         let staged = beside(output, &format!(".new-{}", hex::encode(random::<8>()?)));
@@ -102,7 +108,10 @@ pub fn enrol(settings: &Settings, new: NewClient<'_>) -> Result<(Enrolled, Strin
             Ok(true) => Ok((enrolled, address)),
             other => {
                 registry.take_back(&enrolled)?;
-                Err(other.err().unwrap_or_else(|| taken(output)))
+                let why = other.err().unwrap_or_else(|| taken(output));
+                // It is in the log that somebody was enrolled, and has no file: what went wrong is said in any case.
+                let _ = audit.record(&event(What::Failed, &enrolled).because(&why.to_string()));
+                Err(why)
             }
         };
     }
@@ -181,9 +190,30 @@ pub fn clients(settings: &Settings) -> Result<(Vec<Enrolled>, Vec<String>), Back
 /// Revokes a client: its certificates are taken no more, and its connections end. False if it was revoked before.
 pub fn revoke(settings: &Settings, tenant: &TenantName, name: &ClientName) -> Result<bool, BackupError> {
     check_owner(settings.authority())?;
-    settings.registry().change(tenant, name, |enrolled| {
+    let revoked = settings.registry().change(tenant, name, |enrolled| {
         let is_new = enrolled.revoked.is_none();
         enrolled.revoked.get_or_insert(now());
-        Ok(is_new)
-    })
+        Ok(is_new.then(|| enrolled.clone()))
+    })?;
+    let Some(enrolled) = revoked else { return Ok(false) };
+    // It is revoked, whether or not that can be noted.
+    let noted = settings.audit().and_then(|audit| {
+        audit.record(&event(What::Revoked, &enrolled)).map_err(|e| BackupError::Usage(e.to_string()))
+    });
+    match noted {
+        Ok(()) => Ok(true),
+        Err(e) => {
+            Err(BackupError::Usage(format!("{name} of tenant {tenant} is revoked, but that could not be noted: {e}")))
+        }
+    }
+}
+
+/// What happened to a client, for the audit log.
+fn event(what: What, enrolled: &Enrolled) -> Event<'_> {
+    Event {
+        client: Some(enrolled.name.as_str()),
+        certificate_sha256: enrolled.newest().map(|newest| newest.sha256),
+        tenant: Some(&enrolled.tenant),
+        ..Event::new(what)
+    }
 }

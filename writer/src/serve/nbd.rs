@@ -73,7 +73,7 @@ impl Shelf {
             true => Scope::All,
             false => Scope::Vms(names.iter().filter_map(|name| VmName::new(name).ok()).collect()),
         };
-        let exports = Arc::new(PointExports::new(open.tenant.clone(), open.reader(), scope));
+        let exports = Arc::new(PointExports::new(open.tenant.clone(), Some(open.heads.clone()), open.reader(), scope));
         *kept = Some((open, exports.clone()));
         Ok(exports)
     }

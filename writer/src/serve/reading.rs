@@ -61,7 +61,11 @@ impl Desk {
         if !self.may_read(vm) {
             return Ok(Points { numbers: Vec::new(), more: false });
         }
-        let chain = open.tenant.chain(vm)?;
+        let (chain, rollback) = open.heads.chain(&*open.tenant, vm)?;
+        if let Some(rollback) = rollback {
+            // Who asks has a memory of his own; this one is for whoever runs this site.
+            self.not_read(&rollback, &format!("the list of restore points of {vm}"));
+        }
         let later = chain.numbers().filter(|(number, _)| *number > after).map(|(number, state)| match state {
             State::Live => (number, PointState::Live),
             State::Forgotten => (number, PointState::Forgotten),
@@ -104,10 +108,10 @@ impl Session<'_> {
             };
             let answer = match question {
                 FromSource::Renew(asked) if answered == 0 => FromTarget::Renewed(self.renew(&asked.request)),
-                FromSource::Begin(_) => {
+                FromSource::Begin(begin) => {
+                    let (name, vm) = (&self.client.name, vm_name(&begin.vm)?);
                     let message = format!(
-                        "{} may read restore points and add none; whoever runs this site can enrol a client for that",
-                        self.client.name
+                        "{name} may not add restore points of {vm}, only read them; whoever runs this site can enrol a client that may"
                     );
                     return Err(refuse(TroubleCode::NotAllowed, message));
                 }

@@ -42,6 +42,9 @@ pub trait Tenants: Send + Sync {
     /// Unlocks a tenant.
     fn unlock(&self, name: &TenantName) -> Result<Access, Failure>;
 
+    /// Whether a tenant was erased: its clients are of nobody any more, and nothing is wrong with that.
+    fn is_erased(&self, name: &TenantName) -> bool;
+
     /// Looks whether the vault is there.
     fn look(&self) -> Result<(), Failure>;
 }
@@ -223,7 +226,10 @@ impl OpenTenants {
                 match opened {
                     Ok(Ok(())) => {}
                     Ok(Err(failure)) if failure.status == Status::Unreachable => warn!("{}", message(&failure)),
-                    // One that was erased or removed since a client of it was enrolled.
+                    Ok(Err(_)) if !must_be(name) && self.tenants.is_erased(name) => {
+                        info!("tenant {name} was erased; its clients can be revoked");
+                    }
+                    // One that was removed since a client of it was enrolled.
                     Ok(Err(failure)) if !must_be(name) => warn!("{}", message(&failure)),
                     Ok(Err(failure)) => return Err(Failure::new(failure.status, message(&failure))),
                     Err(_) => return Err(Failure::new(Status::Failed, format!("tenant {name}: opening it failed"))),
@@ -255,6 +261,8 @@ impl OpenTenants {
             let failed = self.book.lock().failed.get(name).cloned();
             let why = match failed {
                 None => continue,
+                // Who enrolled its clients may revoke them some day.
+                Some(_) if self.tenants.is_erased(name) => continue,
                 Some((why, when)) if when.elapsed() < PAUSE => why,
                 Some(_) => match self.open(name) {
                     Ok(_) => continue,

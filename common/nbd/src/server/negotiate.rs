@@ -47,7 +47,10 @@ pub(super) fn negotiate(
                     other => other?,
                 }
             }
-            Step::Send(bytes) => stream.send(sending, &bytes, service.limits.patience)?,
+            Step::Send(bytes) => match stream.send(sending, &bytes, service.limits.patience) {
+                Err(ServeError::Gone) => return Ok(None),
+                other => other?,
+            },
             Step::StartTls => match &service.tls {
                 StartTls::Offered(config) | StartTls::Demanded(config) => {
                     found = None;

@@ -6,6 +6,7 @@ use reseal_format::manifest::Disk as PointedDisk;
 use reseal_format::names::{DiskName, VmName};
 use reseal_vault::cache::{Cache, Weigh};
 use reseal_vault::disk::DiskReader;
+use reseal_vault::heads::Heads;
 use reseal_vault::{Chain, Point, PointSpec, Points, State, VaultError, Which};
 
 use super::point_name::{PointDisk, export_name};
@@ -58,6 +59,7 @@ impl Weigh for Kept {
 /// Exports by the names of points.
 pub struct PointExports {
     points: Arc<dyn Points>,
+    heads: Option<Heads>,
     reader: Arc<DiskReader>,
     scope: Scope,
     opened: Cache<(VmName, u32), Kept>,
@@ -78,9 +80,16 @@ fn failed(error: VaultError) -> NotOpened {
 }
 
 impl PointExports {
-    /// The exports of one tenant, whose disks `reader` reads.
-    pub fn new(points: Arc<dyn Points>, reader: Arc<DiskReader>, scope: Scope) -> PointExports {
-        PointExports { points, reader, scope, opened: Cache::new(POINT_BYTES) }
+    /// The exports of one tenant, whose disks `reader` reads. With `heads`, a VM that was rolled back is not served.
+    pub fn new(points: Arc<dyn Points>, heads: Option<Heads>, reader: Arc<DiskReader>, scope: Scope) -> PointExports {
+        PointExports { points, heads, reader, scope, opened: Cache::new(POINT_BYTES) }
+    }
+
+    fn chain(&self, vm: &VmName) -> Result<Chain, VaultError> {
+        match &self.heads {
+            Some(heads) => heads.whole_chain(&*self.points, vm),
+            None => self.points.chain(vm),
+        }
     }
 
     fn point(&self, vm: &VmName, number: u32) -> Result<Arc<Point>, VaultError> {
@@ -100,7 +109,7 @@ impl PointExports {
             // As if it were not there: what else the tenant has is no business of this client.
             return Err(nothing());
         }
-        let chain = self.points.chain(&spec.vm).map_err(failed)?;
+        let chain = self.chain(&spec.vm).map_err(failed)?;
         let is_live = |number: u32| chain.numbers().any(|known| known == (number, State::Live));
         let point = match spec.which {
             // One that was forgotten is not opened any more, though it may be kept here.
@@ -149,7 +158,7 @@ impl PointExports {
     }
 
     fn newest(&self, vm: &VmName) -> Result<Option<Arc<Point>>, VaultError> {
-        let chain: Chain = self.points.chain(vm)?;
+        let chain = self.chain(vm)?;
         self.points.newest(vm, &chain)?.map(|number| self.point(vm, number)).transpose()
     }
 }
