@@ -20,6 +20,8 @@ use reseal_tests::process::{Run, run, signal, system};
 use reseal_tests::random::Random;
 
 const MIB: u64 = 1 << 20;
+/// How much is compared at a time.
+const STEP: usize = 1 << 20;
 
 /// Two sites; the source may send, and read.
 struct Reading {
@@ -117,10 +119,10 @@ fn a_mount_over_a_site_shows_what_one_of_the_vault_does() {
     let (here_disk, there_disk) = (DiskFile::open(&here.path.join(large)), DiskFile::open(&there.path.join(large)));
     let extents = here_disk.extents();
     assert!(extents.len() > 10 && extents == there_disk.extents());
-    let (mut expected, mut found) = (vec![0; MIB as usize], vec![0; MIB as usize]);
+    let (mut expected, mut found) = (vec![0; STEP], vec![0; STEP]);
     for (from, to) in extents {
-        for at in (from..to).step_by(MIB as usize) {
-            let length = usize::try_from(MIB.min(to - at)).unwrap();
+        for at in (from..to).step_by(STEP) {
+            let length = usize::try_from(to - at).unwrap().min(STEP);
             here_disk.read(at, &mut expected[..length]);
             there_disk.read(at, &mut found[..length]);
             assert!(expected[..length] == found[..length], "at {at}");
