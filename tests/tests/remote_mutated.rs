@@ -1,15 +1,16 @@
-//! Whole sessions of a client, changed at random: messages lost, doubled, exchanged, cut, a bit turned. Whatever comes of them,
-//! the server goes on, what was there stays, and nothing that it made is not whole.
+//! Whole sessions of a client that appends, and of one that reads, changed at random: messages lost, doubled, exchanged, cut, a bit
+//! turned. Whatever comes of them, the server goes on, what was there stays, and nothing that it made is not whole.
 #![allow(clippy::unwrap_used)] // helpers of tests end where they meet what they did not expect
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 use reseal_proto::wire::{
-    Begin, Commit, Data, Definition, Disk, DiskEnd, FromSource, FromTarget, Hello, Offer, Task, Tracking, VERSION,
+    Begin, Commit, Data, Definition, Disk, DiskEnd, FromSource, FromTarget, Hello, ListPoints, ListVms, Offer, Show,
+    Shown, Task, Tracking, VERSION,
 };
 use reseal_tests::random::{Random, seeds};
-use reseal_tests::remote::Sites;
+use reseal_tests::remote::{Authority, Sites};
 
 const CLUSTER: usize = 65_536;
 /// Clusters of an offer.
@@ -141,4 +142,59 @@ fn sessions_that_are_changed_at_random_harm_nothing() {
     sites.target.restore("good@1", "disk-0", &out).ok();
     assert!(fs::read(out).unwrap() == fs::read(&disk).unwrap());
     sites.source.reseal(sites.words(sites.port, "good", &[disk.to_str().unwrap()])).ok();
+}
+
+/// What one who reads asks, as a client writes it who waits for no answer.
+fn questions() -> Vec<Vec<u8>> {
+    let vm = || "good".to_owned();
+    let mut messages = vec![FromSource::Hello(Hello { version: VERSION, software: "changed".into() })];
+    messages.push(FromSource::ListVms(ListVms { after: None }));
+    messages.push(FromSource::ListPoints(ListPoints { vm: vm(), after: 0 }));
+    messages.extend([1, 2, 1].map(|number| FromSource::Show(Show { vm: vm(), number })));
+    messages.push(FromSource::ListVms(ListVms { after: Some(vm()) }));
+    messages.iter().map(FromSource::encode).collect()
+}
+
+#[test]
+fn questions_that_are_changed_at_random_harm_nothing() {
+    let authority = Authority::new();
+    let (source, reader) = (authority.issue(|_| {}), authority.issue(|_| {}));
+    let clients = [(source, "append", "[\"*\"]"), (reader.clone(), "restore", "[\"*\"]")];
+    let sites = Sites::with(authority, &clients);
+    let disk = sites.source.disk("disk");
+    fs::write(&disk, Random::new(1).bytes(5 * CLUSTER)).unwrap();
+    sites.source.reseal(sites.words(sites.port, "good", &[disk.to_str().unwrap()])).ok();
+    let before = sites.target.contents();
+    let ask = |messages: &[Vec<u8>]| {
+        let mut peer = sites.connect(&reader);
+        messages.iter().for_each(|message| peer.write(message));
+        peer.end();
+        std::iter::from_fn(|| peer.hear()).collect::<Vec<_>>()
+    };
+    let right = ask(&questions());
+    assert_eq!(right.len(), 7, "{right:?}");
+    let (mut ended, mut shown) = (0, 0);
+    for seed in seeds(150) {
+        let mut random = Random::new(seed);
+        let mut messages = questions();
+        change(&mut messages, &mut random);
+        for answer in ask(&messages) {
+            match answer {
+                FromTarget::Trouble(_) => ended += 1,
+                // One that is shown is the one that there is.
+                FromTarget::Shown(Shown::Manifest(_)) => {
+                    assert!(right.contains(&answer), "{answer:?}, seed {seed:#x}");
+                    shown += 1;
+                }
+                _ => {}
+            }
+        }
+    }
+    assert!(ended > 20 && shown > 50, "{ended} {shown}");
+    assert_eq!(ask(&questions())[1..], right[1..]);
+    // Whoever only asks changes nothing. Leases come and go.
+    let lasts = |objects: BTreeMap<String, Vec<u8>>| -> BTreeMap<_, _> {
+        objects.into_iter().filter(|(key, _)| !key.contains("/leases/")).collect()
+    };
+    assert!(lasts(sites.target.contents()) == lasts(before));
 }
