@@ -56,6 +56,23 @@ fn seeks_equal_the_model() {
 }
 
 #[test]
+fn a_stretch_is_what_seeks_say_up_to_its_end() {
+    let vault = Vault::new();
+    let bytes = disk_bytes(22, 100 * CLUSTER + 1);
+    let length = bytes.len() as u64;
+    let disk = vault.store_disk("disk-0", &Model::of(&bytes));
+    let reader = DiskReader::new(vault.tenant.clone(), CACHE);
+    for offset in (0..length).step_by(CLUSTER / 3) {
+        let data = reader.next_data(&disk, offset).unwrap().unwrap_or(length);
+        let hole = reader.next_hole(&disk, offset).unwrap();
+        for end in [offset + 1, offset + 5 * CLUSTER_U64 + 3, length].map(|end| end.min(length)) {
+            let expected = if data == offset { (false, hole.min(end)) } else { (true, data.min(end)) };
+            assert_eq!(reader.stretch(&disk, offset, end).unwrap(), expected, "{offset} to {end}");
+        }
+    }
+}
+
+#[test]
 fn a_huge_sparse_disk_costs_what_it_holds() {
     let vault = Vault::new();
     let length = (16 << 40) + 100;

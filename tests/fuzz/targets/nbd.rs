@@ -4,8 +4,8 @@
 use libfuzzer_sys::fuzz_target;
 use reseal_proto::nbd::serve::{Facts, Listed, ServerHandshake, Step, TlsTerms};
 use reseal_proto::nbd::{
-    BlockSize, BlockStatus, ClientFlags, ErrorChunk, ExportFlags, Greeting, Hole, OptionHeader, OptionReply, OptionReplyHeader, OptionRequest,
-    Reply, Request,
+    BlockSize, BlockStatus, ClientFlags, ErrorChunk, ExportFlags, Greeting, Hole, OptionHeader, OptionReply,
+    OptionReplyHeader, OptionRequest, Reply, Request,
 };
 
 /// A server's whole handshake with what a client says.
@@ -27,9 +27,7 @@ fn serve(mut bytes: &[u8]) {
                 flags: ExportFlags::HAS_FLAGS,
                 block_size: BlockSize::DEFAULT,
             })),
-            Ok(Step::List) => {
-                machine.listed(Ok(vec![Listed { name: "disk".into(), description: String::new() }]))
-            }
+            Ok(Step::List) => machine.listed(Ok(vec![Listed { name: "disk".into(), description: String::new() }])),
             Ok(Step::Done(_) | Step::End) | Err(_) => return,
         };
     }
