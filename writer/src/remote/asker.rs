@@ -14,8 +14,6 @@ use crate::worker::Buffer;
 /// Answers that wait for a worker before he looks to those instead of offering more. Fewer, and a long line would run dry between
 /// an answer and the next; more, and what was hashed would be out of the caches when it is compressed.
 const STOCK: usize = 4;
-/// Room for a message of contents: most shrink to less than half.
-const MESSAGE: usize = 512 << 10;
 
 /// A unit that was offered.
 pub(crate) struct Offered {
@@ -112,7 +110,7 @@ impl<'a> Asker<'a> {
         if needed == 0 {
             return Ok(());
         }
-        let mut message = DataMessage::new(offered.unit.sequence, Vec::with_capacity(MESSAGE));
+        let mut message = DataMessage::new(offered.unit.sequence, self.connection.outbox.buffer());
         let mut bytes = 0;
         for nth in (0..MAX_CLUSTERS).filter(|nth| needed >> nth & 1 == 1) {
             bytes += message.cluster(|out| encode(nth, out)) as u64;
@@ -120,5 +118,56 @@ impl<'a> Asker<'a> {
         self.connection.clusters.fetch_add(needed.count_ones().into(), Ordering::Relaxed);
         self.connection.bytes.fetch_add(bytes, Ordering::Relaxed);
         self.connection.send_encoded(message.finish())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crossbeam_channel::bounded;
+    use reseal_format::geometry::CLUSTER;
+    use reseal_proto::wire::{Data, FromSource, FromTarget, Need};
+    use tokio::io::duplex;
+    use tokio::runtime::Builder;
+
+    use super::*;
+    use crate::link::carry;
+    use crate::plan::Task;
+
+    #[test]
+    fn units_are_offered_while_others_wait_and_each_comes_back_once() {
+        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let (source, target) = duplex(1 << 20);
+        let (inbox, outbox) = carry::<FromTarget, _>(runtime.handle(), source, None);
+        let connection = Connection::new("the target".into(), inbox, outbox);
+        let (mut offers, answers) = carry::<FromSource, _>(runtime.handle(), target, None);
+        let mut askers = Asker::of(&connection, 2);
+        let (plan, units) = bounded(3);
+        let cluster = vec![1; CLUSTER];
+        for sequence in 0..3 {
+            plan.send(Unit { sequence, first: sequence, count: 1, task: Task::Read }).unwrap();
+            let Some(Next::Unit(unit)) = askers[0].next(&units) else { panic!("nothing was answered yet") };
+            let hashes = [Some(blake3::hash(&cluster))];
+            askers[0].offer(unit, 7, Buffer::new(cluster.clone()), &hashes).unwrap();
+            assert!(matches!(offers.next(), Ok(FromSource::Offer(offer)) if offer.sequence == sequence));
+        }
+        let mut answered = |sequence, clusters| {
+            answers.blocking_send(FromTarget::Need(Need { sequence, clusters }).encode()).unwrap();
+            let Some(Next::Answered(answered)) = askers[1].next(&units) else { panic!("no unit is left") };
+            assert_eq!((answered.offered.unit.sequence, answered.offered.read), (sequence, 7));
+            askers[1].send(&answered.offered, answered.needed, |nth, out| {
+                assert_eq!((nth, &answered.offered.buffer[..]), (0, &cluster[..]));
+                out.push(9);
+            })
+        };
+        answered(1, 1).unwrap();
+        let data = FromSource::Data(Data { sequence: 1, frames: vec![vec![9]] });
+        assert!(matches!(offers.next(), Ok(came) if came == data));
+        assert!(answered(0, 2).is_err(), "there was no second cluster");
+        drop((answers, offers));
+        let Some(Next::Answered(last)) = askers[1].next(&units) else { panic!("the third was not given back") };
+        assert_eq!((last.offered.unit.sequence, last.needed), (2, None));
+        assert!(askers[1].send(&last.offered, last.needed, |_, _| panic!("nothing is needed")).is_err());
+        drop(plan);
+        assert!(askers.iter_mut().all(|asker| asker.next(&units).is_none()));
     }
 }
