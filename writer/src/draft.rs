@@ -300,8 +300,9 @@ impl Target for Draft {
 
     fn read(&mut self, job: &Job<'_>) -> Result<(), BackupError> {
         self.fill(|Filling { known, parent, assembler, index, .. }| {
-            let right = || Right::Here(Judge::new(known, ParentDisk::new(known, *parent)));
-            job.run(job.workers, job.in_flight(), &right, &mut |done| assembler.add(done, index))?;
+            let right = |_| Right::Here(Judge::new(known, ParentDisk::new(known, *parent)));
+            let rights = (0..job.workers).map(right).collect();
+            job.run(rights, job.in_flight(), &mut |done| assembler.add(done, index))?;
             Ok(())
         })
     }

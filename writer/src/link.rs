@@ -5,6 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use reseal_proto::wire::{FromSource, FromTarget, HEADER_LENGTH, Header, Side, Violation};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf, copy, sink, split};
 use tokio::runtime::Handle;
@@ -24,6 +25,9 @@ pub(crate) const WAITING: usize = 8;
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// As much of a message as is made room for before it is there.
 const PIECE: usize = 64 << 10;
+/// A message whose buffer is worth keeping, and one that is kept for as long as the connection lasts.
+const LARGE: usize = 512 << 10;
+const LARGEST: usize = 2 << 20;
 
 /// Why nothing more comes.
 #[derive(Debug)]
@@ -131,7 +135,31 @@ pub(crate) struct Inbox<I> {
 }
 
 /// What goes to the peer. When all are dropped, what is under way is sent, and the connection is shut down.
-pub(crate) type Outbox = mpsc::Sender<Vec<u8>>;
+#[derive(Clone)]
+pub(crate) struct Outbox {
+    messages: mpsc::Sender<Vec<u8>>,
+    used: Used,
+}
+
+/// Buffers of messages that were sent, to be used again: memory that is new costs more than what is written to it. Those that are
+/// waiting to be sent are no more than [`WAITING`], so these are few, too.
+type Used = Arc<Mutex<Vec<Vec<u8>>>>;
+
+impl Outbox {
+    /// Sends a message; waits where too many wait already. An error if none is sent any more.
+    pub(crate) fn blocking_send(&self, message: Vec<u8>) -> Result<(), Closed> {
+        self.messages.blocking_send(message).map_err(|_| Closed)
+    }
+
+    /// A buffer for a large message, with whatever is in it.
+    pub(crate) fn buffer(&self) -> Vec<u8> {
+        self.used.lock().pop().unwrap_or_else(|| Vec::with_capacity(LARGE))
+    }
+}
+
+/// Nothing is sent any more.
+#[derive(Debug)]
+pub(crate) struct Closed;
 
 impl<I: Incoming> Inbox<I> {
     /// The next message.
@@ -162,11 +190,14 @@ pub(crate) fn carry<I: Incoming, S: AsyncRead + AsyncWrite + Send + 'static>(
 ) -> (Inbox<I>, Outbox) {
     let (from, to) = split(stream);
     let (incoming, messages) = mpsc::channel(reins.as_ref().map_or(WAITING, |reins| reins.waiting));
-    let (outbox, outgoing) = mpsc::channel(reins.as_ref().map_or(WAITING, |reins| reins.outgoing));
+    let most = reins.as_ref().map_or(WAITING, |reins| reins.outgoing);
+    let (outgoing, messages_out) = mpsc::channel(most);
+    let outbox = Outbox { messages: outgoing, used: Used::default() };
+    let used = outbox.used.clone();
     let reader = runtime.spawn(read_all::<I, _>(from, incoming, reins.clone()));
     runtime.spawn(async move {
         // Whoever sends learns it from the channel, and why from the other half.
-        let _ = write_all(to, outgoing, I::alive(), reins).await;
+        let _ = write_all(to, (messages_out, used), I::alive(), reins).await;
     });
     (Inbox { messages, reader }, outbox)
 }
@@ -176,11 +207,15 @@ async fn read_all<I: Incoming, S: AsyncRead>(
     to: mpsc::Sender<Result<I, Ended>>,
     reins: Option<Reins>,
 ) {
+    let mut payload = Vec::new();
     loop {
+        if payload.capacity() > LARGEST {
+            payload = Vec::new();
+        }
         let message = tokio::select! {
             biased;
             why = told(reins.as_ref()) => Err(Ended::Told(why)),
-            message = read_one::<I, S>(&mut from, reins.as_ref().map(|reins| &reins.pace)) => message,
+            message = read_one::<I, S>(&mut from, &mut payload, reins.as_ref().map(|reins| &reins.pace)) => message,
         };
         if message.as_ref().is_ok_and(Incoming::is_alive) {
             continue;
@@ -209,26 +244,42 @@ async fn keep_pace(pace: Option<&Pace>, bytes: usize) {
     }
 }
 
-async fn read_one<I: Incoming, S: AsyncRead>(from: &mut ReadHalf<S>, pace: Option<&Pace>) -> Result<I, Ended> {
+async fn read_one<I: Incoming, S: AsyncRead>(
+    from: &mut ReadHalf<S>,
+    payload: &mut Vec<u8>,
+    pace: Option<&Pace>,
+) -> Result<I, Ended> {
     let mut header = [0; HEADER_LENGTH];
     patiently(from.read_exact(&mut header)).await.map_err(Ended::Lost)?;
     keep_pace(pace, HEADER_LENGTH).await;
     let header = Header::decode(I::SIDE, header).map_err(Ended::Broken)?;
-    let mut payload = Vec::new();
+    payload.clear();
     while payload.len() < header.payload() {
         // Room is made as it comes, and not as is claimed.
-        let (at, piece) = (payload.len(), (header.payload() - payload.len()).min(PIECE));
-        payload.resize(at + piece, 0);
-        patiently(from.read_exact(&mut payload[at..])).await.map_err(Ended::Lost)?;
+        let piece = (header.payload() - payload.len()).min(PIECE);
+        let read = patiently(read_piece(from, piece, payload)).await;
+        read.map_err(Ended::Lost)?;
         // Piece by piece, so that the peer sees something taken however slow it is to be.
         keep_pace(pace, piece).await;
     }
-    I::decode(header, &payload).map_err(Ended::Broken)
+    I::decode(header, payload).map_err(Ended::Broken)
+}
+
+/// Appends exactly so many bytes.
+async fn read_piece<S: AsyncRead>(from: &mut ReadHalf<S>, bytes: usize, to: &mut Vec<u8>) -> io::Result<()> {
+    to.reserve(bytes);
+    let mut piece = from.take(bytes as u64);
+    while piece.limit() > 0 {
+        if piece.read_buf(to).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(())
 }
 
 async fn write_all<S: AsyncWrite>(
     mut to: WriteHalf<S>,
-    mut from: mpsc::Receiver<Vec<u8>>,
+    (mut from, used): (mpsc::Receiver<Vec<u8>>, Used),
     alive: Vec<u8>,
     reins: Option<Reins>,
 ) -> io::Result<()> {
@@ -256,6 +307,12 @@ async fn write_all<S: AsyncWrite>(
             written = write => written?,
             // A peer that takes nothing must not hold up the end.
             () = told => return Err(io::ErrorKind::TimedOut.into()),
+        }
+        if (LARGE..=LARGEST).contains(&message.capacity()) {
+            let mut used = used.lock();
+            if used.len() < WAITING {
+                used.push(message);
+            }
         }
     }
 }

@@ -161,15 +161,13 @@ impl Job<'_> {
         (IN_FLIGHT * self.workers).min(MAX_IN_FLIGHT)
     }
 
-    /// Reads the disk; how many units it was. At most `in_flight` are anywhere at once. `right` gives each of
-    /// `workers` the other side of ┃, and `add` takes what they
-    /// have found, in the order of the disk. After an error that is neither distrust nor another site's an export is of no
+    /// Reads the disk; how many units it was. At most `in_flight` are anywhere at once. There are as many workers as `rights`, each
+    /// of which is what one has of the other side of ┃, and `add` takes what they have found, in the order of the disk. After an error that is neither distrust nor another site's an export is of no
     /// more use.
     pub(crate) fn run<'r>(
         &self,
-        workers: usize,
+        rights: Vec<Right<'r>>,
         in_flight: usize,
-        right: &(dyn Fn() -> Right<'r> + Sync),
         add: &mut dyn FnMut(Done) -> Result<(), BackupError>,
     ) -> Result<u64, BackupError> {
         let (stop, serving) = (AtomicBool::new(false), AtomicUsize::new(0));
@@ -189,9 +187,8 @@ impl Job<'_> {
             let outbox = match self.source {
                 Source::File(file) => {
                     let (unit, units) = bounded(in_flight);
-                    for _ in 0..workers {
+                    for right in rights {
                         let (inbox, result) = (Inbox::File(units.clone(), file), result.clone());
-                        let right = right();
                         scope.spawn(move || self.work(inbox, right, &result));
                     }
                     Outbox::Workers(unit)
@@ -199,13 +196,12 @@ impl Job<'_> {
                 Source::Nbd(nbd) => {
                     let (requests, requested) = bounded(in_flight);
                     let (filled, to_do) = bounded(in_flight);
-                    let (empty, pool) = bounded(in_flight + workers);
+                    let (empty, pool) = bounded(in_flight + rights.len());
                     for _ in 0..in_flight {
                         let _ = empty.send(Buffer::default());
                     }
-                    for _ in 0..workers {
+                    for right in rights {
                         let (inbox, result) = (Inbox::Nbd(to_do.clone(), empty.clone()), result.clone());
-                        let right = right();
                         scope.spawn(move || self.work(inbox, right, &result));
                     }
                     // A first try that was ended by distrust has stopped it.

@@ -1,4 +1,7 @@
 //! One thread's work on a unit: read, hash, have it looked up, compress what is needed.
+//!
+//! Where another site looks it up, that takes a while. The thread does not wait: it offers the next unit, and goes on with this
+//! one when the answer is there.
 
 use crossbeam_channel::{Receiver, Sender};
 use reseal_format::frames::{DEFAULT_LEVEL, FrameEncoder, FrameShift};
@@ -10,7 +13,7 @@ use zeroize::Zeroizing;
 use crate::BackupError;
 use crate::judge::{ClusterHash, Judge, Verdict};
 use crate::plan::{Task, Unit};
-use crate::remote::Asker;
+use crate::remote::{Answered, Asker, Next, Offered};
 use crate::source::FileSource;
 use reseal_nbd::{NbdError, Read};
 
@@ -49,6 +52,16 @@ pub(crate) enum Right<'a> {
     There(Asker<'a>),
 }
 
+impl Right<'_> {
+    /// What is to be done next: a unit, or an answer. `None` when nothing more comes.
+    fn next<T>(&mut self, units: &Receiver<T>) -> Option<Next<T>> {
+        match self {
+            Right::Here(_) => units.recv().ok().map(Next::Unit),
+            Right::There(asker) => asker.next(units),
+        }
+    }
+}
+
 /// A unit whose clusters were looked at.
 pub(crate) struct Done {
     pub unit: Unit,
@@ -81,77 +94,104 @@ impl<'a> Worker<'a> {
         Ok(Worker { inbox, buffer: Buffer::default(), right, encoder: encoder.map_err(failed)? })
     }
 
-    /// Gets the next unit and does what there is to do about each of its clusters; `None` when there is none left.
+    /// Does what is there to be done, until a unit is; `None` when there is none left.
     pub(crate) fn work(&mut self) -> Option<Result<Done, BackupError>> {
-        let unit = match &self.inbox {
-            Inbox::File(units, file) => {
-                let unit = units.recv().ok()?;
-                if unit.task == Task::Check {
-                    match file.is_hole(unit.first * CLUSTER_U64, unit.length(file.length())) {
-                        Ok(true) => return Some(self.check_hole(unit, file.length())),
-                        Ok(false) => {}
-                        Err(e) => return Some(Err(e)),
-                    }
-                }
-                self.buffer.resize(unit.length(file.length()), 0);
-                if let Err(e) = file.read_at(unit.first * CLUSTER_U64, &mut self.buffer) {
-                    return Some(Err(e));
-                }
-                unit
+        loop {
+            let done = match self.next()? {
+                Ok(Next::Unit((unit, read))) => self.take_up(unit, read),
+                Ok(Next::Answered(answered)) => self.send(answered).map(Some),
+                Err(e) => Err(e),
+            };
+            if let Some(done) = done.transpose() {
+                return Some(done);
             }
-            Inbox::Nbd(filled, pool) => match filled.recv().ok()? {
-                Ok(read) => {
-                    // The other end may have gone because nothing is left to read.
-                    let _ = pool.send(std::mem::replace(&mut self.buffer, read.buffer));
-                    read.tag
+        }
+    }
+
+    /// An answer, or a unit and how much of it was read: it is in the buffer, which is empty if it is known to be a hole.
+    fn next(&mut self) -> Option<Result<Next<(Unit, u64)>, BackupError>> {
+        let unit = match &self.inbox {
+            Inbox::File(units, _) => match self.right.next(units)? {
+                Next::Unit(unit) => self.read(unit).map(|read| (unit, read)),
+                Next::Answered(answered) => return Some(Ok(Next::Answered(answered))),
+            },
+            Inbox::Nbd(filled, pool) => match self.right.next(filled)? {
+                Next::Unit(Ok(read)) => {
+                    let before = std::mem::replace(&mut self.buffer, read.buffer);
+                    if let Right::Here(_) = self.right {
+                        // The other end may have gone because nothing is left to read.
+                        let _ = pool.send(before);
+                    }
+                    Ok((read.tag, self.buffer.len() as u64))
                 }
-                Err(e) => return Some(Err(e.into())),
+                Next::Unit(Err(e)) => Err(e.into()),
+                Next::Answered(answered) => return Some(Ok(Next::Answered(answered))),
             },
         };
-        Some(self.hash_and_decide(unit))
+        Some(unit.map(Next::Unit))
     }
 
-    /// Decides about clusters that are said to be unchanged and are a hole: zeros need not be read to be checked.
-    fn check_hole(&mut self, unit: Unit, length: u64) -> Result<Done, BackupError> {
-        let hashes: Vec<ClusterHash> = (0..unit.count).map(|_| None).collect();
-        self.decide(unit, unit.length(length) as u64, &hashes)
+    /// Reads a unit of a file.
+    fn read(&mut self, unit: Unit) -> Result<u64, BackupError> {
+        let Inbox::File(_, file) = &self.inbox else { return Err(BackupError::Thread) };
+        let (at, length) = (unit.first * CLUSTER_U64, unit.length(file.length()));
+        // Zeros need not be read to be checked.
+        let is_hole = unit.task == Task::Check && file.is_hole(at, length)?;
+        if let Right::There(asker) = &self.right {
+            self.buffer = asker.buffer();
+        }
+        self.buffer.resize(if is_hole { 0 } else { length }, 0);
+        file.read_at(at, &mut self.buffer)?;
+        Ok(length as u64)
     }
 
-    fn hash_and_decide(&mut self, unit: Unit) -> Result<Done, BackupError> {
-        let read = self.buffer.len() as u64;
+    /// Hashes the unit in the buffer, and decides about it, or has another site do so.
+    fn take_up(&mut self, unit: Unit, read: u64) -> Result<Option<Done>, BackupError> {
         // The last cluster of a disk may be partly past its end, where it counts as zeros.
         let whole = self.buffer.len().next_multiple_of(CLUSTER);
         self.buffer.resize(whole, 0);
-        let hashes: Vec<_> = self.buffer.chunks_exact(CLUSTER).map(hash).collect();
-        self.decide(unit, read, &hashes)
-    }
-
-    /// Decides by the hashes. The buffer holds those clusters that are no holes, each at its place in the unit.
-    fn decide(&mut self, unit: Unit, read: u64, hashes: &[ClusterHash]) -> Result<Done, BackupError> {
+        let hashes: Vec<ClusterHash> = match whole {
+            0 => (0..unit.count).map(|_| None).collect(),
+            _ => self.buffer.chunks_exact(CLUSTER).map(hash).collect(),
+        };
         let (encoder, buffer) = (&mut self.encoder, &self.buffer);
-        let clusters = match &mut self.right {
+        match &mut self.right {
             Right::Here(judge) => {
                 let known = judge.known();
-                let verdicts = judge.judge(unit, hashes, &mut |id| Ok(known.find(id)?))?;
+                let verdicts = judge.judge(unit, &hashes, &mut |id| Ok(known.find(id)?))?;
                 let become_of = |(nth, verdict)| match verdict {
                     Verdict::Hole => Cluster::Hole,
                     Verdict::Unchanged(place) => Cluster::Unchanged(place),
                     Verdict::Known(place) => Cluster::Known(place),
-                    Verdict::Needed(id) => Cluster::New { id, frames: encode(encoder, buffer, nth) },
+                    Verdict::Needed(id) => {
+                        // Most clusters shrink to less than half; a larger one grows its vector once.
+                        let mut frames = Vec::with_capacity(CLUSTER / 2);
+                        encoder.encode(cluster(buffer, nth), &mut frames);
+                        Cluster::New { id, frames }
+                    }
                 };
-                verdicts.into_iter().enumerate().map(become_of).collect()
+                let clusters = verdicts.into_iter().enumerate().map(become_of).collect();
+                Ok(Some(Done { unit, read, clusters }))
             }
             Right::There(asker) => {
-                let needed = asker.offer(unit, hashes)?;
-                let needed = (0..hashes.len()).filter(|nth| needed >> nth & 1 == 1);
-                let frames: Vec<_> = needed.map(|nth| encode(encoder, buffer, nth)).collect();
-                if !frames.is_empty() {
-                    asker.send(unit, frames)?;
-                }
-                Vec::new()
+                let buffer = std::mem::take(&mut self.buffer);
+                asker.offer(unit, read, buffer, &hashes)?;
+                Ok(None)
             }
-        };
-        Ok(Done { unit, read, clusters })
+        }
+    }
+
+    /// Sends what is needed of a unit that was offered.
+    fn send(&mut self, answered: Answered) -> Result<Done, BackupError> {
+        let Right::There(asker) = &self.right else { return Err(BackupError::Thread) };
+        let (encoder, Answered { offered, needed }) = (&mut self.encoder, answered);
+        asker.send(&offered, needed, |nth, out| encoder.encode(cluster(&offered.buffer, nth), out))?;
+        let Offered { unit, read, buffer, .. } = offered;
+        match &self.inbox {
+            Inbox::File(..) => asker.give_back(buffer),
+            Inbox::Nbd(_, pool) => drop(pool.send(buffer)),
+        }
+        Ok(Done { unit, read, clusters: Vec::new() })
     }
 }
 
@@ -159,10 +199,7 @@ fn hash(bytes: &[u8]) -> ClusterHash {
     (!is_zero(bytes)).then(|| blake3::hash(bytes))
 }
 
-/// Compresses the nth cluster of a unit.
-fn encode(encoder: &mut FrameEncoder, unit: &[u8], nth: usize) -> Vec<u8> {
-    // Most clusters shrink to less than half; a larger one grows its vector once.
-    let mut frames = Vec::with_capacity(CLUSTER / 2);
-    encoder.encode(&unit[nth * CLUSTER..][..CLUSTER], &mut frames);
-    frames
+/// The nth cluster of a unit.
+fn cluster(unit: &[u8], nth: usize) -> &[u8] {
+    &unit[nth * CLUSTER..][..CLUSTER]
 }

@@ -237,6 +237,20 @@ fn a_list_that_claims_much_takes_no_memory_for_it() {
 }
 
 #[test]
+fn frames_that_are_written_in_place_make_the_same_message() {
+    let frames: Vec<Vec<u8>> = vec![vec![1; 300], Vec::new(), vec![2; MAX_FRAMES]];
+    let mut message = DataMessage::new(77, vec![9; 50]);
+    for frames in &frames {
+        assert_eq!(message.cluster(|out| out.extend_from_slice(frames)), frames.len());
+    }
+    assert_eq!(message.finish(), FromSource::Data(Data { sequence: 77, frames }).encode());
+    assert_eq!(
+        DataMessage::new(1, Vec::new()).finish(),
+        FromSource::Data(Data { sequence: 1, frames: Vec::new() }).encode()
+    );
+}
+
+#[test]
 fn the_largest_messages_fit_their_limits() {
     let frames = vec![vec![7; MAX_FRAMES]; MAX_CLUSTERS];
     let data = FromSource::Data(Data { sequence: 0, frames });

@@ -2,17 +2,20 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
-use reseal_proto::wire::{Data, FromSource, FromTarget, Offer, Task as WireTask};
+use reseal_proto::wire::{FromSource, FromTarget, Offer, Task as WireTask};
 use reseal_site::RemoteError;
+use reseal_vault::wipe::wipe;
 
+use super::asker::{Answered, Offered};
 use crate::BackupError;
 use crate::judge::ClusterHash;
 use crate::link::{Ended, Inbox, Outbox};
 use crate::plan::{Task, Unit};
+use crate::worker::Buffer;
 
 /// Messages that wait to be asked for: the protocol has one at most.
 const ANSWERS: usize = 4;
@@ -34,20 +37,31 @@ impl From<End> for BackupError {
     }
 }
 
-/// What workers wait for.
+/// What waits for an answer.
 #[derive(Default)]
 struct Waiting {
-    /// By the number of their offer.
-    needs: HashMap<u64, Sender<u16>>,
+    /// Units by the number of their offer, and where each goes with its answer.
+    offered: HashMap<u64, (Offered, Sender<Answered>)>,
     end: Option<End>,
+}
+
+impl Waiting {
+    /// Nothing more is answered.
+    fn give_up(&mut self) {
+        for (_, (offered, back)) in self.offered.drain() {
+            let _ = back.send(Answered { offered, needed: None });
+        }
+    }
 }
 
 /// A connection.
 pub(super) struct Connection {
     peer: String,
-    outbox: Outbox,
+    pub(super) outbox: Outbox,
     waiting: Arc<Mutex<Waiting>>,
     answers: Receiver<FromTarget>,
+    /// Where units of a file are read to; the one that was used last is taken first, for a cache may still have it.
+    pub(super) buffers: Mutex<Vec<Buffer>>,
     /// Clusters that were sent, and their bytes as frames.
     pub(super) clusters: AtomicU64,
     pub(super) bytes: AtomicU64,
@@ -60,14 +74,14 @@ fn dispatch(mut inbox: Inbox<FromTarget>, peer: &str, waiting: &Mutex<Waiting>, 
         match inbox.next() {
             Ok(FromTarget::Need(need)) => {
                 // One that was distrusted meanwhile waits for nothing.
-                if let Some(worker) = waiting.lock().needs.remove(&need.sequence) {
-                    let _ = worker.send(need.clusters);
+                if let Some((offered, back)) = waiting.lock().offered.remove(&need.sequence) {
+                    let _ = back.send(Answered { offered, needed: Some(need.clusters) });
                 }
             }
             Ok(FromTarget::Distrusted(why)) => {
                 let mut waiting = waiting.lock();
-                waiting.needs.clear();
                 waiting.end.get_or_insert(End::Distrusted(why.clone()));
+                waiting.give_up();
                 // Who waits for the end of the disk.
                 let _ = answers.try_send(FromTarget::Distrusted(why));
             }
@@ -90,8 +104,8 @@ fn dispatch(mut inbox: Inbox<FromTarget>, peer: &str, waiting: &Mutex<Waiting>, 
         }
     };
     let mut waiting = waiting.lock();
-    waiting.needs.clear();
     waiting.end = Some(End::Remote(error));
+    waiting.give_up();
 }
 
 impl Connection {
@@ -104,17 +118,21 @@ impl Connection {
             std::thread::spawn(move || dispatch(inbox, &peer, &waiting, &answer));
         }
         let (clusters, bytes) = (AtomicU64::new(0), AtomicU64::new(0));
-        Connection { peer, outbox, waiting, answers, clusters, bytes }
+        Connection { peer, outbox, waiting, answers, buffers: Mutex::default(), clusters, bytes }
     }
 
     /// Why it ended, or what was distrusted.
-    fn error(&self) -> BackupError {
+    pub(super) fn error(&self) -> BackupError {
         let lost = || End::Remote(RemoteError::Lost { peer: self.peer.clone(), why: "it ended".into() });
         self.waiting.lock().end.clone().unwrap_or_else(lost).into()
     }
 
     pub(super) fn send(&self, message: &FromSource) -> Result<(), BackupError> {
-        self.outbox.blocking_send(message.encode()).map_err(|_| {
+        self.send_encoded(message.encode())
+    }
+
+    pub(super) fn send_encoded(&self, message: Vec<u8>) -> Result<(), BackupError> {
+        self.outbox.blocking_send(message).map_err(|_| {
             // Who reads knows why, and learns it at the same moment or soon.
             while self.answers.recv().is_ok() {}
             self.error()
@@ -135,7 +153,11 @@ impl Connection {
             FromTarget::Distrusted(_) => "it distrusts what nobody said",
             _ => "it answers something else than was asked",
         };
-        RemoteError::Unexpected { peer: self.peer.clone(), what: what.into() }.into()
+        self.broken(what)
+    }
+
+    pub(super) fn broken(&self, what: &str) -> BackupError {
+        RemoteError::Unexpected { peer: self.peer.clone(), what: what.to_owned() }.into()
     }
 
     /// Before a disk is begun: what was distrusted of the one before is over.
@@ -153,24 +175,33 @@ impl Connection {
         self.send(&FromSource::Offer(offer(unit, &[])))
     }
 
-    /// Offers a unit, and waits for what is needed of it.
-    fn offer(&self, unit: Unit, hashes: &[ClusterHash]) -> Result<u16, BackupError> {
-        let (need, needed) = bounded(1);
+    /// Offers a unit. It goes to `back` with the answer, or without one when none comes any more.
+    pub(super) fn offer(
+        &self,
+        offered: Offered,
+        hashes: &[ClusterHash],
+        back: &Sender<Answered>,
+    ) -> Result<(), BackupError> {
+        let message = FromSource::Offer(offer(offered.unit, hashes));
         {
             let mut waiting = self.waiting.lock();
             if let Some(end) = waiting.end.clone() {
                 return Err(end.into());
             }
-            waiting.needs.insert(unit.sequence, need);
+            waiting.offered.insert(offered.unit.sequence, (offered, back.clone()));
         }
-        self.send(&FromSource::Offer(offer(unit, hashes)))?;
-        let needed = needed.recv().map_err(|_| self.error())?;
-        let is_there = |at: usize| hashes.get(at).is_some_and(Option::is_some);
-        if (0..16).any(|at| needed >> at & 1 == 1 && !is_there(at)) {
-            let what = "it needs clusters that were not offered".into();
-            return Err(RemoteError::Unexpected { peer: self.peer.clone(), what }.into());
+        self.send(&message)
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        // All at once: what wipes byte by byte would take as long as some 20 units.
+        for buffer in self.buffers.get_mut() {
+            let mut bytes = std::mem::take(&mut **buffer);
+            bytes.resize(bytes.capacity(), 0);
+            wipe(&mut bytes);
         }
-        Ok(needed)
     }
 }
 
@@ -183,22 +214,4 @@ fn offer(unit: Unit, hashes: &[ClusterHash]) -> Offer {
     };
     let clusters = hashes.iter().map(|hash| hash.map(|hash| *hash.as_bytes())).collect();
     Offer { sequence: unit.sequence, first: unit.first, count: unit.count, task, clusters }
-}
-
-/// A worker's way to ask.
-#[derive(Clone, Copy)]
-pub(crate) struct Asker<'a>(pub(super) &'a Connection);
-
-impl Asker<'_> {
-    /// Which clusters of a unit are needed, the first in the lowest bit.
-    pub(crate) fn offer(&self, unit: Unit, hashes: &[ClusterHash]) -> Result<u16, BackupError> {
-        self.0.offer(unit, hashes)
-    }
-
-    /// Sends those.
-    pub(crate) fn send(&self, unit: Unit, frames: Vec<Vec<u8>>) -> Result<(), BackupError> {
-        self.0.clusters.fetch_add(frames.len() as u64, Ordering::Relaxed);
-        self.0.bytes.fetch_add(frames.iter().map(|frames| frames.len() as u64).sum(), Ordering::Relaxed);
-        self.0.send(&FromSource::Data(Data { sequence: unit.sequence, frames }))
-    }
 }

@@ -300,9 +300,8 @@ impl Target for Remote<'_> {
     fn read(&mut self, job: &Job<'_>) -> Result<(), BackupError> {
         let connection = self.connection()?;
         let mut read = 0;
-        // Each worker waits for what is needed of its unit, so there are as many as offers may be under way.
-        let right = || Right::There(Asker(connection));
-        let offers = job.run(self.window, self.window, &right, &mut |done| {
+        let rights = Asker::of(connection, job.workers).into_iter().map(Right::There).collect();
+        let offers = job.run(rights, self.window, &mut |done| {
             read += done.read;
             match done.unit.task {
                 Task::Read | Task::Check => Ok(()),

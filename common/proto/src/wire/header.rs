@@ -123,9 +123,14 @@ pub(super) fn message(kind: u8, put: impl FnOnce(&mut super::fields::Out)) -> Ve
     let mut out = super::fields::Out::default();
     out.bytes(&[kind, 0, 0, 0, 0, 0, 0, 0]);
     put(&mut out);
-    let length = super::fields::length32(out.0.len() - HEADER_LENGTH);
-    out.0[HEADER_LENGTH - 4..HEADER_LENGTH].copy_from_slice(&length.to_be_bytes());
+    finish(&mut out.0);
     out.0
+}
+
+/// Writes into the header of a message how long its payload has become.
+pub(super) fn finish(message: &mut [u8]) {
+    let length = super::fields::length32(message.len() - HEADER_LENGTH);
+    message[HEADER_LENGTH - 4..HEADER_LENGTH].copy_from_slice(&length.to_be_bytes());
 }
 
 /// What begins the first message of either side.

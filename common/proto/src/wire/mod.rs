@@ -23,7 +23,9 @@ mod violation;
 pub use header::{HEADER_LENGTH, Header, Side};
 pub use reading::{ListPoints, ListVms, Plaintext, PointState, Points, Show, Shown, Vms};
 pub use renewal::{Renew, Renewed};
-pub use source::{Begin, Commit, Data, Definition, Disk, DiskEnd, FromSource, Hello, Offer, Said, Task, Tracking};
+pub use source::{
+    Begin, Commit, Data, DataMessage, Definition, Disk, DiskEnd, FromSource, Hello, Offer, Said, Task, Tracking,
+};
 pub use target::{Begun, Committed, DiskReady, FromTarget, Need, Newest, NewestDisk, Start, Welcome};
 pub use trouble::{Trouble, TroubleCode};
 pub use violation::Violation;

@@ -1,7 +1,7 @@
 //! What a source sends.
 
-use super::fields::{Fields, Out};
-use super::header::{MAGIC, kind, message};
+use super::fields::{Fields, Out, length32};
+use super::header::{HEADER_LENGTH, MAGIC, finish, kind, message};
 use super::{
     HASH, Header, ListPoints, ListVms, MAX_CLUSTERS, MAX_DEFINITION, MAX_FRAMES, MAX_NAME, MAX_TEXT, MAX_WARNINGS,
     Renew, Show, Trouble, Violation,
@@ -213,7 +213,7 @@ impl Data {
     fn put(&self, out: &mut Out) {
         out.0.reserve(self.frames.iter().map(|frames| frames.len() + 4).sum::<usize>() + 12);
         out.u64(self.sequence).list(&self.frames, |out, frames| {
-            out.u32(super::fields::length32(frames.len())).bytes(frames);
+            out.u32(length32(frames.len())).bytes(frames);
         });
     }
 
@@ -227,6 +227,43 @@ impl Data {
             Ok(frames)
         })?;
         Ok(Data { sequence, frames })
+    }
+}
+
+/// The message [`Data`] in the making: frames are written to where they are sent from.
+pub struct DataMessage {
+    message: Vec<u8>,
+    clusters: u32,
+}
+
+impl DataMessage {
+    /// Where the number of clusters stands.
+    const COUNT: usize = HEADER_LENGTH + 8;
+
+    /// One without clusters yet, in a buffer that may have been used before.
+    pub fn new(sequence: u64, mut buffer: Vec<u8>) -> DataMessage {
+        buffer.clear();
+        let mut out = Out(buffer);
+        out.bytes(&[kind::DATA, 0, 0, 0, 0, 0, 0, 0]).u64(sequence).u32(0);
+        DataMessage { message: out.0, clusters: 0 }
+    }
+
+    /// The next cluster: what `put` appends is its frames. How many bytes these have.
+    pub fn cluster(&mut self, put: impl FnOnce(&mut Vec<u8>)) -> usize {
+        let at = self.message.len();
+        self.message.extend_from_slice(&[0; 4]);
+        put(&mut self.message);
+        let length = self.message.len() - at - 4;
+        self.message[at..at + 4].copy_from_slice(&length32(length).to_be_bytes());
+        self.clusters += 1;
+        length
+    }
+
+    /// The whole message.
+    pub fn finish(mut self) -> Vec<u8> {
+        self.message[Self::COUNT..Self::COUNT + 4].copy_from_slice(&self.clusters.to_be_bytes());
+        finish(&mut self.message);
+        self.message
     }
 }
 
