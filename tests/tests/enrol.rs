@@ -11,7 +11,7 @@ use rcgen::{CertificateParams, KeyPair};
 use reseal_proto::wire::{Begin, FromSource, FromTarget, Hello, Renew, Renewed, TroubleCode, VERSION};
 use reseal_tests::enrolled::{Enrolling, between, field, identity, put};
 use reseal_tests::process::Run;
-use reseal_tests::remote::{Authority, Identity, Peer, Proxy, Sites, private};
+use reseal_tests::remote::{Authority, Identity, Peer, Proxy, Sites, free_port, private};
 use serde_json::Value;
 
 const MIB: usize = 1 << 20;
@@ -592,4 +592,36 @@ fn an_own_pki_with_a_revocation_list_works_beside_clients_that_are_enrolled() {
     let listed = sites.target.reseal(["tenant", "clients", "--json", "--config", config.to_str().unwrap()]).ok();
     let enrolled: Vec<_> = listed.json_lines().iter().map(|client| client["enrolled"].as_bool().unwrap()).collect();
     assert_eq!(enrolled, [true, false, false, false]);
+}
+
+#[test]
+fn clients_of_a_tenant_that_was_erased_keep_no_server_from_being_ready() {
+    let mut sites = Enrolling::stopped();
+    let port = free_port();
+    let path = sites.target.path("serve.toml");
+    let text = fs::read_to_string(&path).unwrap();
+    private(path.clone(), &(text + &format!("[metrics]\nlisten = \"127.0.0.1:{port}\"\n")));
+    let file = sites.enrol("acme", "gone", "restore", &[]);
+    let disk = sites.disk("disk", MIB);
+    sites.target.reseal(["tenant", "erase", "acme", "--yes", "acme"]).ok();
+    sites.target.reseal(["serve", "--check", "--config", path.to_str().unwrap()]).ok();
+    sites.start();
+    let ready = || {
+        use std::io::{Read, Write};
+        let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+        stream.write_all(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    assert!(ready().contains(" 200 "), "{}", ready());
+    // Who comes as one is told, and the server stays ready for the others.
+    let run = sites.source.reseal(["--repo", file.to_str().unwrap(), "list"]);
+    assert!(run.status != Some(0) && run.stderr.contains("can't be opened"), "{run:#?}");
+    assert!(ready().contains(" 200 "), "{}", ready());
+    let other = sites.enrol("default", "other", "append", &[]);
+    sites.backup(&other, "web01", &disk).ok();
+    let log = sites.stop();
+    assert!(log.contains("tenant acme was erased; its clients can be revoked"), "{log}");
+    assert!(!log.lines().any(|line| line.contains("WARN") && line.contains("was erased at")), "{log}");
 }

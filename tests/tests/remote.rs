@@ -146,7 +146,8 @@ fn only_who_is_known_may_come_and_only_for_what_is_named() {
     fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
     let run = sites.source.reseal(["--repo", file.to_str().unwrap(), "backup", "web01", disk]);
     assert!(run.status != Some(0) && run.stderr.contains("chmod"), "{run:#?}");
-    sites.source.reseal(["--repo", file.to_str().unwrap(), "list"]).fails(2, &["enrolment file"]);
+    sites.source.reseal(["--repo", file.to_str().unwrap(), "list"]).fails(2, &["chmod 600"]);
+    sites.source.reseal(["--repo", file.to_str().unwrap(), "verify"]).fails(2, &["enrolment file"]);
 }
 
 #[test]
