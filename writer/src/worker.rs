@@ -91,6 +91,10 @@ impl<'a> Worker<'a> {
     pub(crate) fn new(inbox: Inbox<'a>, right: Right<'a>, encoding: Encoding) -> Result<Worker<'a>, BackupError> {
         let encoder = FrameEncoder::new(encoding.shift, encoding.level);
         let failed = |source| BackupError::Source { path: "zstd".into(), action: "get the working memory of", source };
+        if let (Inbox::Nbd(_, pool), Right::There(_)) = (&inbox, &right) {
+            // Nobody may wait for the one that this worker has in hand when it fails.
+            let _ = pool.send(Buffer::default());
+        }
         Ok(Worker { inbox, buffer: Buffer::default(), right, encoder: encoder.map_err(failed)? })
     }
 
