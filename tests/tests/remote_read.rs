@@ -301,7 +301,7 @@ fn one_who_is_revoked_while_he_reads_is_cut_off_and_comes_in_no_more() {
         assert_eq!(trouble(&mut idle), TroubleCode::NotAllowed);
         assert!(began.elapsed() < Duration::from_millis(2500), "{:?}", began.elapsed());
         let (read, ended) = reading.join().unwrap();
-        let failed = read.err().expect("it does not get all");
+        let failed = read.expect_err("it does not get all");
         assert!(ended - began < Duration::from_secs(4), "{:?}: {failed}", ended - began);
         assert!(failed.to_string().contains("was revoked at this site"), "{failed}");
         good.join().unwrap();
@@ -452,7 +452,7 @@ fn what_is_damaged_is_told_and_the_rest_is_read() {
     let results = far.points(&vm("web01"), &[1, 2, 3]);
     assert!(matches!(&results[..], [Ok(_), Err(e), Ok(_)] if e.class() == Class::Damaged));
     assert!(open(&far, "web01", 2).is_err());
-    let failed = read_whole(&open(&far, "web01", 3).unwrap(), |_| {}).err().expect("damage is an error, never zeros");
+    let failed = read_whole(&open(&far, "web01", 3).unwrap(), |_| {}).expect_err("damage is an error, never zeros");
     assert!(failed.to_string().contains("can't read bytes"), "{failed}");
     assert_reads(&file, "web01", 1, &disks[0]);
     assert!(metric(port, "reseal_read_failures_total{tenant=\"default\",code=\"damaged\"}") >= 2.0);
