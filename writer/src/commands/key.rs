@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 
 use reseal_cli::{CommonArgs, Failure, Status};
 use reseal_kms::kit::{SealedKit, write_sheet};
+use reseal_site::certificate::now;
 use serde_json::json;
 
 use super::key_import;
 use super::kit::{LockArgs, NewKit, keyring_keys};
-use super::new_tenant::{now, refuse_inside};
+use super::new_tenant::refuse_inside;
 
 /// Arguments of `key`.
 #[derive(clap::Args)]

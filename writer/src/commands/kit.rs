@@ -9,8 +9,9 @@ use reseal_format::tenant::KmsRef;
 use reseal_kms::config::KEYRING;
 use reseal_kms::kit::{KitContents, KitLock, Recipient, read_recipients, write_kit};
 use reseal_kms::{KeyBytes, NamedKey};
+use reseal_site::certificate::now;
 
-use super::new_tenant::{now, refuse_inside};
+use super::new_tenant::refuse_inside;
 
 /// Where to write a recovery kit, and what opens it.
 #[derive(clap::Args)]

@@ -1,11 +1,9 @@
 //! Making a tenant: its KEK in the KMS that the configuration gives it, its record, and its recovery kit.
 
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use reseal_cli::{CommonArgs, Failure, Status, of_tenant, read_new_passphrase};
 use reseal_format::names::TenantName;
-use reseal_format::time::Timestamp;
 use reseal_kms::config::KEYRING;
 use reseal_kms::{Keyring, Kms};
 use reseal_store::Store;
@@ -123,10 +121,4 @@ pub(crate) fn refuse_inside(repo: &str, path: &Path, what: &str, option: &str) -
         return Err(Failure::new(Status::Usage, message));
     }
     Ok(())
-}
-
-/// This moment.
-pub(crate) fn now() -> Timestamp {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    Timestamp(i64::try_from(since.as_millis()).unwrap_or(0))
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use reseal_cli::{CommonArgs, Failure, Found, Status, human_bytes, of_tenant, parse_size};
 use reseal_format::names::TenantName;
+use reseal_site::certificate::now;
 use reseal_store::Store;
 use reseal_vault::heads::tenant_folder;
 use reseal_vault::{Count, Epochs, Held, Holdings, Record, VaultError, VmHoldings, holders, tenants};
@@ -17,7 +18,7 @@ use serde_json::{Value, json};
 use super::clients::{self, EnrollArgs, ServerArgs};
 use super::init::report_tenant;
 use super::kit::KitArgs;
-use super::new_tenant::{EscrowArgs, NewTenant, now};
+use super::new_tenant::{EscrowArgs, NewTenant};
 
 /// How long an erasure waits for those who have the keys: they look every three seconds, and a mount takes a moment to end.
 const HOLDERS_PATIENCE: Duration = Duration::from_secs(15);
