@@ -32,6 +32,8 @@ pub mod record_watch;
 pub mod signals;
 pub mod umount;
 
+pub mod overlay;
+
 pub mod restore;
 
 pub mod errno;

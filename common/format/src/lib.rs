@@ -25,6 +25,7 @@ pub mod layout;
 pub mod manifest;
 pub mod names;
 pub mod objectives;
+pub mod overlay;
 pub mod pack;
 pub mod seal;
 pub mod tenant;
