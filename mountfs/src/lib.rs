@@ -8,6 +8,7 @@
 //!         → at once, or by the pool under a deadline                (answer, pool, readahead, handles, fuse)
 //! mount → session → unmount                                         (mount, mounts, signals, record_watch, umount)
 //! restore: disk → clusters on all cores → file or block device      (restore)
+//! nbd: socket → a thread a client → the server of `reseal-nbd`      (nbd)
 //! ```
 //!
 //! [`errno`] has every way to fail and what the kernel is told; [`journal`] what the administrator is told.
@@ -35,6 +36,8 @@ pub mod umount;
 pub mod overlay;
 
 pub mod restore;
+
+pub mod nbd;
 
 pub mod errno;
 pub mod journal;

@@ -9,6 +9,7 @@ use reseal_cli::{CommonArgs, Failure, Status, finish};
 mod commands;
 
 use commands::mount::{MountArgs, mount, unmount};
+use commands::nbd::{NbdArgs, nbd};
 use commands::restore::{RestoreArgs, restore};
 
 const PROGRAM: &str = "reseal-mount";
@@ -35,6 +36,8 @@ enum Verb {
     },
     /// Writes disks of a restore point to files or a block device, in the clear
     Restore(RestoreArgs),
+    /// Serves disks of restore points over NBD, read-only, decrypted as they are read
+    Nbd(NbdArgs),
 }
 
 fn main() -> ExitCode {
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         Verb::Mount(arguments) => mount(&common, &arguments),
         Verb::Umount { mountpoint } => finish(PROGRAM, unmount(&mountpoint)),
         Verb::Restore(arguments) => finish(PROGRAM, restore(&common, &arguments)),
+        Verb::Nbd(arguments) => nbd(&common, &arguments),
     }
 }
 

@@ -1,4 +1,4 @@
-//! A mount keeps up with its tenant's record: it learns new keys before it needs them, and it ends when the tenant is
+//! A mount, or whatever else serves for long, keeps up with its tenant's record: it learns new keys before it needs them, and it ends when the tenant is
 //! erased, for no process goes on with keys that were destroyed.
 
 use std::io;
@@ -14,14 +14,15 @@ use crate::journal::Journal;
 /// How often the tenant's record is looked at: one small object each time.
 const EVERY: Duration = Duration::from_secs(3);
 
-/// Looks at the record until the tenant is erased; then it calls `stop`, once.
+/// Looks at the record until the tenant is erased; then it calls `stop`, once. `what` is what serves, as the journal calls it.
 pub fn watch(
+    what: &'static str,
     tenant: Arc<Tenant>,
     heads: Heads,
     journal: Arc<Journal>,
     stop: impl FnOnce() + Send + 'static,
 ) -> io::Result<()> {
-    let mut watch = RecordWatch { tenant, heads, journal, has_complained: false };
+    let mut watch = RecordWatch { what, tenant, heads, journal, has_complained: false };
     let look = move || {
         while watch.look() {
             thread::sleep(EVERY);
@@ -33,6 +34,7 @@ pub fn watch(
 }
 
 struct RecordWatch {
+    what: &'static str,
     tenant: Arc<Tenant>,
     heads: Heads,
     journal: Arc<Journal>,
@@ -43,7 +45,7 @@ struct RecordWatch {
 impl RecordWatch {
     /// Looks once; whether the tenant is still there.
     fn look(&mut self) -> bool {
-        let name = self.tenant.name();
+        let (name, what) = (self.tenant.name(), self.what);
         match self.tenant.refresh() {
             Ok(is_new) => {
                 self.has_complained = false;
@@ -57,11 +59,11 @@ impl RecordWatch {
                 }
             }
             Err(VaultError::Erased { when, .. }) => {
-                self.journal.say(&format!("tenant {name} was erased at {when}, so the mount ends"));
+                self.journal.say(&format!("tenant {name} was erased at {when}, so the {what} ends"));
                 return false;
             }
             Err(error) if self.tenant.is_lost(&error) => {
-                self.journal.say(&format!("{error}; so the mount ends"));
+                self.journal.say(&format!("{error}; so the {what} ends"));
                 return false;
             }
             // A record that can't be read now says nothing.
@@ -69,7 +71,7 @@ impl RecordWatch {
             // What its keys open is read on, so this is said once and not each time.
             Err(error) if !self.has_complained => {
                 self.has_complained = true;
-                self.journal.say(&format!("{error}. The mount goes on with the keys that it has"));
+                self.journal.say(&format!("{error}. The {what} goes on with the keys that it has"));
             }
             Err(_) => {}
         }

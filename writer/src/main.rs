@@ -51,6 +51,8 @@ enum Command {
     Umount(delegate::Args),
     /// Writes a disk of a restore point to a file or block device
     Restore(delegate::Args),
+    /// Serves disks of restore points over NBD, read-only, decrypted as they are read
+    Nbd(delegate::Args),
     /// Undoes what a backup of a running VM began if the backup dies; started by it
     #[command(hide = true)]
     Guardian,
@@ -62,6 +64,7 @@ fn run(cli: Cli, detach: Option<Detach>) -> Result<(), Failure> {
         Command::Mount(_) => return delegate::run("mount"),
         Command::Umount(_) => return delegate::run("umount"),
         Command::Restore(_) => return delegate::run("restore"),
+        Command::Nbd(_) => return delegate::run("nbd"),
         _ => harden(common.allow_swap)?,
     }
     match cli.command {
@@ -77,7 +80,7 @@ fn run(cli: Cli, detach: Option<Detach>) -> Result<(), Failure> {
         Command::Tenant(args) => tenant::run(common, args),
         Command::Rekey(args) => rekey::run(common, &args, detach),
         Command::Serve(args) => serve::run(common, &args),
-        Command::Mount(_) | Command::Umount(_) | Command::Restore(_) => Ok(()),
+        Command::Mount(_) | Command::Umount(_) | Command::Restore(_) | Command::Nbd(_) => Ok(()),
     }
 }
 

@@ -21,6 +21,7 @@ mod extents;
 mod flight;
 mod patience;
 mod pump;
+pub mod server;
 mod socket;
 mod tls;
 mod uri;

@@ -60,7 +60,10 @@ impl Tls {
             .map_err(unusable)?
             .with_root_certificates(authorities(ca)?);
         let (config, has_certificate) = match (&files.cert, &files.key) {
-            (Some(cert), Some(key)) => (config.with_client_cert_resolver(identity(cert, key)?), true),
+            (Some(cert), Some(key)) => {
+                let identity: Arc<dyn ResolvesClientCert> = Arc::new(SingleCertAndKey::from(certified(cert, key)?));
+                (config.with_client_cert_resolver(identity), true)
+            }
             (None, None) => (config.with_no_client_auth(), false),
             _ => return Err(NbdError::Usage("--tls-cert and --tls-key belong together".into())),
         };
@@ -68,7 +71,7 @@ impl Tls {
     }
 }
 
-fn authorities(path: &Path) -> Result<RootCertStore, NbdError> {
+pub(crate) fn authorities(path: &Path) -> Result<RootCertStore, NbdError> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(path)? {
         let added = roots.add(certificate);
@@ -77,7 +80,8 @@ fn authorities(path: &Path) -> Result<RootCertStore, NbdError> {
     Ok(roots)
 }
 
-fn identity(cert: &Path, key: &Path) -> Result<Arc<dyn ResolvesClientCert>, NbdError> {
+/// A certificate and the private key that belongs to it.
+pub(crate) fn certified(cert: &Path, key: &Path) -> Result<CertifiedKey, NbdError> {
     let chain = certificates(cert)?;
     let text = read(key)?;
     let parsed = PrivateKeyDer::from_pem_slice(&text);
@@ -90,7 +94,7 @@ fn identity(cert: &Path, key: &Path) -> Result<Arc<dyn ResolvesClientCert>, NbdE
     certified
         .keys_match()
         .map_err(|_| NbdError::Usage(format!("{} is not the private key of {}", key.display(), cert.display())))?;
-    Ok(Arc::new(SingleCertAndKey::from(certified)))
+    Ok(certified)
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, NbdError> {

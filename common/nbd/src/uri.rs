@@ -52,6 +52,12 @@ impl NbdUri {
         NbdUri { place, export: export.to_owned(), tls: false, tls_hostname: None }
     }
 
+    /// An export on TCP.
+    pub fn tcp(host: &str, port: u16, tls: bool, export: &str) -> NbdUri {
+        let place = Place::Tcp { host: host.to_owned(), port };
+        NbdUri { place, export: export.to_owned(), tls, tls_hostname: None }
+    }
+
     pub fn is_tls(&self) -> bool {
         self.tls
     }

@@ -223,6 +223,15 @@ impl DiskReader {
         self.tree.leaf(disk, leaf, wait)
     }
 
+    /// Whether there is a hole at `offset`, and where it, or the data there, ends. No further than `end` is looked, which must
+    /// lie beyond `offset` and on the disk.
+    pub fn stretch(&self, disk: &Disk, offset: u64, end: u64) -> Result<(bool, u64), VaultError> {
+        let first = ClusterIndex::of_byte(offset);
+        let is_hole = self.tree.blob(disk, first, Wait::May)?.is_none();
+        let other = self.tree.next(disk, first, cluster_count(end), !is_hole)?;
+        Ok((is_hole, other.map_or(end, ClusterIndex::first_byte)))
+    }
+
     /// Where data begins at or after `offset`; `None` if only holes follow.
     pub fn next_data(&self, disk: &Disk, offset: u64) -> Result<Option<u64>, VaultError> {
         let found = self.tree.next(disk, ClusterIndex::of_byte(offset), cluster_count(disk.length), false)?;

@@ -1,4 +1,5 @@
 //! What each verb does.
 
 pub(crate) mod mount;
+pub(crate) mod nbd;
 pub(crate) mod restore;

@@ -45,7 +45,7 @@ pub(crate) struct MountArgs {
     io_timeout: u32,
 }
 
-fn parse_size(text: &str) -> Result<usize, String> {
+pub(crate) fn parse_size(text: &str) -> Result<usize, String> {
     let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (digits, unit) = text.split_at(split);
     let shift = match unit {
@@ -97,7 +97,7 @@ fn serve(common: &CommonArgs, arguments: &MountArgs, detach: Option<Detach>) -> 
     let mounted = Mounted::new(tenant.clone(), Some(heads.clone()), &arguments.mountpoint, &options, journal.clone());
     let mounted = mounted.map_err(mount_failure)?;
     signals.on_signal(mounted.stopper()).map_err(failed)?;
-    record_watch::watch(tenant, heads, journal, mounted.stopper()).map_err(failed)?;
+    record_watch::watch("mount", tenant, heads, journal, mounted.stopper()).map_err(failed)?;
     let end = if detach.is_some() { "`reseal umount` ends it" } else { "Ctrl-C ends it" };
     common.output().say(format!("mounted at {}, decrypted as it is read; {end}", mounted.path().display()));
     if let Some(detach) = detach {

@@ -4,12 +4,15 @@ use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 use reseal_cli::Status;
 use reseal_nbd::{Export, NbdError, NbdUri, Options, TlsFiles};
 use reseal_proto::nbd::{CLIENT_FLAGS_LENGTH, Greeting, OPTION_HEADER_LENGTH, OptionError, OptionKind, OptionReply};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
 
 use crate::reading::{impatient, read_all};
 use crate::server::{Place, Server};
@@ -42,14 +45,14 @@ impl Authority {
     }
 }
 
-struct Fixture {
-    place: Place,
+pub(crate) struct Fixture {
+    pub(crate) place: Place,
     bytes: Vec<u8>,
 }
 
 impl Fixture {
     /// A disk, and a folder for the server with a certificate for `name`; the client's files are beside it.
-    fn new(name: &str) -> Fixture {
+    pub(crate) fn new(name: &str) -> Fixture {
         let place = Place::new();
         let authority = Authority::new();
         let server = authority.issue(name, ExtendedKeyUsagePurpose::ServerAuth);
@@ -92,15 +95,30 @@ impl Fixture {
         (Server::start(&mut command, &pid), port)
     }
 
-    fn uri(&self, more: &str) -> NbdUri {
+    pub(crate) fn uri(&self, more: &str) -> NbdUri {
         format!("nbds+unix:///?socket={}{more}", self.place.socket().display()).parse().unwrap()
     }
 
-    fn options(&self) -> Options {
+    pub(crate) fn options(&self) -> Options {
         Options { tls: TlsFiles { ca: Some(self.place.path("ca.pem")), ..TlsFiles::default() }, ..Options::default() }
     }
 
-    fn with_certificate(&self) -> Options {
+    /// A client that speaks TLS from its first byte on.
+    pub(crate) fn client(&self, stream: TcpStream) -> rustls::StreamOwned<rustls::ClientConnection, TcpStream> {
+        let mut roots = rustls::RootCertStore::empty();
+        let ca = std::fs::read(self.place.path("ca.pem")).unwrap();
+        roots.add(CertificateDer::from_pem_slice(&ca).unwrap()).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let name = "localhost".try_into().unwrap();
+        rustls::StreamOwned::new(rustls::ClientConnection::new(Arc::new(config), name).unwrap(), stream)
+    }
+
+    pub(crate) fn with_certificate(&self) -> Options {
         let mut options = self.options();
         options.tls.cert = Some(self.place.path("cert.pem"));
         options.tls.key = Some(self.place.path("key.pem"));

@@ -27,6 +27,10 @@ impl ExportFlags {
     pub fn with(self, other: ExportFlags) -> ExportFlags {
         ExportFlags(self.0 | other.0)
     }
+
+    pub fn without(self, other: ExportFlags) -> ExportFlags {
+        ExportFlags(self.0 & !other.0)
+    }
 }
 
 /// What offsets and lengths of requests must be.

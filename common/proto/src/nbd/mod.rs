@@ -5,7 +5,7 @@
 //! (greeting) (option, option_reply)    (export)   (request)  (reply, errno)
 //! ```
 //!
-//! [`handshake`] is a client's side of what is left of ┃, as a state machine. Fixed newstyle only, with structured replies and
+//! [`handshake`] is a client's side of what is left of ┃, as a state machine, and [`serve`] a server's. Fixed newstyle only, with structured replies and
 //! meta contexts, without extended headers.
 //!
 //! Everything is encoded and decoded side by side, for clients and servers. A decoder takes exactly the bytes of one part,
@@ -20,6 +20,7 @@ mod option;
 mod option_reply;
 mod reply;
 mod request;
+pub mod serve;
 mod violation;
 
 pub use errno::Errno;

@@ -21,6 +21,8 @@ pub enum Violation {
     UnexpectedReply { option: u32, kind: u32 },
     #[error("option {option} was answered more than {max} times")]
     TooManyReplies { option: u32, max: usize },
+    #[error("it sent more than {max} options without opening an export")]
+    TooManyOptions { max: usize },
     #[error("the export was opened without a word about its size")]
     NoExportInfo,
     #[error("it selected the meta context {name:?}, which had not been asked for, or twice")]

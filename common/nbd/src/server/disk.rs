@@ -1,0 +1,102 @@
+//! What is served: exports by name, and the disks behind them.
+
+use std::sync::Arc;
+
+use reseal_proto::nbd::Errno;
+use reseal_proto::nbd::serve::Listed;
+
+/// A stretch of a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stretch {
+    /// At least one byte.
+    pub length: u64,
+    /// It takes no space, and reads as zeros.
+    pub hole: bool,
+}
+
+/// A request that can't be met.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{reason}")]
+pub struct DiskError {
+    /// All that the client is told.
+    pub errno: Errno,
+    /// For the owner's log: must not hold what is on the disk.
+    pub reason: String,
+}
+
+impl DiskError {
+    /// What a disk says that can't be read.
+    pub fn io(reason: impl Into<String>) -> DiskError {
+        DiskError { errno: Errno::IO, reason: reason.into() }
+    }
+}
+
+/// One disk. Several threads, of several connections, use it at once. Ranges that it is asked for are never empty and end
+/// where the disk does, or before.
+pub trait Disk: Send + Sync {
+    /// The name that this very disk has, whatever name it was opened by.
+    fn name(&self) -> &str;
+
+    /// For people.
+    fn description(&self) -> Option<String> {
+        None
+    }
+
+    /// Bytes.
+    fn length(&self) -> u64;
+
+    /// Whether a client that opens the same name again gets this same disk: only then may it open several connections.
+    fn is_fixed(&self) -> bool {
+        true
+    }
+
+    /// Fills `out` from `offset` on. After an error what is in it counts for nothing.
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), DiskError>;
+
+    /// Which parts of a range are holes, from its start on: at least one stretch and at most `most`, which together may be
+    /// less than the range but not more.
+    fn stretches(&self, offset: u64, length: u64, most: usize) -> Result<Vec<Stretch>, DiskError>;
+
+    /// A range that will be read soon.
+    fn cache(&self, _offset: u64, _length: u64) -> Result<(), DiskError> {
+        Ok(())
+    }
+}
+
+/// Why there is no such export.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NotOpened {
+    /// There is none of that name. The client sees the text.
+    #[error("{0}")]
+    Unknown(String),
+    /// The client may not have it. The client sees the text.
+    #[error("{0}")]
+    Forbidden(String),
+    /// Nothing is opened any more.
+    #[error("the server is shutting down")]
+    Ending,
+    /// It is there, and can't be opened. Only the owner is told why.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Disks by name.
+pub trait Exports: Send + Sync {
+    /// Opens one. Every connection opens its own.
+    fn open(&self, name: &str) -> Result<Arc<dyn Disk>, NotOpened>;
+
+    /// Those that are shown to a client that asks which there are; more may be opened by their names.
+    fn list(&self) -> Result<Vec<Listed>, NotOpened>;
+}
+
+/// Whom the server tells what its clients are not told. Called by many threads.
+pub trait Owner: Send + Sync {
+    /// Something went wrong that is no fault of the client.
+    fn failed(&self, what: &str);
+
+    /// A client has opened an export, of this name.
+    fn opened(&self, _export: &str) {}
+
+    /// So many bytes of a disk were sent. It may sleep, to keep to a rate.
+    fn sent(&self, _bytes: u64) {}
+}

@@ -1,0 +1,335 @@
+//! Requests of one client, worked on by several threads.
+//!
+//! The threads take turns: one receives, and when it has a request leaves its place to the next and works on it. So no request
+//! is handed over, a client that sends more than is worked on is held back by its own socket, and replies leave in any order.
+
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use reseal_proto::nbd::serve::ALLOCATION_ID;
+use reseal_proto::nbd::{
+    BlockStatus, CHUNK_LENGTH, Chunk, ChunkKind, Command, CommandFlags, Descriptor, Errno, ErrorChunk, HOLE_LENGTH,
+    Hole, OFFSET_LENGTH, REQUEST_LENGTH, Reply, Request, SIMPLE_LENGTH, Violation, state,
+};
+use reseal_vault::wipe::Buffer;
+
+use super::budget::{Budget, Share};
+use super::negotiate::Opened;
+use super::stream::{Receiving, Sending, Stream};
+use super::{DiskError, MAX_READ, Owner, ServeError, Service, Stretch};
+
+/// Most stretches of one answer about holes. A client asks again for the rest.
+const MAX_STRETCHES: usize = 4096;
+/// Reads of so much are looked at for holes: shorter ones are sent as they are.
+const WORTH_A_HOLE: u32 = 4096;
+/// A thread's buffer that had to grow beyond this is given back after the reply.
+const KEPT: usize = 1 << 20;
+
+/// An open export, and the way to its client.
+pub(super) struct Session<'a> {
+    stream: &'a Stream,
+    incoming: Mutex<Incoming>,
+    sending: Mutex<Sending>,
+    opened: &'a Opened,
+    owner: &'a dyn Owner,
+    patience: Duration,
+    budget: Budget,
+    /// The first thing that went wrong.
+    failure: Mutex<Option<ServeError>>,
+}
+
+struct Incoming {
+    receiving: Receiving,
+    /// No more requests are taken.
+    over: bool,
+}
+
+/// Ends the connection if its thread panics, so that the others do not wait for ever.
+struct EndOnPanic<'a>(&'a Stream);
+
+impl Drop for EndOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.endpoint().shut_down();
+        }
+    }
+}
+
+impl<'a> Session<'a> {
+    pub(super) fn new(
+        service: &'a Service,
+        stream: &'a Stream,
+        opened: &'a Opened,
+        receiving: Receiving,
+        sending: Sending,
+    ) -> Session<'a> {
+        let in_flight = service.limits.in_flight.max(MAX_READ as usize);
+        Session {
+            stream,
+            incoming: Mutex::new(Incoming { receiving, over: false }),
+            sending: Mutex::new(sending),
+            opened,
+            owner: &*service.owner,
+            patience: service.limits.patience,
+            budget: Budget::new(in_flight),
+            failure: Mutex::new(None),
+        }
+    }
+
+    /// Works with so many threads, of which the caller's is one, until the client has gone.
+    pub(super) fn run(self, threads: usize) -> Result<(), ServeError> {
+        std::thread::scope(|scope| {
+            for _ in 1..threads {
+                let helper = std::thread::Builder::new().name("nbd".into());
+                if helper.spawn_scoped(scope, || self.work()).is_err() {
+                    // Slower is better than not at all.
+                    break;
+                }
+            }
+            self.work();
+        });
+        self.stream.close(&mut self.sending.lock());
+        self.failure.into_inner().map_or(Ok(()), Err)
+    }
+
+    fn work(&self) {
+        let _end = EndOnPanic(self.stream);
+        let mut buffer = Buffer::default();
+        loop {
+            let done = match self.next() {
+                Ok(None) => return,
+                Ok(Some((request, share))) => {
+                    let large = request.length as usize > KEPT;
+                    let done = self.answer(&request, &mut buffer);
+                    if large {
+                        buffer = Buffer::default();
+                    }
+                    drop(share);
+                    done
+                }
+                Err(e) => Err(e),
+            };
+            if let Err(e) = done {
+                self.failure.lock().get_or_insert(e);
+                self.stream.endpoint().shut_down();
+                return;
+            }
+        }
+    }
+
+    /// The next request, and room for what it reads.
+    fn next(&self) -> Result<Option<(Request, Option<Share<'_>>)>, ServeError> {
+        let mut incoming = self.incoming.lock();
+        if incoming.over {
+            return Ok(None);
+        }
+        // Whatever goes wrong below, nothing after it can be understood.
+        incoming.over = true;
+        let Some(bytes) = incoming.receiving.take::<REQUEST_LENGTH>(self.stream)? else { return Ok(None) };
+        let request = Request::decode(&bytes)?;
+        let share = match request.command {
+            Command::Disconnect => return Ok(None),
+            Command::Write => {
+                if request.length > MAX_READ {
+                    let (length, max) = (request.length.into(), MAX_READ.into());
+                    return Err(Violation::TooLong { what: "a write", length, max }.into());
+                }
+                incoming.receiving.skip(self.stream, request.length as usize)?;
+                None
+            }
+            Command::Read if request.length <= MAX_READ => Some(self.budget.take(request.length as usize)),
+            _ => None,
+        };
+        incoming.over = false;
+        Ok(Some((request, share)))
+    }
+
+    fn answer(&self, request: &Request, buffer: &mut Buffer) -> Result<(), ServeError> {
+        let errno = match request.command {
+            Command::Write | Command::Trim | Command::WriteZeroes => Err(Errno::PERM),
+            _ => self.check(request),
+        };
+        if let Err(errno) = errno {
+            return self.refuse(request, errno);
+        }
+        match request.command {
+            Command::Read => self.read(request, buffer),
+            Command::BlockStatus => self.block_status(request),
+            Command::Cache => match self.opened.disk.cache(request.offset, request.length.into()) {
+                Ok(()) => self.simple(request, Errno::NONE),
+                Err(e) => self.fail(request, "cache", &e),
+            },
+            _ => self.simple(request, Errno::NONE),
+        }
+    }
+
+    /// What is wrong with a request that reads.
+    fn check(&self, request: &Request) -> Result<(), Errno> {
+        let agreed = self.opened.agreed;
+        let allowed = match request.command {
+            Command::Read if !agreed.structured => CommandFlags::NONE,
+            command => command.allowed(),
+        };
+        if !allowed.contains(request.flags) {
+            return Err(Errno::INVAL);
+        }
+        let end = request.offset.checked_add(request.length.into());
+        let is_inside = end.is_some_and(|end| end <= self.opened.disk.length());
+        let fits = match request.command {
+            Command::Read => request.length <= MAX_READ && is_inside,
+            Command::Cache => is_inside,
+            Command::BlockStatus => agreed.allocation && request.length > 0 && is_inside,
+            Command::Flush => true,
+            _ => false,
+        };
+        if fits { Ok(()) } else { Err(Errno::INVAL) }
+    }
+
+    fn read(&self, request: &Request, buffer: &mut Buffer) -> Result<(), ServeError> {
+        let length = request.length as usize;
+        if length == 0 {
+            return match self.opened.agreed.structured {
+                true => self.chunk(request, ChunkKind::None, &[]),
+                false => self.simple(request, Errno::NONE),
+            };
+        }
+        let disk = &*self.opened.disk;
+        let (offset, cookie) = (request.offset, request.cookie);
+        if self.opened.agreed.structured && request.length >= WORTH_A_HOLE {
+            match disk.stretches(offset, request.length.into(), 1) {
+                Ok(found) if is_all_hole(&found, request.length) => {
+                    let hole = Hole { offset, length: request.length };
+                    self.chunk(request, ChunkKind::Hole, &hole.encode())?;
+                    self.owner.sent(HOLE_LENGTH as u64);
+                    return Ok(());
+                }
+                Ok(_) => {}
+                Err(e) => return self.fail(request, "read", &e),
+            }
+        }
+        // The reply goes out in one piece, so what is read goes behind its head.
+        let mut head = [0; CHUNK_LENGTH + OFFSET_LENGTH];
+        let head = match self.opened.agreed.structured {
+            true => {
+                let length = request.length + OFFSET_LENGTH as u32;
+                let chunk = Chunk { done: true, kind: ChunkKind::Data, cookie, length };
+                head[..CHUNK_LENGTH].copy_from_slice(&Reply::Chunk(chunk).encode());
+                head[CHUNK_LENGTH..].copy_from_slice(&offset.to_be_bytes());
+                &head[..]
+            }
+            false => {
+                head[..SIMPLE_LENGTH].copy_from_slice(&Reply::Simple { error: Errno::NONE, cookie }.encode());
+                &head[..SIMPLE_LENGTH]
+            }
+        };
+        let reply = buffer.take(head.len() + length);
+        let (start, data) = reply.split_at_mut(head.len());
+        start.copy_from_slice(head);
+        match disk.read(offset, data) {
+            Ok(()) => {
+                self.send(reply)?;
+                self.owner.sent(length as u64);
+                Ok(())
+            }
+            Err(e) => self.fail(request, "read", &e),
+        }
+    }
+
+    fn block_status(&self, request: &Request) -> Result<(), ServeError> {
+        let most = if request.flags.contains(CommandFlags::REQ_ONE) { 1 } else { MAX_STRETCHES };
+        let found = match self.opened.disk.stretches(request.offset, request.length.into(), most) {
+            Ok(found) => found,
+            Err(e) => return self.fail(request, "find the holes of", &e),
+        };
+        let descriptors = descriptors(&found, request.length, most);
+        if descriptors.is_empty() {
+            return self.fail(request, "find the holes of", &DiskError::io("nothing is known of them"));
+        }
+        let status = BlockStatus { context: ALLOCATION_ID, descriptors };
+        self.chunk(request, ChunkKind::BlockStatus, &status.encode())
+    }
+
+    /// Tells the client that it failed, and the owner why.
+    fn fail(&self, request: &Request, action: &str, error: &DiskError) -> Result<(), ServeError> {
+        let (name, offset) = (self.opened.disk.name(), request.offset);
+        let end = offset.saturating_add(request.length.into());
+        self.owner.failed(&format!("can't {action} bytes {offset} to {end} of {name}: {error}"));
+        self.refuse(request, error.errno)
+    }
+
+    fn refuse(&self, request: &Request, error: Errno) -> Result<(), ServeError> {
+        let in_chunks = matches!(request.command, Command::Read | Command::BlockStatus);
+        match in_chunks && self.opened.agreed.structured {
+            true => {
+                let error = ErrorChunk { error, text: String::new(), offset: None };
+                self.chunk(request, ChunkKind::Error, &error.encode())
+            }
+            false => self.simple(request, error),
+        }
+    }
+
+    fn simple(&self, request: &Request, error: Errno) -> Result<(), ServeError> {
+        self.send(&Reply::Simple { error, cookie: request.cookie }.encode())
+    }
+
+    /// A reply of one chunk.
+    fn chunk(&self, request: &Request, kind: ChunkKind, payload: &[u8]) -> Result<(), ServeError> {
+        let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
+        let mut reply = Reply::Chunk(Chunk { done: true, kind, cookie: request.cookie, length }).encode();
+        reply.extend(payload);
+        self.send(&reply)
+    }
+
+    fn send(&self, reply: &[u8]) -> Result<(), ServeError> {
+        self.stream.send(&mut self.sending.lock(), reply, self.patience)
+    }
+}
+
+fn is_all_hole(found: &[Stretch], length: u32) -> bool {
+    matches!(found, [Stretch { length: found, hole: true }, ..] if *found >= u64::from(length))
+}
+
+/// Neighbours that are alike become one, and nothing reaches beyond what was asked for.
+fn descriptors(found: &[Stretch], length: u32, most: usize) -> Vec<Descriptor> {
+    let mut descriptors: Vec<Descriptor> = Vec::new();
+    let mut left = length;
+    for stretch in found {
+        let length = u32::try_from(stretch.length).unwrap_or(u32::MAX).min(left);
+        let flags = if stretch.hole { state::HOLE | state::ZERO } else { 0 };
+        left -= length;
+        let is_full = descriptors.len() == most;
+        match descriptors.last_mut() {
+            _ if length == 0 => break,
+            Some(last) if last.flags == flags => last.length += length,
+            _ if is_full => break,
+            _ => descriptors.push(Descriptor { length, flags }),
+        }
+    }
+    descriptors
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stretches_are_merged_and_cut() {
+        let stretch = |length, hole| Stretch { length, hole };
+        let found = [stretch(4, true), stretch(4, true), stretch(2, false), stretch(1 << 40, true)];
+        let zero = state::HOLE | state::ZERO;
+        let of = |length, flags| Descriptor { length, flags };
+        assert_eq!(descriptors(&found, 100, 10), [of(8, zero), of(2, 0), of(90, zero)]);
+        assert_eq!(descriptors(&found, 100, 1), [of(8, zero)]);
+        assert_eq!(descriptors(&found, 6, 10), [of(6, zero)]);
+        assert_eq!(descriptors(&found, 8, 10), [of(8, zero)]);
+        assert_eq!(descriptors(&[], 8, 10), []);
+    }
+
+    #[test]
+    fn only_a_hole_of_all_is_a_hole() {
+        assert!(is_all_hole(&[Stretch { length: 8, hole: true }], 8));
+        assert!(!is_all_hole(&[Stretch { length: 7, hole: true }], 8));
+        assert!(!is_all_hole(&[Stretch { length: 8, hole: false }], 8));
+        assert!(!is_all_hole(&[], 8));
+    }
+}
