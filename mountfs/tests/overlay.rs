@@ -7,8 +7,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use reseal_format::overlay::{OverlayKey, PAGE, PAGE_U64};
-use reseal_mountfs::overlay::{Facts, Layer, Medium, Overlay, OverlayError};
-use reseal_vault::VaultError;
+use reseal_mountfs::overlay::{BaseError, Facts, Layer, Medium, Overlay, OverlayError};
 use zeroize::Zeroizing;
 
 /// Not a multiple of a block.
@@ -137,7 +136,7 @@ fn base_byte(at: u64) -> u8 {
     (at / 512 % 251) as u8
 }
 
-fn base(offset: u64, out: &mut [u8]) -> Result<(), VaultError> {
+fn base(offset: u64, out: &mut [u8]) -> Result<(), BaseError> {
     out.iter_mut().zip(offset..).for_each(|(byte, at)| *byte = base_byte(at));
     Ok(())
 }

@@ -43,8 +43,11 @@ const STRIPES: usize = 64;
 /// Why an overlay did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum OverlayError {
+    #[error("{0}")]
+    Base(BaseError),
+    /// There was no randomness.
     #[error(transparent)]
-    Base(#[from] VaultError),
+    Random(#[from] VaultError),
     #[error("can't {action} the overlay: {source}")]
     Io { action: &'static str, source: io::Error },
     #[error(
@@ -55,7 +58,9 @@ pub enum OverlayError {
     Damaged { what: String, source: FormatError },
     #[error("the overlay is of another disk: {0}")]
     Another(&'static str),
-    #[error("the overlay could not be made durable before, so nothing of it is answered any more; open it anew")]
+    #[error(
+        "the overlay could not be made durable before, or was closed, so nothing of it is answered any more; open it anew"
+    )]
     Broken,
 }
 
@@ -70,8 +75,11 @@ pub struct Facts {
     pub length: u64,
 }
 
+/// Why what is under an overlay can't be read.
+pub type BaseError = Box<dyn std::error::Error + Send + Sync>;
+
 /// What is under an overlay: fills the buffer from an offset on.
-pub type Base<'a> = dyn Fn(u64, &mut [u8]) -> Result<(), VaultError> + 'a;
+pub type Base<'a> = dyn Fn(u64, &mut [u8]) -> Result<(), BaseError> + 'a;
 
 /// What is at some bytes of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -158,7 +166,8 @@ impl<M: Medium> Overlay<M> {
         self.state.read().space.used() * PAGE_U64
     }
 
-    fn check(&self) -> Result<(), OverlayError> {
+    /// Whether it still answers.
+    pub fn check(&self) -> Result<(), OverlayError> {
         match self.is_broken.load(Ordering::Acquire) {
             true => Err(OverlayError::Broken),
             false => Ok(()),
@@ -209,7 +218,7 @@ impl<M: Medium> Overlay<M> {
             let length = usize::try_from(border * PAGE_U64 - at).unwrap_or(usize::MAX).min(out.len() - done);
             let part = &mut out[done..done + length];
             match content {
-                Content::Base => base(at, part)?,
+                Content::Base => base(at, part).map_err(OverlayError::Base)?,
                 Content::Zeros => part.fill(0),
                 Content::Here(_) => {
                     // What was moved while it was read is looked up again.
@@ -396,10 +405,14 @@ impl<M: Medium> Overlay<M> {
     }
 
     /// Makes all durable, and says that this was the end: what is damaged from here on is known as damage, and not taken for a flush that
-    /// did not happen.
-    pub fn close(self) -> Result<(), OverlayError> {
+    /// did not happen. Whoever still uses it gets errors.
+    pub fn close(&self) -> Result<(), OverlayError> {
         self.flush()?;
-        self.journal.lock().end_session(&self)
+        let mut journal = self.journal.lock();
+        self.check()?;
+        let ended = journal.end_session(self);
+        self.breaks();
+        ended
     }
 
     /// What is at `offset`, and up to which byte, at most `end`, it is the same.
