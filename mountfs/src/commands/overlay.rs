@@ -71,12 +71,9 @@ fn failure(error: &FolderError) -> Failure {
 
 fn list(common: &CommonArgs, named: &[PathBuf]) -> Result<(), Failure> {
     let output = common.output();
-    let mut folders = common.paths()?.state;
+    let state = common.paths()?.state;
     // Shown as what works from anywhere.
-    if let Ok(absolute) = std::path::absolute(&folders) {
-        folders = absolute;
-    }
-    let mut all = in_state(&folders);
+    let mut all = in_state(&std::path::absolute(&state).unwrap_or(state));
     all.extend(named.iter().cloned());
     let (mut shown, mut failed) = (0, None);
     for folder in all {

@@ -52,7 +52,8 @@ fn failure(error: &WritableError) -> Failure {
 }
 
 impl WritableArgs {
-    /// Opens the overlays of a point's disks, or of `only` that one, over what `points` has of it. There is a tenant where this process has its keys.
+    /// Opens the overlays of a point's disks, or of `only` that one, over what `points` has of it. There is a tenant where this
+    /// process has its keys.
     pub(crate) fn open(
         &self,
         tenant: Option<&Tenant>,
@@ -116,7 +117,7 @@ impl Written {
                 failed = Some(WritableError::Overlay {
                     folder: self.folder.clone().unwrap_or_default(),
                     disk: disk.disk_name().clone(),
-                    source: e,
+                    source: Box::new(e),
                 });
             }
         }

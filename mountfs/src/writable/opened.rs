@@ -34,7 +34,7 @@ pub enum WritableError {
     #[error(transparent)]
     Vault(#[from] VaultError),
     #[error("{}, disk {disk}: {source}", .folder.display())]
-    Overlay { folder: PathBuf, disk: DiskName, source: OverlayError },
+    Overlay { folder: PathBuf, disk: DiskName, source: Box<OverlayError> },
     #[error(
         "{} holds the overlay of {of}, not of {wanted}; choose another folder, or name that restore point", .folder.display()
     )]
@@ -59,7 +59,7 @@ impl WritableError {
             WritableError::Folder(FolderError::Malformed { .. }) | WritableError::OtherDisks { .. } => Class::Damaged,
             WritableError::Another { .. } | WritableError::Occupied(_) | WritableError::Elsewhere => Class::Usage,
             WritableError::Vault(error) => error.class(),
-            WritableError::Overlay { source, .. } => match source {
+            WritableError::Overlay { source, .. } => match &**source {
                 OverlayError::Damaged { .. } | OverlayError::Another(_) => Class::Damaged,
                 OverlayError::Random(error) => error.class(),
                 OverlayError::Base(_) | OverlayError::Io { .. } | OverlayError::Full | OverlayError::Broken => {
@@ -80,8 +80,8 @@ pub struct Opened {
 }
 
 impl Opened {
-    /// Opens the overlays of a point, or makes them: of all its disks, or of `only` that one. Each may take about `limit` bytes. `tenant` has the
-    /// point; where another site has, there is none.
+    /// Opens the overlays of a point, or makes them: of all its disks, or of `only` that one. Each may take about `limit` bytes.
+    /// `tenant` has the point; where another site has it, there is none.
     pub fn open(
         tenant: Option<&Tenant>,
         point: &Manifest,
@@ -137,6 +137,10 @@ fn random_id() -> Result<OverlayId, VaultError> {
     Ok(OverlayId::from_bytes(random()?))
 }
 
+fn in_overlay(folder: &Path, disk: &Disk, source: OverlayError) -> WritableError {
+    WritableError::Overlay { folder: folder.to_owned(), disk: disk.name.clone(), source: Box::new(source) }
+}
+
 fn one_time(
     point: &Manifest,
     is_wanted: impl Fn(&DiskName) -> bool,
@@ -149,7 +153,7 @@ fn one_time(
     }
     let mut disks = Vec::new();
     for (nth, disk) in point.disks.iter().enumerate().filter(|(_, disk)| is_wanted(&disk.name)) {
-        let failed = |source| WritableError::Overlay { folder: folder.to_owned(), disk: disk.name.clone(), source };
+        let failed = |source| in_overlay(folder, disk, source);
         let facts = facts(point, nth, disk, random_id()?);
         let overlay = Overlay::create(nameless(folder)?, key::fresh()?, facts, limit).map_err(failed)?;
         disks.push((disk.name.clone(), overlay));
@@ -171,8 +175,7 @@ fn begin(
     let (mut named, mut disks) = (Vec::new(), Vec::new());
     for (nth, disk) in point.disks.iter().enumerate() {
         let named_disk = DocumentDisk { name: disk.name.clone(), length: disk.length, id: random_id()? };
-        let failed =
-            |source| WritableError::Overlay { folder: folder.path().to_owned(), disk: disk.name.clone(), source };
+        let failed = |source| in_overlay(folder.path(), disk, source);
         let file = folder.create_file(&named_disk.file_name())?;
         let overlay = Overlay::create(file, copy(&key), facts(point, nth, disk, named_disk.id), limit);
         let overlay = overlay.map_err(failed)?;
@@ -240,7 +243,7 @@ fn go_on(
     let mut disks = Vec::new();
     for (nth, (named, disk)) in document.disks.iter().zip(&point.disks).enumerate() {
         if is_wanted(&disk.name) {
-            let failed = |source| WritableError::Overlay { folder: path(), disk: disk.name.clone(), source };
+            let failed = |source| in_overlay(folder.path(), disk, source);
             let file = folder.open_file(&named.file_name())?;
             let overlay = Overlay::open(file, copy(&key), facts(point, nth, disk, named.id), limit).map_err(failed)?;
             disks.push((disk.name.clone(), overlay));
