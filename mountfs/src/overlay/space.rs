@@ -93,6 +93,7 @@ impl Space {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation)] // a few thousand pages
 mod tests {
     use super::*;
 

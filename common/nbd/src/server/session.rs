@@ -250,7 +250,7 @@ impl<'a> Session<'a> {
         let mut head = [0; CHUNK_LENGTH + OFFSET_LENGTH];
         let head = match self.opened.agreed.structured {
             true => {
-                let length = request.length + OFFSET_LENGTH as u32;
+                let length = u32::try_from(OFFSET_LENGTH + length).unwrap_or(u32::MAX);
                 let chunk = Chunk { done: true, kind: ChunkKind::Data, cookie, length };
                 head[..CHUNK_LENGTH].copy_from_slice(&Reply::Chunk(chunk).encode());
                 head[CHUNK_LENGTH..].copy_from_slice(&offset.to_be_bytes());
