@@ -9,6 +9,7 @@
 //! mount → session → unmount                                         (mount, mounts, signals, record_watch, umount)
 //! restore: disk → stretches, several at a time → file or device     (restore)
 //! nbd: socket → a thread a client → the server of `reseal-nbd`      (nbd)
+//! writes: disk → overlay → file in a folder; its key → the vault    (writable, overlay)
 //! ```
 //!
 //! [`errno`] has every way to fail and what the kernel is told; [`journal`] what the administrator is told.
@@ -34,6 +35,9 @@ mod mounts;
 pub mod record_watch;
 pub mod signals;
 pub mod umount;
+
+pub mod overlay;
+pub mod writable;
 
 pub mod restore;
 

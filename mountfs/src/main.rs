@@ -10,6 +10,7 @@ mod commands;
 
 use commands::mount::{MountArgs, mount, unmount};
 use commands::nbd::{NbdArgs, nbd};
+use commands::overlay::{OverlayArgs, overlay};
 use commands::restore::{RestoreArgs, restore};
 
 const PROGRAM: &str = "reseal-mount";
@@ -36,8 +37,10 @@ enum Verb {
     },
     /// Writes disks of a restore point to files or a block device, in the clear
     Restore(RestoreArgs),
-    /// Serves disks of restore points over NBD, read-only, decrypted as they are read
+    /// Serves disks of restore points over NBD, decrypted as they are read; they can be written to, too
     Nbd(NbdArgs),
+    /// What was written to restore points: lists and drops it
+    Overlay(OverlayArgs),
 }
 
 fn main() -> ExitCode {
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Verb::Umount { mountpoint } => finish(PROGRAM, unmount(&mountpoint)),
         Verb::Restore(arguments) => finish(PROGRAM, restore(&common, &arguments)),
         Verb::Nbd(arguments) => nbd(&common, &arguments),
+        Verb::Overlay(arguments) => finish(PROGRAM, overlay(&common, &arguments)),
     }
 }
 

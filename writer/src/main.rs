@@ -51,8 +51,10 @@ enum Command {
     Umount(delegate::Args),
     /// Writes a disk of a restore point to a file or block device
     Restore(delegate::Args),
-    /// Serves disks of restore points over NBD, read-only, decrypted as they are read
+    /// Serves disks of restore points over NBD, decrypted as they are read; they can be written to, too
     Nbd(delegate::Args),
+    /// What was written to restore points: lists and drops it
+    Overlay(delegate::Args),
     /// Undoes what a backup of a running VM began if the backup dies; started by it
     #[command(hide = true)]
     Guardian,
@@ -65,6 +67,7 @@ fn run(cli: Cli, detach: Option<Detach>) -> Result<(), Failure> {
         Command::Umount(_) => return delegate::run("umount"),
         Command::Restore(_) => return delegate::run("restore"),
         Command::Nbd(_) => return delegate::run("nbd"),
+        Command::Overlay(_) => return delegate::run("overlay"),
         _ => harden(common.allow_swap)?,
     }
     match cli.command {
@@ -80,7 +83,7 @@ fn run(cli: Cli, detach: Option<Detach>) -> Result<(), Failure> {
         Command::Tenant(args) => tenant::run(common, args),
         Command::Rekey(args) => rekey::run(common, &args, detach),
         Command::Serve(args) => serve::run(common, &args),
-        Command::Mount(_) | Command::Umount(_) | Command::Restore(_) | Command::Nbd(_) => Ok(()),
+        Command::Mount(_) | Command::Umount(_) | Command::Restore(_) | Command::Nbd(_) | Command::Overlay(_) => Ok(()),
     }
 }
 

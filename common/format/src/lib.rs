@@ -25,6 +25,8 @@ pub mod layout;
 pub mod manifest;
 pub mod names;
 pub mod objectives;
+pub mod overlay;
+pub mod overlay_note;
 pub mod pack;
 pub mod seal;
 pub mod tenant;

@@ -2,9 +2,11 @@
 //! and notes. The plaintext is JSON; unknown fields are ignored, so that later versions may add facts. What may not be
 //! ignored they name in `required_features`, which a program that lacks one of them refuses.
 
+use std::fmt;
+
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
 use crate::FormatError;
 use crate::geometry::{CLUSTER_U64, MAX_DISK};
@@ -166,8 +168,8 @@ pub struct Tombstone {
     pub created: Timestamp,
 }
 
-/// A fact about a point that was learnt later. Written once; of several of one kind the latest counts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// A fact about a point that was learnt later. Written once; of several of one kind the latest counts, unless the kind says otherwise.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Note {
     pub note_id: NoteId,
     pub vm: VmName,
@@ -349,7 +351,29 @@ impl Tombstone {
     }
 }
 
+/// Without the content, which may be a key.
+impl fmt::Debug for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Note { note_id, vm, number, kind, .. } = self;
+        write!(f, "Note({note_id} of {vm}@{number}, {kind})")
+    }
+}
+
+fn wipe(value: &mut serde_json::Value) {
+    match value {
+        serde_json::Value::String(text) => text.zeroize(),
+        serde_json::Value::Array(values) => values.iter_mut().for_each(wipe),
+        serde_json::Value::Object(fields) => fields.values_mut().for_each(wipe),
+        _ => {}
+    }
+}
+
 impl Note {
+    /// Overwrites the texts of the content: of a note that holds a key, nothing else removes it from memory.
+    pub fn wipe(&mut self) {
+        wipe(&mut self.content);
+    }
+
     /// Seals it.
     pub fn seal(&self, keys: &TenantKeys, salt: [u8; KEY]) -> Result<Vec<u8>, FormatError> {
         let header = Header {
@@ -361,7 +385,7 @@ impl Note {
             record_generation: keys.record_generation(),
             parent: None,
         };
-        seal(keys, &header, salt, &to_json(self))
+        seal(keys, &header, salt, &Zeroizing::new(to_json(self)))
     }
 
     /// Opens the note of that id about number `number` of `vm`. That it is about the point that has this number now, its

@@ -27,6 +27,7 @@ mod frame_cache;
 pub mod heads;
 mod holdings;
 mod leases;
+mod notes;
 mod objectives;
 mod pack_writer;
 mod packs;

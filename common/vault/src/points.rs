@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use reseal_format::geometry::MAX_DISK;
-use reseal_format::ids::{Digest, NoteId};
+use reseal_format::ids::Digest;
 use reseal_format::layout::{self, MAX_NUMBER, PointFile, parse_point_file};
-use reseal_format::manifest::{Manifest, Note, Parent, Tombstone};
+use reseal_format::manifest::{Manifest, Parent, Tombstone};
 use reseal_format::names::VmName;
 use reseal_format::time::Timestamp;
 use reseal_format::vaultfile::MAX_VAULT_FILE;
@@ -320,12 +320,6 @@ impl Tenant {
             }),
             opened => opened.map(Shown::Manifest),
         }
-    }
-
-    /// Opens a note.
-    pub fn note(&self, vm: &VmName, number: u32, id: NoteId) -> Result<Note, VaultError> {
-        let key = layout::note(&self.name, vm, number, id);
-        self.open_sealed(&key, |keys, object| Note::open(keys, vm, number, id, object))
     }
 
     /// Makes a restore point exist. All that it leads to must be durable already.

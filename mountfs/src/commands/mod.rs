@@ -2,4 +2,6 @@
 
 pub(crate) mod mount;
 pub(crate) mod nbd;
+pub(crate) mod overlay;
 pub(crate) mod restore;
+pub(crate) mod writable;

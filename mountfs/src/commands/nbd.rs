@@ -13,12 +13,13 @@ use reseal_mountfs::nbd::{Address, JournalOwner, ListenError, Listener, NbdServe
 use reseal_mountfs::record_watch;
 use reseal_mountfs::signals::StopSignals;
 use reseal_nbd::NbdUri;
-use reseal_nbd::server::{Limits, PointExports, Scope, ServerTls, Service, StartTls, export_name};
+use reseal_nbd::server::{Exports, Limits, PointExports, Scope, ServerTls, Service, StartTls, export_name};
 use reseal_vault::disk::DiskReader;
 use reseal_vault::{Holder, Point, PointSpec, Points, Tenant, VaultError};
 use serde::Serialize;
 
 use super::mount::parse_size;
+use super::writable::{WritableArgs, Written};
 use crate::PROGRAM;
 
 /// The port that is NBD's own.
@@ -60,6 +61,8 @@ pub(crate) struct NbdArgs {
     /// Requests that are worked on at once, of each client
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     threads: Option<u16>,
+    #[command(flatten)]
+    written: WritableArgs,
 }
 
 fn parse_address(text: &str) -> Result<SocketAddr, String> {
@@ -82,6 +85,10 @@ struct Ready {
     uri: String,
     /// The disks of the restore point; empty where all of a VM or a tenant is served.
     exports: Vec<Announced>,
+    /// Whether clients may write.
+    writable: bool,
+    /// Where what is written is kept.
+    overlay: Option<PathBuf>,
 }
 
 /// Serves until a signal ends it.
@@ -116,8 +123,20 @@ fn serve(common: &CommonArgs, arguments: &NbdArgs, detach: Option<Detach>) -> Re
     let reader = Arc::new(DiskReader::new(tenant.clone(), arguments.cache_size));
     let mut limits = Limits::default();
     limits.threads = arguments.threads.map_or(limits.threads, usize::from);
+    let points: Arc<dyn Exports> =
+        Arc::new(PointExports::new(tenant.clone(), Some(heads.clone()), reader, scope.clone()));
+    let written = match (arguments.written.writable, &scope, &point) {
+        (false, ..) => None,
+        (true, Scope::Point { disk, .. }, Some(point)) => {
+            let state = &opened.paths.state;
+            Some(arguments.written.open(Some(&tenant), state, &point.manifest, disk.as_ref(), &*points)?)
+        }
+        (true, ..) => {
+            return Err(Failure::new(Status::Usage, "--writable needs one restore point, such as VM@latest"));
+        }
+    };
     let service = Service {
-        exports: Arc::new(PointExports::new(tenant.clone(), Some(heads.clone()), reader, scope.clone())),
+        exports: written.as_ref().map_or(points.clone(), |written| written.exports(points.clone())),
         owner: Arc::new(JournalOwner(journal.clone())),
         tls,
         limits,
@@ -125,14 +144,14 @@ fn serve(common: &CommonArgs, arguments: &NbdArgs, detach: Option<Detach>) -> Re
     let server = NbdServer::new(service, journal.clone());
     signals.on_signal(server.stopper()).map_err(failed)?;
     record_watch::watch("NBD server", tenant, heads, journal, server.stopper()).map_err(failed)?;
-    announce(common.output(), &scope, point.as_ref(), &base, detach.is_some());
+    announce(common.output(), &scope, point.as_ref(), &base, written.as_ref(), detach.is_some());
     if let Some(detach) = detach {
         detach.detach().map_err(failed)?;
     }
     server.run(&listener).map_err(failed)?;
     // The thread that accepts still holds the listener.
     listener.remove_file();
-    Ok(())
+    written.map_or(Ok(()), |written| written.close())
 }
 
 fn address(arguments: &NbdArgs) -> Result<Address, Failure> {
@@ -205,7 +224,14 @@ fn host(address: IpAddr) -> String {
     }
 }
 
-fn announce(output: Output, scope: &Scope, point: Option<&Point>, uri: &impl Fn(&str) -> NbdUri, in_background: bool) {
+fn announce(
+    output: Output,
+    scope: &Scope,
+    point: Option<&Point>,
+    uri: &impl Fn(&str) -> NbdUri,
+    written: Option<&Written>,
+    in_background: bool,
+) {
     let mut exports = Vec::new();
     if let (Scope::Point { disk: only, .. }, Some(Point { manifest, .. })) = (scope, point) {
         for disk in manifest.disks.iter().filter(|disk| only.as_ref().is_none_or(|only| *only == disk.name)) {
@@ -218,8 +244,12 @@ fn announce(output: Output, scope: &Scope, point: Option<&Point>, uri: &impl Fn(
         false => exports.iter().for_each(|export| output.say(format!("{} is served at {}", export.name, export.uri))),
         true => output.say(format!("served at {}; exports are named VM@POINT/DISK", uri(""))),
     }
-    output.say(format!("read-only, decrypted as it is read; {end}"));
-    output.json(&Ready { uri: uri("").to_string(), exports });
+    match written {
+        None => output.say(format!("read-only, decrypted as it is read; {end}")),
+        Some(written) => written.say(output, end),
+    }
+    let overlay = written.and_then(|written| written.folder.clone());
+    output.json(&Ready { uri: uri("").to_string(), exports, writable: written.is_some(), overlay });
 }
 
 fn listen_failure(error: ListenError) -> Failure {

@@ -1,4 +1,4 @@
-//! How much of what is read may be under way at once.
+//! How much of what is read and written may be under way at once.
 
 use parking_lot::{Condvar, Mutex};
 

@@ -29,6 +29,10 @@ impl DiskError {
     pub fn io(reason: impl Into<String>) -> DiskError {
         DiskError { errno: Errno::IO, reason: reason.into() }
     }
+
+    fn read_only() -> DiskError {
+        DiskError { errno: Errno::PERM, reason: "it is read-only".into() }
+    }
 }
 
 /// One disk. Several threads, of several connections, use it at once. Ranges that it is asked for are never empty and end
@@ -52,6 +56,31 @@ pub trait Disk: Send + Sync {
 
     /// Fills `out` from `offset` on. After an error what is in it counts for nothing.
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), DiskError>;
+
+    /// Whether it can be written to; the others are not asked to.
+    fn is_writable(&self) -> bool {
+        false
+    }
+
+    /// Writes at `offset`. Whoever reads afterwards, by any connection, gets it; it is durable after the next flush.
+    fn write(&self, _offset: u64, _bytes: &[u8]) -> Result<(), DiskError> {
+        Err(DiskError::read_only())
+    }
+
+    /// Makes bytes zeros, as a write of them would.
+    fn zero(&self, _offset: u64, _length: u64) -> Result<(), DiskError> {
+        Err(DiskError::read_only())
+    }
+
+    /// Takes note that nobody needs these bytes any more.
+    fn trim(&self, _offset: u64, _length: u64) -> Result<(), DiskError> {
+        Err(DiskError::read_only())
+    }
+
+    /// Makes all durable that was written, by any connection, before this was called.
+    fn flush(&self) -> Result<(), DiskError> {
+        Ok(())
+    }
 
     /// Which parts of a range are holes, from its start on: at least one stretch and at most `most`, which together may be
     /// less than the range but not more.

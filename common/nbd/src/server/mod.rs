@@ -1,4 +1,4 @@
-//! Serving disks to NBD clients, read-only.
+//! Serving disks to NBD clients, to be read and, where a disk can be, written to.
 //!
 //! ```text
 //! socket → TLS → handshake: which export → requests → several threads → disk → replies
@@ -47,7 +47,7 @@ use negotiate::negotiate;
 use session::Session;
 use stream::{Receiving, Sending, Stream};
 
-/// Longest read that is answered, and the most that a client may send to be dropped.
+/// Longest read that is answered, and longest write that is taken.
 pub const MAX_READ: u32 = 32 << 20;
 
 /// Whether a client that came in the clear gets TLS.
@@ -67,7 +67,7 @@ pub struct Limits {
     pub threads: usize,
     /// Longest read, of which clients are told.
     pub max_read: u32,
-    /// Bytes that its reads under way may have; never less than one read.
+    /// Bytes that its reads and writes under way may have; never less than the longest one.
     pub in_flight: usize,
     /// How long it may take to open an export, apart from what the server itself takes for it.
     pub handshake: Duration,

@@ -90,11 +90,16 @@ pub(super) fn negotiate(
 }
 
 fn facts(disk: &dyn Disk, max_read: u32) -> Facts {
-    let mut flags = ExportFlags::HAS_FLAGS
-        .with(ExportFlags::READ_ONLY)
-        .with(ExportFlags::SEND_FLUSH)
-        .with(ExportFlags::SEND_DF)
-        .with(ExportFlags::SEND_CACHE);
+    let flags =
+        ExportFlags::HAS_FLAGS.with(ExportFlags::SEND_FLUSH).with(ExportFlags::SEND_DF).with(ExportFlags::SEND_CACHE);
+    let mut flags = match disk.is_writable() {
+        false => flags.with(ExportFlags::READ_ONLY),
+        true => flags
+            .with(ExportFlags::SEND_FUA)
+            .with(ExportFlags::SEND_TRIM)
+            .with(ExportFlags::SEND_WRITE_ZEROES)
+            .with(ExportFlags::SEND_FAST_ZERO),
+    };
     if disk.is_fixed() {
         flags = flags.with(ExportFlags::CAN_MULTI_CONN);
     }

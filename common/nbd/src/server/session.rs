@@ -99,7 +99,7 @@ impl<'a> Session<'a> {
         let _end = EndOnPanic(self.stream);
         let mut buffer = Buffer::default();
         loop {
-            let done = match self.next() {
+            let done = match self.next(&mut buffer) {
                 Ok(None) => return,
                 Ok(Some((request, share))) => {
                     let large = request.length as usize > KEPT;
@@ -120,8 +120,8 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// The next request, and room for what it reads.
-    fn next(&self) -> Result<Option<(Request, Option<Share<'_>>)>, ServeError> {
+    /// The next request, and room for what it reads. What it writes is in `buffer`.
+    fn next(&self, buffer: &mut Buffer) -> Result<Option<(Request, Option<Share<'_>>)>, ServeError> {
         let mut incoming = self.incoming.lock();
         if incoming.over {
             return Ok(None);
@@ -137,8 +137,18 @@ impl<'a> Session<'a> {
                     let (length, max) = (request.length.into(), MAX_READ.into());
                     return Err(Violation::TooLong { what: "a write", length, max }.into());
                 }
-                incoming.receiving.skip(self.stream, request.length as usize)?;
-                None
+                let length = request.length as usize;
+                match self.check(&request) {
+                    Ok(()) => {
+                        let share = self.budget.take(length);
+                        incoming.receiving.fill_with(self.stream, buffer.take(length))?;
+                        Some(share)
+                    }
+                    Err(_) => {
+                        incoming.receiving.skip(self.stream, length)?;
+                        None
+                    }
+                }
             }
             Command::Read if request.length <= self.max_read => Some(self.budget.take(request.length as usize)),
             _ => None,
@@ -148,31 +158,58 @@ impl<'a> Session<'a> {
     }
 
     fn answer(&self, request: &Request, buffer: &mut Buffer) -> Result<(), ServeError> {
-        let errno = match request.command {
-            Command::Write | Command::Trim | Command::WriteZeroes => Err(Errno::PERM),
-            _ => self.check(request),
-        };
-        if let Err(errno) = errno {
+        if let Err(errno) = self.check(request) {
             return self.refuse(request, errno);
         }
+        let (disk, offset, length) = (&*self.opened.disk, request.offset, u64::from(request.length));
+        let is_empty = length == 0;
         match request.command {
             Command::Read => self.read(request, buffer),
             Command::BlockStatus => self.block_status(request),
-            Command::Cache => match self.opened.disk.cache(request.offset, request.length.into()) {
-                Ok(()) => self.simple(request, Errno::NONE),
-                Err(e) => self.fail(request, "cache", &e),
-            },
-            _ => self.simple(request, Errno::NONE),
+            Command::Write if is_empty => self.written(request, "write", Ok(())),
+            Command::Write => self.written(request, "write", disk.write(offset, buffer.take(request.length as usize))),
+            Command::WriteZeroes if is_empty => self.written(request, "make zeros of", Ok(())),
+            // Blocks are never written in place, so room that is kept would be of no use to who asks for no hole.
+            Command::WriteZeroes => self.written(request, "make zeros of", disk.zero(offset, length)),
+            Command::Trim if is_empty => self.written(request, "trim", Ok(())),
+            Command::Trim => self.written(request, "trim", disk.trim(offset, length)),
+            Command::Flush => self.done(request, "flush", disk.flush()),
+            Command::Cache if is_empty => self.simple(request, Errno::NONE),
+            Command::Cache => self.done(request, "cache", disk.cache(offset, length)),
+            Command::Disconnect | Command::Other(_) => self.simple(request, Errno::INVAL),
         }
     }
 
-    /// What is wrong with a request that reads.
+    /// Answers what has changed the disk; first it is made durable, if the client wants that.
+    fn written(&self, request: &Request, action: &str, done: Result<(), DiskError>) -> Result<(), ServeError> {
+        let durable = match request.flags.contains(CommandFlags::FUA) {
+            true => done.and_then(|()| self.opened.disk.flush()),
+            false => done,
+        };
+        self.done(request, action, durable)
+    }
+
+    fn done(&self, request: &Request, action: &str, done: Result<(), DiskError>) -> Result<(), ServeError> {
+        match done {
+            Ok(()) => self.simple(request, Errno::NONE),
+            Err(e) => self.fail(request, action, &e),
+        }
+    }
+
+    /// What is wrong with a request.
     fn check(&self, request: &Request) -> Result<(), Errno> {
         let agreed = self.opened.agreed;
+        let is_writable = self.opened.disk.is_writable();
+        let writes = matches!(request.command, Command::Write | Command::Trim | Command::WriteZeroes);
+        if writes && !is_writable {
+            return Err(Errno::PERM);
+        }
         let allowed = match request.command {
             Command::Read if !agreed.structured => CommandFlags::NONE,
             command => command.allowed(),
         };
+        // Where it is offered at all, any command may have it.
+        let allowed = if is_writable { allowed.with(CommandFlags::FUA) } else { allowed };
         if !allowed.contains(request.flags) {
             return Err(Errno::INVAL);
         }
@@ -180,10 +217,12 @@ impl<'a> Session<'a> {
         let is_inside = end.is_some_and(|end| end <= self.opened.disk.length());
         let fits = match request.command {
             Command::Read => request.length <= self.max_read && is_inside,
-            Command::Cache => is_inside,
+            Command::Write | Command::WriteZeroes if !is_inside => return Err(Errno::NOSPC),
+            Command::Write | Command::WriteZeroes => true,
+            Command::Cache | Command::Trim => is_inside,
             Command::BlockStatus => agreed.allocation && request.length > 0 && is_inside,
             Command::Flush => true,
-            _ => false,
+            Command::Disconnect | Command::Other(_) => false,
         };
         if fits { Ok(()) } else { Err(Errno::INVAL) }
     }

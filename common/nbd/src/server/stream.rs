@@ -27,7 +27,7 @@ pub(super) struct Stream {
 
 /// What was received and not used yet. In the clear, nothing is until the first request: what follows may be TLS.
 pub(super) struct Receiving {
-    /// Requests, and what clients that write anyway want to write.
+    /// Requests, and what clients write.
     plain: Zeroizing<Vec<u8>>,
     used: usize,
     filled: usize,
@@ -159,6 +159,20 @@ impl Receiving {
                 _ => {}
             }
         }
+    }
+
+    /// Fills `out` with the next bytes, most of them straight from the socket.
+    pub(super) fn fill_with(&mut self, stream: &Stream, out: &mut [u8]) -> Result<(), ServeError> {
+        let mut done = out.len().min(self.filled - self.used);
+        out[..done].copy_from_slice(&self.plain[self.used..self.used + done]);
+        self.used += done;
+        while done < out.len() {
+            match self.receive(stream, &mut out[done..], None)? {
+                0 => return Err(ServeError::Gone),
+                got => done += got,
+            }
+        }
+        Ok(())
     }
 
     /// Drops the next bytes.

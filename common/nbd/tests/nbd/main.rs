@@ -10,3 +10,4 @@ mod served;
 mod server;
 mod serving;
 mod tls;
+mod writing;

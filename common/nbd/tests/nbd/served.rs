@@ -141,18 +141,8 @@ impl Served {
 
     pub(crate) fn with(place: Place, model: Model, tls: StartTls, limits: Limits) -> Served {
         let (model, heard) = (Arc::new(model), Arc::new(Heard::default()));
-        let service = Arc::new(Service { exports: Arc::new(One(model.clone())), owner: heard.clone(), tls, limits });
-        let listener = UnixListener::bind(place.socket()).unwrap();
-        let (end, ends) = unbounded();
-        let (stopper, stoppers) = unbounded();
-        std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                let connection = Connection::unix(stream.unwrap()).unwrap();
-                stopper.send(connection.stopper()).unwrap();
-                let (service, end) = (service.clone(), end.clone());
-                std::thread::spawn(move || end.send(connection.serve(&service)));
-            }
-        });
+        let service = Service { exports: Arc::new(One(model.clone())), owner: heard.clone(), tls, limits };
+        let (ends, stoppers) = listen(&place, service);
         Served { place, model, heard, ends, stoppers }
     }
 
@@ -163,9 +153,7 @@ impl Served {
 
     /// A client that has said nothing yet.
     pub(crate) fn connect(&self) -> Talker<UnixStream> {
-        let stream = UnixStream::connect(self.place.socket()).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        Talker(stream)
+        Talker::connect(&self.place)
     }
 
     /// A client that has opened the disk, with structured replies and `base:allocation` or with neither.
@@ -177,8 +165,34 @@ impl Served {
     }
 }
 
+/// Serves at a place's socket; how each connection ends, and what ends it.
+pub(crate) fn listen(place: &Place, service: Service) -> (Receiver<Result<(), ServeError>>, Receiver<Stopper>) {
+    let service = Arc::new(service);
+    let listener = UnixListener::bind(place.socket()).unwrap();
+    let (end, ends) = unbounded();
+    let (stopper, stoppers) = unbounded();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let connection = Connection::unix(stream.unwrap()).unwrap();
+            let _ = stopper.send(connection.stopper());
+            let (service, end) = (service.clone(), end.clone());
+            std::thread::spawn(move || end.send(connection.serve(&service)));
+        }
+    });
+    (ends, stoppers)
+}
+
 /// A client of few words.
 pub(crate) struct Talker<S>(pub(crate) S);
+
+impl Talker<UnixStream> {
+    /// One that has said nothing yet.
+    pub(crate) fn connect(place: &Place) -> Talker<UnixStream> {
+        let stream = UnixStream::connect(place.socket()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        Talker(stream)
+    }
+}
 
 /// What came back for a request.
 #[derive(Debug, PartialEq, Eq)]

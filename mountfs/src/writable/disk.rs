@@ -1,0 +1,123 @@
+//! A disk that is written to: its overlay, and what is under it.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use reseal_format::names::DiskName;
+use reseal_nbd::server::{Disk, DiskError, Errno, Stretch};
+
+use crate::overlay::{Layer, Overlay, OverlayError};
+
+/// A disk of a restore point with an overlay.
+pub struct OverlayDisk {
+    disk: DiskName,
+    base: Arc<dyn Disk>,
+    overlay: Overlay<File>,
+}
+
+fn failed(error: OverlayError) -> DiskError {
+    let errno = match &error {
+        OverlayError::Full => Errno::NOSPC,
+        OverlayError::Base(_)
+        | OverlayError::Random(_)
+        | OverlayError::Io { .. }
+        | OverlayError::Damaged { .. }
+        | OverlayError::Another(_)
+        | OverlayError::Broken => Errno::IO,
+    };
+    DiskError { errno, reason: error.to_string() }
+}
+
+impl OverlayDisk {
+    /// What was written lies over `base`, which has the length that the overlay is for.
+    pub fn new(disk: DiskName, base: Arc<dyn Disk>, overlay: Overlay<File>) -> Result<OverlayDisk, OverlayError> {
+        match base.length() == overlay.facts().length {
+            true => Ok(OverlayDisk { disk, base, overlay }),
+            false => Err(OverlayError::Another("its disk has another length")),
+        }
+    }
+
+    /// Its name in the restore point.
+    pub fn disk_name(&self) -> &DiskName {
+        &self.disk
+    }
+
+    /// Makes all durable, and ends it.
+    pub fn close(&self) -> Result<(), OverlayError> {
+        self.overlay.close()
+    }
+
+    fn under(&self) -> impl Fn(u64, &mut [u8]) -> Result<(), crate::overlay::BaseError> + '_ {
+        |offset, out| Ok(self.base.read(offset, out)?)
+    }
+}
+
+impl Disk for OverlayDisk {
+    fn name(&self) -> &str {
+        self.base.name()
+    }
+
+    fn description(&self) -> Option<String> {
+        self.base.description()
+    }
+
+    fn length(&self) -> u64 {
+        self.base.length()
+    }
+
+    fn is_writable(&self) -> bool {
+        true
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), DiskError> {
+        self.overlay.check().map_err(failed)?;
+        let end = offset + out.len() as u64;
+        match self.overlay.layer(offset, end) {
+            // As if there were no overlay, and in one piece.
+            (Layer::Base, border) if border == end => self.base.read(offset, out),
+            _ => self.overlay.read(offset, out, &self.under()).map_err(failed),
+        }
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+        self.overlay.write(offset, bytes, &self.under()).map_err(failed)
+    }
+
+    fn zero(&self, offset: u64, length: u64) -> Result<(), DiskError> {
+        self.overlay.zero(offset, length, &self.under()).map_err(failed)
+    }
+
+    fn trim(&self, offset: u64, length: u64) -> Result<(), DiskError> {
+        self.overlay.discard(offset, length).map_err(failed)
+    }
+
+    fn flush(&self) -> Result<(), DiskError> {
+        self.overlay.flush().map_err(failed)
+    }
+
+    fn stretches(&self, offset: u64, length: u64, most: usize) -> Result<Vec<Stretch>, DiskError> {
+        let (mut at, end) = (offset, offset + length);
+        let mut found = Vec::new();
+        while at < end && found.len() < most {
+            match self.overlay.layer(at, end) {
+                (Layer::Base, border) => {
+                    let under = self.base.stretches(at, border - at, most - found.len())?;
+                    if under.is_empty() {
+                        break;
+                    }
+                    at += under.iter().map(|stretch| stretch.length).sum::<u64>();
+                    found.extend(under);
+                }
+                (layer, border) => {
+                    found.push(Stretch { length: border - at, hole: layer == Layer::Zeros });
+                    at = border;
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn cache(&self, offset: u64, length: u64) -> Result<(), DiskError> {
+        self.base.cache(offset, length)
+    }
+}
