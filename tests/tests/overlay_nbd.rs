@@ -440,6 +440,7 @@ fn a_file_system_is_made_and_checked_and_fio_finds_what_it_wrote() {
         "--verify=crc32c".into(),
         "--iodepth=16".into(),
         "--fsync=32".into(),
+        "--verify_state_save=0".into(),
     ];
     run(Command::new("fio").args(job)).ok();
     // An ext4 that is made in a file, and copied onto the disk with its holes.
