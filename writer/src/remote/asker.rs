@@ -168,6 +168,11 @@ mod tests {
         assert_eq!((last.offered.unit.sequence, last.needed), (2, None));
         assert!(askers[1].send(&last.offered, last.needed, |_, _| panic!("nothing is needed")).is_err());
         drop(plan);
-        assert!(askers.iter_mut().all(|asker| asker.next(&units).is_none()));
+        // Each knows it only when the others have seen the end of the plan, too.
+        std::thread::scope(|scope| {
+            for asker in &mut askers {
+                scope.spawn(|| assert!(asker.next(&units).is_none()));
+            }
+        });
     }
 }
