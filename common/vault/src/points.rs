@@ -164,6 +164,11 @@ pub trait Points: Send + Sync {
         numbers.iter().map(|&number| self.tombstone(vm, number)).collect()
     }
 
+    /// What the object of a point is called where it is kept.
+    fn object(&self, vm: &VmName, number: u32) -> String {
+        format!("{vm}@{number}")
+    }
+
     /// Opens the point that a user named.
     fn resolve(&self, spec: &PointSpec) -> Result<Point, VaultError> {
         let chain = self.chain(&spec.vm)?;
@@ -173,7 +178,7 @@ pub trait Points: Send + Sync {
         let missing = |point: String| VaultError::NoPoint { vm: spec.vm.clone(), point };
         match spec.which {
             Which::Number(number) if chain.is_gap(number) => Err(VaultError::Missing {
-                object: format!("{}@{number}", spec.vm),
+                object: self.object(&spec.vm, number),
                 why: "it was removed without `reseal forget`, for later restore points exist and no tombstone does",
             }),
             Which::Number(number) => self.point(&spec.vm, number),
@@ -259,6 +264,10 @@ impl Points for Tenant {
 
     fn tombstone(&self, vm: &VmName, number: u32) -> Result<Tombstone, VaultError> {
         Tenant::tombstone(self, vm, number)
+    }
+
+    fn object(&self, vm: &VmName, number: u32) -> String {
+        layout::manifest(&self.name, vm, number)
     }
 }
 
