@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+use reseal_tests::certificates::write_certificates;
 use reseal_tests::model::DiskFile;
 use reseal_tests::process::{Run, Running, bound_to_us, run, signal, start, system};
 use reseal_tests::random::Random;
@@ -199,27 +199,6 @@ fn what_would_show_a_disk_to_others_is_refused() {
     assert!(socket.exists());
     let (server, _) = Exported::at(&site, &[]);
     server.stop().ok();
-}
-
-fn write_certificates(folder: &Path) {
-    fs::create_dir(folder).unwrap();
-    let ca_key = KeyPair::generate().unwrap();
-    let mut ca = CertificateParams::new(vec![]).unwrap();
-    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    ca.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    fs::write(folder.join("ca-cert.pem"), ca.self_signed(&ca_key).unwrap().pem()).unwrap();
-    let issuer = Issuer::new(ca, ca_key);
-    for (name, purpose) in
-        [("server", ExtendedKeyUsagePurpose::ServerAuth), ("client", ExtendedKeyUsagePurpose::ClientAuth)]
-    {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(vec!["localhost".into()]).unwrap();
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![purpose];
-        let certificate = params.signed_by(&key, &issuer).unwrap();
-        fs::write(folder.join(format!("{name}-cert.pem")), certificate.pem()).unwrap();
-        fs::write(folder.join(format!("{name}-key.pem")), key.serialize_pem()).unwrap();
-    }
 }
 
 #[test]

@@ -4,11 +4,11 @@
 use std::fs;
 use std::net::TcpListener;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+use reseal_tests::certificates::write_certificates;
 use reseal_tests::library::LibraryDisk;
 use reseal_tests::model::ModelDisk;
 use reseal_tests::mounting::is_mounted;
@@ -21,28 +21,6 @@ use serde_json::{Value, json};
 const CLUSTER: u64 = 65_536;
 const LENGTH: u64 = 1600 * CLUSTER;
 const SECRET: &str = "a secret of the customer's, not of the provider's";
-
-/// Writes an authority, a server's certificate for `localhost`, and a client's, as QEMU names them.
-fn write_certificates(folder: &Path) {
-    fs::create_dir(folder).unwrap();
-    let ca_key = KeyPair::generate().unwrap();
-    let mut ca = CertificateParams::new(vec![]).unwrap();
-    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    ca.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    fs::write(folder.join("ca-cert.pem"), ca.self_signed(&ca_key).unwrap().pem()).unwrap();
-    let issuer = Issuer::new(ca, ca_key);
-    for (name, purpose) in
-        [("server", ExtendedKeyUsagePurpose::ServerAuth), ("client", ExtendedKeyUsagePurpose::ClientAuth)]
-    {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(vec!["localhost".into()]).unwrap();
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![purpose];
-        let certificate = params.signed_by(&key, &issuer).unwrap();
-        fs::write(folder.join(format!("{name}-cert.pem")), certificate.pem()).unwrap();
-        fs::write(folder.join(format!("{name}-key.pem")), key.serialize_pem()).unwrap();
-    }
-}
 
 /// The storage daemon with one disk.
 struct Daemon {

@@ -1,5 +1,6 @@
 //! What each verb does.
 
+mod background;
 pub(crate) mod mount;
 pub(crate) mod nbd;
 pub(crate) mod overlay;

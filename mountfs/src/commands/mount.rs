@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
-use reseal_cli::{CommonArgs, Detach, Failure, Side, Status, finish, harden, split};
+use reseal_cli::{CommonArgs, Detach, Failure, Status, finish, harden};
 use reseal_format::names::VmName;
 use reseal_mountfs::catalog::Shown;
 use reseal_mountfs::disks::{Disks, There};
@@ -18,6 +18,7 @@ use reseal_mountfs::umount;
 use reseal_site::Reading;
 use reseal_vault::{Holder, PointSpec, Points, VaultError};
 
+use super::background::detached;
 use crate::PROGRAM;
 
 #[derive(Args)]
@@ -63,22 +64,12 @@ pub(crate) fn parse_size(text: &str) -> Result<usize, String> {
 
 /// Mounts and serves until it is unmounted.
 pub(crate) fn mount(common: &CommonArgs, arguments: &MountArgs) -> ExitCode {
-    let detach = match arguments.background {
-        false => None,
-        // SAFETY: nothing has started a thread yet.
-        true => match unsafe { split(arguments.log.as_deref()) } {
-            Ok(Side::Command(status)) => return ExitCode::from(status),
-            Ok(Side::Server(detach)) => Some(detach),
-            Err(error) => {
-                return finish(
-                    PROGRAM,
-                    Err(Failure::new(Status::Failed, format!("can't go to the background: {error}"))),
-                );
-            }
-        },
-    };
     // A worker that hangs in a dead store does not hold up the end: with this thread the process ends.
-    finish(PROGRAM, serve(common, arguments, detach))
+    // SAFETY: nothing has started a thread yet.
+    match unsafe { detached(arguments.background, arguments.log.as_deref()) } {
+        Ok(detach) => finish(PROGRAM, serve(common, arguments, detach)),
+        Err(code) => code,
+    }
 }
 
 fn serve(common: &CommonArgs, arguments: &MountArgs, detach: Option<Detach>) -> Result<(), Failure> {

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Args;
-use reseal_cli::{CommonArgs, Detach, Failure, Output, Side, Status, finish, harden, split};
+use reseal_cli::{CommonArgs, Detach, Failure, Output, Status, finish, harden};
 use reseal_format::names::{DiskName, VmName};
 use reseal_mountfs::journal::Journal;
 use reseal_mountfs::nbd::{Address, JournalOwner, ListenError, Listener, NbdServer};
@@ -18,6 +18,7 @@ use reseal_vault::disk::DiskReader;
 use reseal_vault::{Holder, Point, PointSpec, Points, Tenant, VaultError};
 use serde::Serialize;
 
+use super::background::detached;
 use super::mount::parse_size;
 use super::writable::{WritableArgs, Written};
 use crate::PROGRAM;
@@ -93,20 +94,12 @@ struct Ready {
 
 /// Serves until a signal ends it.
 pub(crate) fn nbd(common: &CommonArgs, arguments: &NbdArgs) -> ExitCode {
-    let detach = match arguments.background {
-        false => None,
-        // SAFETY: nothing has started a thread yet.
-        true => match unsafe { split(arguments.log.as_deref()) } {
-            Ok(Side::Command(status)) => return ExitCode::from(status),
-            Ok(Side::Server(detach)) => Some(detach),
-            Err(error) => {
-                let message = format!("can't go to the background: {error}");
-                return finish(PROGRAM, Err(Failure::new(Status::Failed, message)));
-            }
-        },
-    };
     // A client's thread that hangs in a dead store does not hold up the end: with this thread the process ends.
-    finish(PROGRAM, serve(common, arguments, detach))
+    // SAFETY: nothing has started a thread yet.
+    match unsafe { detached(arguments.background, arguments.log.as_deref()) } {
+        Ok(detach) => finish(PROGRAM, serve(common, arguments, detach)),
+        Err(code) => code,
+    }
 }
 
 fn serve(common: &CommonArgs, arguments: &NbdArgs, detach: Option<Detach>) -> Result<(), Failure> {
