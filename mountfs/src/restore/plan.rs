@@ -64,7 +64,7 @@ impl<'a> Plan<'a> {
             let place = target.check(disk.disk().length, how.force)?;
             Ok(PlannedDisk { disk, target, place })
         });
-        Ok(Plan { disks: planned.collect::<Result<_, _>>()? })
+        Ok(Plan { disks: planned.collect::<Result<_, TargetError>>()? })
     }
 
     /// Bytes that will be read and written.
