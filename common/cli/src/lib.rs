@@ -23,7 +23,7 @@ mod size;
 pub use args::{CommonArgs, DEFAULT_TENANT, Found, Opened};
 pub use background::{Detach, Side, split};
 pub use failure::{Failure, Status, finish};
-pub use harden::{harden, unlocked};
+pub use harden::{harden, no_open_swap, unlocked};
 pub use holding::{end_when_erased, hold_keys};
 pub use kit::of_kit;
 pub use kms::of_tenant;
