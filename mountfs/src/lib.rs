@@ -10,6 +10,7 @@
 //! restore: disk → stretches, several at a time → file or device     (restore, target)
 //! nbd: socket → a thread a client → the server of `reseal-nbd`      (nbd)
 //! writes: disk → overlay → file in a folder; its key → the vault    (writable, overlay)
+//! boots: reads are recorded → note → fetched ahead at the next          (boot_reads)
 //! ```
 //!
 //! [`errno`] has every way to fail and what the kernel is told; [`journal`] what the administrator is told.
@@ -39,6 +40,7 @@ pub mod record_watch;
 pub mod signals;
 pub mod umount;
 
+pub mod boot_reads;
 pub mod overlay;
 pub mod writable;
 
