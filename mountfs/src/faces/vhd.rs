@@ -119,8 +119,8 @@ mod tests {
         let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         let wanted = [
             "636f6e6563746978 00000002 00010000 ffffffffffffffff 3297ebd3 77696e20 000a0000 5769326b",
-            "0000000080000000 0000000080000000 1041103f 00000002 GOLDSUM",
-            "GOLDID",
+            "0000000080000000 0000000080000000 1041103f 00000002 ffffe418",
+            "f259d220b9d28987b1bf3a6c56d7d0a6",
         ]
         .concat()
         .replace(' ', "");

@@ -55,7 +55,7 @@ mod tests {
     #[test]
     fn it_says_what_it_always_said() {
         let text = descriptor("disk-0.raw", 2 << 30, b"identity").unwrap();
-        let wanted = "# Disk DescriptorFile\nversion=1\nencoding=\"UTF-8\"\nCID=GOLDEN\nparentCID=ffffffff\n\
+        let wanted = "# Disk DescriptorFile\nversion=1\nencoding=\"UTF-8\"\nCID=78556dc9\nparentCID=ffffffff\n\
             createType=\"monolithicFlat\"\n\n# Extent description\nRW 4194304 FLAT \"disk-0.raw\" 0\n\n\
             # The Disk Data Base\n#DDB\n\nddb.virtualHWVersion = \"4\"\nddb.geometry.cylinders = \"261\"\n\
             ddb.geometry.heads = \"255\"\nddb.geometry.sectors = \"63\"\nddb.adapterType = \"lsilogic\"\n";
