@@ -9,6 +9,7 @@
 //! mount → session → unmount                                         (mount, mounts, signals, record_watch, umount)
 //! restore: disk → stretches, several at a time → file or device     (restore)
 //! nbd: socket → a thread a client → the server of `reseal-nbd`      (nbd)
+//! boot: definition → machine → QEMU on exports of overlays          (boot)
 //! writes: disk → overlay → file in a folder; its key → the vault    (writable, overlay)
 //! boots: reads are recorded → note → fetched ahead at the next          (boot_reads)
 //! ```
@@ -44,6 +45,8 @@ pub mod writable;
 pub mod restore;
 
 pub mod nbd;
+
+pub mod boot;
 
 pub mod errno;
 pub mod journal;

@@ -48,6 +48,11 @@ pub fn harden(allow_swap: bool) -> Result<(), Failure> {
     }
 }
 
+/// A swap that is neither encrypted nor in memory, if this machine has one: what another program has in memory may reach it.
+pub fn swap_in_the_clear() -> Option<String> {
+    open_swap(&fs::read_to_string("/proc/swaps").unwrap_or_default(), &is_encrypted)
+}
+
 /// Whether any amount of memory may be locked.
 fn unlimited() -> bool {
     const MUCH: usize = 64 << 30;

@@ -30,7 +30,7 @@ pub(crate) struct WritableArgs {
     one_time: bool,
 }
 
-fn parse_limit(text: &str) -> Result<u64, String> {
+pub(crate) fn parse_limit(text: &str) -> Result<u64, String> {
     match parse_size(text)? {
         limit if limit < LEAST => Err(format!("an overlay needs {}M at least", LEAST >> 20)),
         limit => Ok(limit),
@@ -39,6 +39,7 @@ fn parse_limit(text: &str) -> Result<u64, String> {
 
 /// Disks that are written to.
 pub(crate) struct Written {
+    pub(crate) id: OverlayId,
     /// Where the overlay is kept; none if it is not.
     pub(crate) folder: Option<PathBuf>,
     is_new: bool,
@@ -52,6 +53,11 @@ fn failure(error: &WritableError) -> Failure {
 }
 
 impl WritableArgs {
+    /// What was said by other options.
+    pub(crate) fn of(overlay: Option<PathBuf>, overlay_limit: Option<u64>, one_time: bool) -> WritableArgs {
+        WritableArgs { writable: true, overlay, overlay_limit, one_time }
+    }
+
     /// Opens the overlays of a point's disks, or of `only` that one, over what `points` has of it. There is a tenant where this
     /// process has its keys.
     pub(crate) fn open(
@@ -65,7 +71,7 @@ impl WritableArgs {
         let place = self.place(tenant, state)?;
         let limit = self.overlay_limit.unwrap_or(u64::MAX);
         let opened = Opened::open(tenant, point, only, &place, limit).map_err(|e| failure(&e))?;
-        let (is_new, path) = (opened.is_new(), opened.folder().map(Path::to_owned));
+        let (id, is_new, path) = (opened.id(), opened.is_new(), opened.folder().map(Path::to_owned));
         let (overlays, folder) = opened.into_parts();
         let mut disks = Vec::new();
         for (name, overlay) in overlays {
@@ -73,7 +79,7 @@ impl WritableArgs {
             let base = points.open(&export_name(&point.vm, point.number, &name)).map_err(|e| failed(&e))?;
             disks.push(Arc::new(OverlayDisk::new(name, base, overlay).map_err(|e| failed(&e))?));
         }
-        Ok(Written { folder: path, is_new, disks, _folder: folder })
+        Ok(Written { id, folder: path, is_new, disks, _folder: folder })
     }
 
     fn place(&self, tenant: Option<&Tenant>, state: &Path) -> Result<OverlayPlace, Failure> {
