@@ -38,6 +38,7 @@ pub mod record_watch;
 pub mod signals;
 pub mod umount;
 
+pub mod boot_check;
 pub mod boot_reads;
 pub mod overlay;
 pub mod writable;

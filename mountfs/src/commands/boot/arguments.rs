@@ -13,6 +13,7 @@ use reseal_mountfs::boot::{
 use reseal_mountfs::writable::Folder;
 use reseal_vault::{Point, PointSpec, Points, Tenant, Which};
 
+use super::check::CheckArgs;
 use crate::commands::mount;
 use crate::commands::writable::{WritableArgs, parse_limit};
 
@@ -72,6 +73,8 @@ pub(crate) struct BootArgs {
     /// Memory for opened data, such as 256M or 1G
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = mount::parse_size)]
     pub(super) cache_size: usize,
+    #[command(flatten)]
+    pub(super) check: CheckArgs,
     /// Further arguments of QEMU
     #[arg(last = true, value_name = "QEMU ARGUMENTS")]
     extra: Vec<OsString>,
@@ -110,7 +113,7 @@ pub(super) fn failure(error: &BootError) -> Failure {
 
 impl BootArgs {
     /// Refuses what makes no sense together.
-    pub(super) fn check(&self, output: Output) -> Result<(), Failure> {
+    pub(super) fn refuse(&self, output: Output) -> Result<(), Failure> {
         let refused = |what: &str| Err(Failure::new(Status::Usage, what));
         match (&self.console, &self.network) {
             _ if self.define.is_some() && self.one_time => refused(
@@ -145,7 +148,7 @@ impl BootArgs {
 
     /// The overlay's options.
     pub(super) fn written(&self) -> WritableArgs {
-        WritableArgs::of(self.overlay.clone(), self.overlay_limit, self.one_time)
+        WritableArgs::of(self.overlay.clone(), self.overlay_limit, self.one_time || self.check.check)
     }
 
     /// The overlay's folder, where it is named.
@@ -184,16 +187,18 @@ impl BootArgs {
         folder: &RunFolder,
         allow_swap: bool,
     ) -> Result<Vec<OsString>, BootError> {
+        let (isolated, forwards) = self.check.network();
         let setup = Setup {
             machine,
             host,
             folder,
-            network: &self.network,
-            forwards: &self.forward,
+            network: if self.check.check { &isolated } else { &self.network },
+            forwards: if self.check.check { &forwards } else { &self.forward },
             console: &self.console,
             reconnect: super::RECONNECT,
             lock_memory: !allow_swap && swap_in_the_clear().is_some(),
-            paused: false,
+            // Until somebody watches.
+            paused: self.check.check,
             extra: &self.extra,
         };
         command(&setup)
