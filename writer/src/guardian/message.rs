@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use reseal_qmp::{MonitorError, thaw_surely};
 use serde::{Deserialize, Serialize};
 
-use crate::qemu::{Leftovers, QemuError, thaw_surely};
+use crate::qemu::Leftovers;
 
 /// How long a command of a plan may run.
 const COMMAND: Duration = Duration::from_secs(60);
@@ -64,7 +65,7 @@ impl Freezer {
     pub(super) fn thaw(&self) -> Result<(), String> {
         let thawed = match self {
             Freezer::Agent(socket) => match thaw_surely(socket, THAW) {
-                Err(QemuError::Connect { .. }) => Ok(()),
+                Err(MonitorError::Connect { .. }) => Ok(()),
                 other => other.map(drop).map_err(|e| e.to_string()),
             },
             Freezer::Commands { thaw, .. } => run_command(thaw, COMMAND),

@@ -6,9 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use reseal_cli::{Failure, Status};
+use reseal_qmp::Agent;
 
 use super::message::{Freezer, Plan, Reply, Request, run_command};
-use crate::qemu::{Agent, QemuError};
 
 /// Longest request: a plan names some hundred things.
 const MAX_REQUEST: usize = 4 << 20;
@@ -116,15 +116,13 @@ fn freeze(stream: &BufReader<UnixStream>, how: Freezer, patience: Duration, limi
     let mut agent = match &how {
         Freezer::Agent(socket) => {
             let deadline = Instant::now() + patience;
-            let ready = Agent::connect(socket, deadline).and_then(|mut agent| match agent.is_frozen(deadline)? {
-                true => {
-                    Err(QemuError::Unusable("the guest's file systems are frozen already, by somebody else".into()))
-                }
-                false => Ok(agent),
-            });
+            let ready = Agent::connect(socket, deadline)
+                .and_then(|mut agent| Ok((agent.is_frozen(deadline)?, agent)))
+                .map_err(|e| e.to_string());
             match ready {
-                Ok(agent) => Some(agent),
-                Err(e) => return fail(e.to_string()),
+                Ok((false, agent)) => Some(agent),
+                Ok((true, _)) => return fail("the guest's file systems are frozen already, by somebody else".into()),
+                Err(why) => return fail(why),
             }
         }
         Freezer::Commands { .. } => None,

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use reseal_format::geometry::MAX_DISK;
 use reseal_format::manifest::{MAX_DISKS, Manifest, method};
 use reseal_format::names::{DiskName, MAX_NAME};
+use reseal_qmp::{Client, MonitorError};
 use serde_json::{Value, json};
 
 use super::QemuError;
-use super::qmp::Client;
 
 /// Longest text that tells a disk from others, as it is.
 const MAX_SCOPE: usize = 512;
@@ -176,7 +176,7 @@ fn scope(vm: &str, id: &str) -> String {
 
 fn describe(disk: &Attached, scope: String, name: DiskName) -> Result<Disk, QemuError> {
     let inserted = &disk.inserted;
-    let lacks = |what| QemuError::Answer { command: "query-block".into(), what };
+    let lacks = |what| MonitorError::Answer { command: "query-block".into(), what };
     let length = disk.length().ok_or_else(|| lacks("the size of a disk"))?;
     if length == 0 || length > MAX_DISK {
         let id = &disk.id;

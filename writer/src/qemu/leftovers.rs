@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use reseal_qmp::{Client, MonitorError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::QemuError;
 use super::marker::Marker;
 use super::names::{LISTENER, MARKER, is_ours};
-use super::qmp::Client;
 use crate::guardian::ProcessId;
 
 /// Pause before it is asked again whether something is gone.
@@ -33,10 +33,10 @@ pub struct Leftovers {
 }
 
 /// Whether the other side can't be asked any more. What it refuses concerns one thing only.
-fn fatal<T>(result: Result<T, QemuError>) -> Result<Option<T>, QemuError> {
+fn fatal<T>(result: Result<T, MonitorError>) -> Result<Option<T>, MonitorError> {
     match result {
         Ok(value) => Ok(Some(value)),
-        Err(QemuError::Refused { .. }) => Ok(None),
+        Err(MonitorError::Refused { .. }) => Ok(None),
         Err(e) => Err(e),
     }
 }
@@ -55,7 +55,7 @@ impl Leftovers {
                 Ok(left) if left.is_empty() => return Ok(()),
                 Ok(left) => return Err(left.join("; ")),
                 Err(e) if e.is_gone() => return Ok(()),
-                Err(QemuError::Silent { .. }) if Instant::now() < end => {}
+                Err(QemuError::Monitor(MonitorError::Silent { .. })) if Instant::now() < end => {}
                 Err(e) => return Err(e.to_string()),
             }
         }
@@ -118,7 +118,7 @@ impl Leftovers {
             if is_ours(&bitmap) && !self.keep.contains(&bitmap) {
                 let removed = client.call("block-dirty-bitmap-remove", json!({ "node": node, "name": bitmap }));
                 match removed {
-                    Err(QemuError::Refused { description, .. }) => {
+                    Err(MonitorError::Refused { description, .. }) => {
                         left.push(format!("bitmap {bitmap} of node {node} ({description})"));
                     }
                     other => drop(other?),
@@ -137,7 +137,7 @@ fn stop_server(client: &mut Client, server: &Path, deadline: Instant, left: &mut
     // Those that have were disconnected with it.
     while let Some(clients) = connections(server)? {
         if clients == 0 {
-            return fatal(client.call("nbd-server-stop", Value::Null)).map(drop);
+            return Ok(fatal(client.call("nbd-server-stop", Value::Null)).map(drop)?);
         }
         if Instant::now() > deadline {
             left.push("an NBD server that somebody is connected to".into());
@@ -226,12 +226,12 @@ fn descriptors(client: &mut Client) -> Result<(), QemuError> {
             fatal(client.call("remove-fd", json!({ "fdset-id": set["fdset-id"] })))?;
         }
     }
-    fatal(client.call("closefd", json!({ "fdname": LISTENER }))).map(drop)
+    Ok(fatal(client.call("closefd", json!({ "fdname": LISTENER }))).map(drop)?)
 }
 
 /// Removes the marker of the run.
 pub(super) fn release(client: &mut Client) -> Result<(), QemuError> {
-    fatal(client.call("object-del", json!({ "id": MARKER }))).map(drop)
+    Ok(fatal(client.call("object-del", json!({ "id": MARKER }))).map(drop)?)
 }
 
 /// How many clients are connected to a listener of this path; `None` if there is no such listener. Its file may be

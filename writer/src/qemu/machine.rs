@@ -1,10 +1,10 @@
 //! What kind of machine the VM is, for whoever starts it again.
 
+use reseal_qmp::Client;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::disks::{Attached, outer};
-use super::qmp::Client;
 
 /// Version of [`Machine`].
 const VERSION: u32 = 1;

@@ -3,13 +3,13 @@
 
 use std::path::PathBuf;
 
+use reseal_qmp::{Client, MonitorError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::QemuError;
 use super::leftovers::release;
 use super::names::MARKER;
-use super::qmp::Client;
 use crate::guardian::ProcessId;
 
 /// A run.
@@ -26,8 +26,8 @@ fn identity(client: &mut Client) -> Result<Option<String>, QemuError> {
     let arguments = json!({ "path": format!("/objects/{MARKER}"), "property": "identity" });
     match client.call("qom-get", arguments) {
         Ok(Value::String(identity)) => Ok(Some(identity)),
-        Ok(_) | Err(QemuError::Refused { .. }) => Ok(None),
-        Err(e) => Err(e),
+        Ok(_) | Err(MonitorError::Refused { .. }) => Ok(None),
+        Err(e) => Err(e.into()),
     }
 }
 
@@ -44,10 +44,10 @@ impl Marker {
         let object = json!({ "qom-type": "authz-simple", "id": MARKER, "identity": text });
         let refused = match client.call("object-add", object.clone()) {
             Ok(_) => return Ok(None),
-            Err(e @ QemuError::Refused { .. }) => e,
-            Err(e) => return Err(e),
+            Err(e @ MonitorError::Refused { .. }) => e,
+            Err(e) => return Err(e.into()),
         };
-        let Some(found) = identity(client)? else { return Err(refused) };
+        let Some(found) = identity(client)? else { return Err(refused.into()) };
         let found: Option<Marker> = serde_json::from_str(&found).ok();
         if let Some(Marker { guardian, .. }) = found.as_ref().filter(|found| found.guardian.is_alive()) {
             return Err(QemuError::Unusable(format!(

@@ -1,7 +1,6 @@
 //! A running VM of QEMU, through its monitor.
 //!
 //! ```text
-//! qmp, qga                        talk
 //! disks → bitmaps                 which disks, and whether changes are known
 //! scratch_image → scratch → watch where the guest's overwritten data goes meanwhile
 //! run                             the snapshot, from its marker to its end
@@ -15,8 +14,6 @@ mod leftovers;
 mod machine;
 mod marker;
 mod names;
-mod qga;
-mod qmp;
 mod run;
 mod run_folder;
 mod scratch;
@@ -36,7 +33,6 @@ use crate::live::{Hypervisor, Snapshot};
 
 pub use error::QemuError;
 pub use leftovers::Leftovers;
-pub(crate) use qga::{Agent, thaw_surely};
 
 use run::Run;
 

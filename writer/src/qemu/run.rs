@@ -17,6 +17,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use reseal_format::ids::PointId;
 use reseal_format::manifest::{Definition, MAX_DEFINITION, Manifest, Tracking, method};
+use reseal_qmp::{Client, MonitorError};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -25,7 +26,6 @@ use super::leftovers::{Leftovers, release};
 use super::machine::Machine;
 use super::marker::Marker;
 use super::names::{DiskParts, LISTENER, bitmap, changes};
-use super::qmp::Client;
 use super::run_folder::RunFolder;
 use super::scratch::Scratch;
 use super::watch::Watch;
@@ -159,11 +159,11 @@ impl Run {
         drop(listener);
         let address = json!({ "addr": { "type": "fd", "data": { "str": LISTENER } } });
         match client.call("nbd-server-start", address) {
-            Err(QemuError::Refused { description, .. }) => Err(QemuError::Unusable(format!(
+            Err(MonitorError::Refused { description, .. }) => Err(QemuError::Unusable(format!(
                 "QEMU can't serve the snapshot over NBD ({description}); if another program has started the NBD server \
                      of this VM, end that first (`nbd-server-stop`): QEMU has but one"
             ))),
-            other => other.map(drop),
+            other => Ok(other.map(drop)?),
         }
     }
 
@@ -207,7 +207,7 @@ impl Run {
     ) -> Result<(), QemuError> {
         let persistent = taken.iter().any(|taken| taken.disk.persistent);
         match client.call("transaction", json!({ "actions": self.actions(taken, true) })) {
-            Err(QemuError::Refused { description, .. }) if persistent => {
+            Err(MonitorError::Refused { description, .. }) if persistent => {
                 client.call("transaction", json!({ "actions": self.actions(taken, false) }))?;
                 warnings.push(format!(
                     "the record of changes will not survive a shutdown of the VM, because it can't be kept in the \
@@ -215,7 +215,7 @@ impl Run {
                 ));
                 Ok(())
             }
-            other => other.map(drop),
+            other => Ok(other.map(drop)?),
         }
     }
 
@@ -355,7 +355,7 @@ fn add_scratch(client: &mut Client, disk: &Disk, parts: &DiskParts, scratch: &Sc
         id: &'a str,
         data: &'a str,
     }
-    let lacks = QemuError::Answer { command: "add-fd".into(), what: "a set" };
+    let lacks = MonitorError::Answer { command: "add-fd".into(), what: "a set" };
     let added = client.execute("add-fd", Some(&json!({ "opaque": parts.file })), Some(scratch.fd()))?;
     let set = added["fdset-id"].as_u64().ok_or(lacks)?;
     client.call(
@@ -376,5 +376,6 @@ fn add_scratch(client: &mut Client, disk: &Disk, parts: &DiskParts, scratch: &Sc
         }),
     )?;
     // The image is open; nobody needs it any more.
-    client.call("object-del", json!({ "id": parts.secret })).map(drop)
+    client.call("object-del", json!({ "id": parts.secret }))?;
+    Ok(())
 }

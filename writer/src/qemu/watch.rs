@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
+use reseal_qmp::Client;
 
 use super::QemuError;
 use super::leftovers::jobs;
-use super::qmp::Client;
 use super::scratch::Scratch;
 
 /// Between two looks. A guest writes tens of MiB meanwhile.

@@ -1,4 +1,4 @@
-//! A client of a QMP socket: one command after the other, each within a time limit.
+//! A Unix socket that speaks lines of JSON, each sent and received within a deadline.
 
 use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
@@ -7,21 +7,20 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use reseal_proto::qmp::{Decoder, Message, Version, command};
+use reseal_proto::qmp::{Decoder, Message, command};
 use rustix::net::{AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType};
 use serde::Serialize;
-use serde_json::Value;
 use zeroize::Zeroizing;
 
-use super::QemuError;
+use crate::MonitorError;
 
 /// Pause before a socket whose queue of clients is full is tried again.
 const AGAIN: Duration = Duration::from_millis(50);
 
 /// Connects to a Unix socket within a time. The usual way would wait for ever for a listener whose queue is full.
-fn connect(socket: &Path, deadline: Instant) -> Result<UnixStream, QemuError> {
+fn connect(socket: &Path, deadline: Instant) -> Result<UnixStream, MonitorError> {
     let name = socket.display().to_string();
-    let failed = |source: rustix::io::Errno| QemuError::Connect { socket: name.clone(), source: source.into() };
+    let failed = |source: rustix::io::Errno| MonitorError::Connect { socket: name.clone(), source: source.into() };
     let address = rustix::net::SocketAddrUnix::new(socket).map_err(failed)?;
     let began = Instant::now();
     loop {
@@ -30,13 +29,13 @@ fn connect(socket: &Path, deadline: Instant) -> Result<UnixStream, QemuError> {
         match rustix::net::connect(&fd, &address) {
             Ok(()) => {
                 let stream = UnixStream::from(fd);
-                stream.set_nonblocking(false).map_err(|e| QemuError::host("set up a socket", e))?;
+                stream.set_nonblocking(false).map_err(|e| MonitorError::host("set up a socket", e))?;
                 return Ok(stream);
             }
             Err(rustix::io::Errno::AGAIN) if Instant::now() < deadline => std::thread::sleep(AGAIN),
             Err(rustix::io::Errno::AGAIN) => {
                 let seconds = began.elapsed().as_secs();
-                return Err(QemuError::Silent { socket: name, what: "a connection".into(), seconds });
+                return Err(MonitorError::Silent { socket: name, what: "a connection".into(), seconds });
             }
             Err(e) => return Err(failed(e)),
         }
@@ -44,7 +43,7 @@ fn connect(socket: &Path, deadline: Instant) -> Result<UnixStream, QemuError> {
 }
 
 /// A socket that speaks lines of JSON.
-pub(crate) struct Line {
+pub struct Line {
     stream: UnixStream,
     name: String,
     decoder: Decoder,
@@ -53,25 +52,25 @@ pub(crate) struct Line {
 
 impl Line {
     /// Connects. A listener that has no room for a client is waited for.
-    pub(crate) fn connect(socket: &Path, deadline: Instant) -> Result<Line, QemuError> {
+    pub fn connect(socket: &Path, deadline: Instant) -> Result<Line, MonitorError> {
         let stream = connect(socket, deadline)?;
         Ok(Line { stream, name: socket.display().to_string(), decoder: Decoder::new(), next_id: 1 })
     }
 
-    fn fault(&self, what: &str, began: Instant, source: std::io::Error) -> QemuError {
+    fn fault(&self, what: &str, began: Instant, source: std::io::Error) -> MonitorError {
         use std::io::ErrorKind as Kind;
         let (socket, what) = (self.name.clone(), what.to_owned());
         match source.kind() {
             Kind::WouldBlock | Kind::TimedOut => {
-                QemuError::Silent { socket, what, seconds: began.elapsed().as_secs().max(1) }
+                MonitorError::Silent { socket, what, seconds: began.elapsed().as_secs().max(1) }
             }
-            Kind::BrokenPipe | Kind::ConnectionReset | Kind::UnexpectedEof => QemuError::Gone { socket, what },
-            _ => QemuError::Socket { socket, what, source },
+            Kind::BrokenPipe | Kind::ConnectionReset | Kind::UnexpectedEof => MonitorError::Gone { socket, what },
+            _ => MonitorError::Socket { socket, what, source },
         }
     }
 
     /// Sends bytes as they are.
-    pub(crate) fn send(&mut self, bytes: &[u8], what: &str, deadline: Instant) -> Result<(), QemuError> {
+    pub fn send(&mut self, bytes: &[u8], what: &str, deadline: Instant) -> Result<(), MonitorError> {
         let began = Instant::now();
         let left = deadline.saturating_duration_since(began).max(Duration::from_millis(1));
         let sent = self.stream.set_write_timeout(Some(left)).and_then(|()| self.stream.write_all(bytes));
@@ -79,14 +78,14 @@ impl Line {
     }
 
     /// The next message, whatever it is.
-    pub(crate) fn receive(&mut self, what: &str, deadline: Instant) -> Result<Message, QemuError> {
+    pub fn receive(&mut self, what: &str, deadline: Instant) -> Result<Message, MonitorError> {
         let began = Instant::now();
         let mut bytes = [0; 16 << 10];
         loop {
             match self.decoder.next_message() {
                 Ok(Some(message)) => return Ok(message),
                 Ok(None) => {}
-                Err(source) => return Err(QemuError::Garbled { socket: self.name.clone(), source }),
+                Err(source) => return Err(MonitorError::Garbled { socket: self.name.clone(), source }),
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -103,16 +102,16 @@ impl Line {
     }
 
     /// Sends a command, with a file descriptor if it takes one; its id.
-    pub(crate) fn ask(
+    pub fn ask(
         &mut self,
         execute: &str,
         arguments: Option<&impl Serialize>,
         fd: Option<BorrowedFd<'_>>,
         deadline: Instant,
-    ) -> Result<u64, QemuError> {
+    ) -> Result<u64, MonitorError> {
         let id = self.next_id;
         self.next_id += 1;
-        let line = command(execute, arguments, id).map_err(|e| QemuError::host(format!("encode {execute}"), e))?;
+        let line = command(execute, arguments, id).map_err(|e| MonitorError::host(format!("encode {execute}"), e))?;
         let line = Zeroizing::new(line);
         let mut sent = 0;
         if let Some(fd) = fd {
@@ -127,71 +126,5 @@ impl Line {
         }
         self.send(&line[sent..], execute, deadline)?;
         Ok(id)
-    }
-}
-
-/// A monitor, after its greeting.
-pub(crate) struct Client {
-    line: Line,
-    version: Version,
-    timeout: Duration,
-}
-
-impl Client {
-    /// Connects, within the time that every later command has too.
-    pub(crate) fn connect(socket: &Path, timeout: Duration) -> Result<Client, QemuError> {
-        let deadline = Instant::now() + timeout;
-        let mut line = Line::connect(socket, deadline)?;
-        let version = loop {
-            if let Message::Greeting(version) = line.receive("with its greeting", deadline)? {
-                break version;
-            }
-        };
-        let mut client = Client { line, version, timeout };
-        client.call("qmp_capabilities", Value::Null)?;
-        Ok(client)
-    }
-
-    pub(crate) fn version(&self) -> &Version {
-        &self.version
-    }
-
-    pub(crate) fn timeout(&self) -> Duration {
-        self.timeout
-    }
-
-    /// Executes a command and waits for what it returns.
-    pub(crate) fn call(&mut self, execute: &str, arguments: Value) -> Result<Value, QemuError> {
-        let arguments = Some(arguments).filter(|arguments| !arguments.is_null());
-        self.execute(execute, arguments.as_ref(), None)
-    }
-
-    /// The same, with arguments that hold a secret or a file descriptor beside it.
-    pub(crate) fn execute(
-        &mut self,
-        execute: &str,
-        arguments: Option<&impl Serialize>,
-        fd: Option<BorrowedFd<'_>>,
-    ) -> Result<Value, QemuError> {
-        let deadline = Instant::now() + self.timeout;
-        let asked = self.line.ask(execute, arguments, fd, deadline)?;
-        loop {
-            match self.line.receive(execute, deadline)? {
-                Message::Return { id, value } if id == Some(asked) => return Ok(value),
-                Message::Error { id, class, description } if id == Some(asked) || id.is_none() => {
-                    return Err(QemuError::Refused { command: execute.to_owned(), class, description });
-                }
-                // Events, and what was answered after its time was over.
-                _ => {}
-            }
-        }
-    }
-
-    /// Executes a command whose answer is a list.
-    pub(crate) fn list(&mut self, execute: &str, arguments: Value) -> Result<Vec<Value>, QemuError> {
-        match self.call(execute, arguments)? {
-            Value::Array(list) => Ok(list),
-            _ => Err(QemuError::Answer { command: execute.to_owned(), what: "a list" }),
-        }
     }
 }
