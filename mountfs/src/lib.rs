@@ -7,7 +7,7 @@
 //!         → view: VM → restore point → file                         (inodes, files, catalog, view)
 //!         → at once, or by the pool under a deadline                (answer, pool, readahead, handles, fuse)
 //! mount → session → unmount                                         (mount, mounts, signals, record_watch, umount)
-//! restore: disk → stretches, several at a time → file or device     (restore)
+//! restore: disk → stretches, several at a time → file or device     (restore, target)
 //! nbd: socket → a thread a client → the server of `reseal-nbd`      (nbd)
 //! boot: definition → machine → QEMU on exports of overlays          (boot)
 //! writes: disk → overlay → file in a folder; its key → the vault    (writable, overlay)
@@ -44,6 +44,7 @@ pub mod overlay;
 pub mod writable;
 
 pub mod restore;
+pub mod target;
 
 pub mod nbd;
 

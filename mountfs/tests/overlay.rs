@@ -6,7 +6,7 @@ use std::io;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use reseal_format::overlay::{OverlayKey, PAGE, PAGE_U64};
+use reseal_format::overlay::{BATCH_HEADER, BATCH_PAGES, BatchHeader, HEADS, Head, OverlayKey, PAGE, PAGE_U64};
 use reseal_mountfs::overlay::{BaseError, Facts, Layer, Medium, Overlay, OverlayError};
 use zeroize::Zeroizing;
 
@@ -59,7 +59,7 @@ impl Power {
         }
         // The length of a file is a whole number of pages here, as that of one that was reserved is.
         durable.resize(durable.len().next_multiple_of(PAGE), 0);
-        Power(Arc::new(Mutex::new(Disk { now: durable.clone(), durable, ..Disk::default() })))
+        Power::from(durable)
     }
 
     fn step(disk: &mut Disk) -> io::Result<()> {
@@ -72,6 +72,12 @@ impl Power {
 
     fn contains(&self, what: &[u8]) -> bool {
         self.0.lock().now.windows(what.len()).any(|window| window == what)
+    }
+}
+
+impl From<Vec<u8>> for Power {
+    fn from(bytes: Vec<u8>) -> Power {
+        Power(Arc::new(Mutex::new(Disk { now: bytes.clone(), durable: bytes, ..Disk::default() })))
     }
 }
 
@@ -251,7 +257,8 @@ fn a_journal_that_has_become_long_is_made_anew_and_the_power_may_go_then_too() {
         Ok::<(), OverlayError>(())
     };
     // How many flushes that takes.
-    let overlay = Overlay::create(Power::default(), key(), facts(), NO_LIMIT).unwrap();
+    let medium = Power::default();
+    let overlay = Overlay::create(medium.clone(), key(), facts(), NO_LIMIT).unwrap();
     let (mut model, mut used) = (fresh(), 0);
     let turn = (0..10_000).find(|&nth| {
         flush(&overlay, &mut model, nth).unwrap();
@@ -260,6 +267,13 @@ fn a_journal_that_has_become_long_is_made_anew_and_the_power_may_go_then_too() {
     });
     let turn = turn.expect("it is made anew");
     assert_eq!(whole(&overlay).unwrap(), model.now);
+    // Where one head is damaged, the other one does not lead to the journal before.
+    for head in 0..HEADS as usize {
+        let mut damaged = medium.0.lock().now.clone();
+        damaged[head * PAGE + 50] ^= 1;
+        let again = Overlay::open(Power::from(damaged), key(), facts(), NO_LIMIT).unwrap();
+        assert_eq!(whole(&again).unwrap(), model.now);
+    }
     let mut whole_ones = 0;
     // The power goes at each step of it, and before and after.
     for cut in 0..24u64 {
@@ -298,17 +312,22 @@ fn what_is_damaged_is_an_error_and_never_other_bytes() {
     for page in 0..image.len() / PAGE {
         let mut damaged = image.clone();
         damaged[page * PAGE + random.below(PAGE_U64) as usize % 100] ^= 1 << random.below(8);
-        let medium = Power(Arc::new(Mutex::new(Disk { now: damaged.clone(), durable: damaged, ..Disk::default() })));
-        let Ok(overlay) = Overlay::open(medium, key(), facts(), NO_LIMIT) else {
-            refused += 1;
-            continue;
+        let overlay = match Overlay::open(Power::from(damaged), key(), facts(), NO_LIMIT) {
+            Ok(overlay) => overlay,
+            Err(OverlayError::Damaged { .. } | OverlayError::Lost { .. }) => {
+                refused += 1;
+                continue;
+            }
+            Err(e) => panic!("{e}"),
         };
         match whole(&overlay) {
             Err(OverlayError::Damaged { .. }) => unread += 1,
             Err(e) => panic!("{e}"),
-            // A page that nothing needs, the other head, or the journal's end: then it is as it was at a flush before.
-            Ok(found) if found == model.now => unused += 1,
-            Ok(_) => refused += 1,
+            // A page that nothing needs, one of the heads, or the flush that tells nothing and says that this was the end.
+            Ok(found) => {
+                assert!(found == model.now, "page {page}: bytes of an earlier flush");
+                unused += 1;
+            }
         }
     }
     assert!(refused > 0 && unread > 20 && unused > 0, "{refused} {unread} {unused}");
@@ -318,6 +337,114 @@ fn what_is_damaged_is_an_error_and_never_other_bytes() {
         [Facts { overlay: [9; 16], ..facts() }, Facts { point: [9; 16], ..facts() }, Facts { disk: 1, ..facts() }]
     {
         assert!(matches!(Overlay::open(medium.clone(), key(), another, NO_LIMIT), Err(OverlayError::Another(_))));
+    }
+}
+
+/// The batches of the journal that counts, in their order: where each is, and what its header says, with its bytes.
+fn journal(image: &[u8]) -> Vec<(usize, BatchHeader, usize)> {
+    let head = |nth: usize| Head::open(&key(), &image[nth * PAGE..(nth + 1) * PAGE].try_into().unwrap()).ok();
+    let head = (0..HEADS as usize).filter_map(head).max_by_key(|head| head.generation).unwrap();
+    let (mut at, mut sequence, mut link) = (head.journal as usize * PAGE, head.sequence, head.link);
+    let mut found = Vec::new();
+    while let Some((header, length)) =
+        image.get(at..).and_then(|batch| BatchHeader::decode(batch.first_chunk::<BATCH_HEADER>()?))
+    {
+        let batch = &image[at..image.len().min(at + BATCH_PAGES * PAGE)];
+        if (header.sequence, header.link) != (sequence, link) {
+            break;
+        }
+        let Ok((_, digest)) = header.open(&key(), &facts().overlay, batch, length) else { break };
+        found.push((at, header, BATCH_HEADER + length + 16));
+        (at, sequence, link) = (header.next as usize * PAGE, sequence + 1, digest);
+    }
+    found
+}
+
+#[test]
+fn damage_in_the_middle_of_the_journal_is_an_error_and_never_older_bytes() {
+    let (mut before_last, mut in_last) = (0, 0);
+    for seed in 0..40 {
+        let mut random = Random(seed);
+        let mut medium = Power::default();
+        let mut overlay = Overlay::create(medium.clone(), key(), facts(), NO_LIMIT).unwrap();
+        let mut model = fresh();
+        // The power goes a few times, so that batches of flushes that never happened are there, too.
+        for _ in 0..4 {
+            {
+                let mut disk = medium.0.lock();
+                disk.last = Some(disk.done + random.below(80));
+            }
+            while step(&overlay, &mut model, &mut random).is_ok() {}
+            drop(overlay);
+            medium = medium.cut(&mut random);
+            overlay = Overlay::open(medium.clone(), key(), facts(), NO_LIMIT).unwrap();
+            let found = whole(&overlay).unwrap();
+            model = Model { now: found.clone(), flushed: found, flushing: None };
+        }
+        for _ in 0..random.below(60) {
+            step(&overlay, &mut model, &mut random).unwrap();
+        }
+        overlay.flush().unwrap();
+        let now = whole(&overlay).unwrap();
+        drop(overlay);
+        let image = medium.0.lock().now.clone();
+        let batches = journal(&image);
+        let last = batches.last().unwrap().1.first;
+        for &(at, header, length) in &batches {
+            let mut damaged = image.clone();
+            damaged[at + random.below(length as u64) as usize] ^= 1 << random.below(8);
+            match Overlay::open(Power::from(damaged), key(), facts(), NO_LIMIT) {
+                Err(OverlayError::Lost { sequence }) if header.first < last => {
+                    // Or the one before, where pages that it told of are others' by now.
+                    assert!(sequence <= header.first);
+                    before_last += 1;
+                }
+                // What the head leads to is durable before the head is.
+                Err(OverlayError::Damaged { .. }) if header.first == batches[0].1.first => before_last += 1,
+                Ok(_) if header.first == last => in_last += 1,
+                Err(e) => panic!("seed {seed}, batch {}: {e}", header.sequence),
+                Ok(_) => panic!("seed {seed}: batch {} is lost, and nobody says so", header.sequence),
+            }
+        }
+        // Where one head is damaged, the other one leads to the same.
+        for nth in 0..HEADS as usize {
+            let mut damaged = image.clone();
+            damaged[nth * PAGE + random.below(176) as usize] ^= 1;
+            let overlay = Overlay::open(Power::from(damaged), key(), facts(), NO_LIMIT).unwrap();
+            assert!(whole(&overlay).unwrap() == now);
+        }
+    }
+    assert!(before_last > 300 && in_last >= 40, "{before_last} {in_last}");
+}
+
+#[test]
+fn a_lost_flush_is_known_as_such_however_many_chunks_the_journal_has() {
+    let medium = Power::default();
+    let (discards, flushes) = (70_000, 3);
+    let facts = Facts { length: 2 * discards * flushes * PAGE_U64, ..facts() };
+    let overlay = Overlay::create(medium.clone(), key(), facts, NO_LIMIT).unwrap();
+    // A record each, so that a flush has more batches than a chunk has room for.
+    for nth in 0..discards * flushes {
+        overlay.discard(2 * nth * PAGE_U64, PAGE_U64).unwrap();
+        if nth % discards == discards - 1 {
+            overlay.flush().unwrap();
+        }
+    }
+    drop(overlay);
+    let image = medium.0.lock().now.clone();
+    let batches = journal(&image);
+    let (first, last) = (batches[0].1.first, batches.last().unwrap().1.first);
+    assert!(batches.iter().filter(|(_, header, _)| header.first == last).count() > 16);
+    for nth in (0..batches.len()).step_by(3) {
+        let (at, header, _) = batches[nth];
+        let mut damaged = image.clone();
+        damaged[at + nth % BATCH_HEADER] ^= 1;
+        match Overlay::open(Power::from(damaged), key(), facts, NO_LIMIT) {
+            Err(OverlayError::Lost { .. }) => assert!(header.first < last && header.first > first),
+            Err(OverlayError::Damaged { .. }) => assert_eq!(header.first, first),
+            Err(e) => panic!("{e}"),
+            Ok(_) => assert_eq!(header.first, last, "batch {}", header.sequence),
+        }
     }
 }
 
@@ -337,8 +464,8 @@ fn nothing_is_in_the_clear() {
 #[test]
 fn a_full_overlay_says_so_and_has_room_again_after_a_discard() {
     let medium = Power::default();
-    // The heads, a chunk of the journal, and ten blocks.
-    let overlay = Overlay::create(medium, key(), facts(), (2 + 256 + 10) * PAGE_U64).unwrap();
+    // The heads, a chunk of the journal and the one that follows, and ten blocks.
+    let overlay = Overlay::create(medium, key(), facts(), (2 + 2 * 256 + 10) * PAGE_U64).unwrap();
     let block = [5; PAGE];
     for nth in 0..10 {
         overlay.write(nth * PAGE_U64, &block, &base).unwrap();
@@ -405,7 +532,7 @@ fn it_works_on_a_file_and_gives_room_back() {
     overlay.discard(0, 64 << 20).unwrap();
     overlay.flush().unwrap();
     let empty = file.metadata().unwrap().blocks() * 512;
-    assert!(empty < 2 << 20, "{empty}");
+    assert!(empty < 3 << 20, "{empty}");
     overlay.write(5 << 20, &bytes, &base).unwrap();
     overlay.close().unwrap();
     let overlay = Overlay::open(file, key(), facts, NO_LIMIT).unwrap();

@@ -14,7 +14,8 @@ use reseal_format::geometry::CLUSTER;
 use reseal_format::manifest::Manifest;
 use reseal_format::names::{DiskName, VmName};
 use reseal_mountfs::disks::Disks;
-use reseal_mountfs::restore::{Plan, RestoreError, Watch, restore};
+use reseal_mountfs::restore::{How, Plan, RestoreError, Watch, restore};
+use reseal_mountfs::target::{Format, TargetError, read_secret};
 use reseal_store::Local;
 use support::faults::{Faulty, Mood};
 use support::{Model, Vault, disk_bytes, flip, used};
@@ -39,7 +40,7 @@ fn run_with(
     force: bool,
 ) -> Result<u64, RestoreError> {
     let only = only.map(|name| DiskName::new(name).unwrap());
-    let plan = Plan::new(manifest, only.as_ref(), out, force)?;
+    let plan = Plan::new(manifest, only.as_ref(), out, &How { format: Format::Raw, secret: None, force })?;
     let done = AtomicU64::new(0);
     let progress = |bytes| {
         let _ = done.fetch_add(bytes, Ordering::Relaxed);
@@ -59,7 +60,7 @@ fn a_file_equals_the_disk_stays_sparse_and_is_private() {
     let data = fs::metadata(&out).unwrap();
     assert_eq!(data.permissions().mode() & 0o777, 0o600);
     assert!(data.blocks() * 512 <= used(&bytes) + 65_536, "{} of {}", data.blocks() * 512, used(&bytes));
-    assert!(matches!(run(&vault, &out, false), Err(RestoreError::Exists { .. })));
+    assert!(matches!(run(&vault, &out, false), Err(RestoreError::Target(TargetError::Exists { .. }))));
     fs::write(&out, vec![0xff; 400 * CLUSTER]).unwrap();
     run(&vault, &out, true).unwrap();
     assert!(fs::read(&out).unwrap() == bytes, "nothing is left of what was there");
@@ -85,11 +86,11 @@ fn several_disks_go_into_a_folder_and_one_goes_where_it_is_told() {
     // One of two is there: nothing of either is written.
     fs::remove_file(path("new/folder/root.raw")).unwrap();
     let again = run_with(&reader, &manifest, None, &path("new/folder"), false);
-    assert!(matches!(again, Err(RestoreError::Exists { .. })));
+    assert!(matches!(again, Err(RestoreError::Target(TargetError::Exists { .. }))));
     assert!(!path("new/folder/root.raw").exists());
     assert!(matches!(
         run_with(&reader, &manifest, Some("root"), Path::new("/dev/null"), true),
-        Err(RestoreError::NotAFile { .. })
+        Err(RestoreError::Target(TargetError::NotAFile { .. }))
     ));
 }
 
@@ -119,10 +120,32 @@ fn a_restore_that_fails_removes_what_it_made_and_only_that() {
     assert!(!new.exists());
 
     let plan_manifest = manifest(&vault, 1);
-    let plan = Plan::new(&plan_manifest, None, &new, false).unwrap();
+    let how = How { format: Format::Raw, secret: None, force: false };
+    let plan = Plan::new(&plan_manifest, None, &new, &how).unwrap();
     let stopped = restore(&reader(&vault), plan, &Watch { progress: &|_| (), stop: &AtomicBool::new(true) });
     assert!(matches!(stopped, Err(RestoreError::Interrupted)));
     assert!(!new.exists());
+}
+
+#[test]
+fn an_image_that_is_interrupted_while_it_is_written_is_removed() {
+    let vault = Vault::new();
+    vault.backup("web01", &disk_bytes(4, 600 * CLUSTER));
+    let (manifest, disks, stop) = (manifest(&vault, 1), reader(&vault), AtomicBool::new(false));
+    for format in [Format::Qcow2, Format::Vmdk] {
+        let out = vault.folder.path().join(format!("out.{format}"));
+        let how = How { format, secret: None, force: false };
+        stop.store(false, Ordering::Relaxed);
+        let progress = |bytes| {
+            assert!(out.exists());
+            stop.fetch_or(bytes > 0, Ordering::Relaxed);
+        };
+        let plan = Plan::new(&manifest, None, &out, &how).unwrap();
+        match restore(&disks, plan, &Watch { progress: &progress, stop: &stop }) {
+            Err(RestoreError::Interrupted) => assert!(!out.exists(), "{format}"),
+            other => panic!("{format}: {other:?}"),
+        }
+    }
 }
 
 /// A loop device over a file, if this machine has them.
@@ -153,19 +176,64 @@ fn a_block_device_gets_the_disk_with_its_zeros_and_only_by_force() {
         eprintln!("skipped: no loop devices");
         return;
     };
-    assert!(matches!(run(&vault, &device.0, false), Err(RestoreError::DeviceNeedsForce { .. })));
+    assert!(matches!(run(&vault, &device.0, false), Err(RestoreError::Target(TargetError::DeviceNeedsForce { .. }))));
     run(&vault, &device.0, true).unwrap();
     let got = fs::read(&device.0).unwrap();
     assert!(got[..bytes.len()] == bytes);
     assert!(got[bytes.len()..].iter().all(|&byte| byte == 0xff), "what is behind the disk is left alone");
     // Somebody has it: so says the kernel to whoever wants it for himself.
     let claim = fs::OpenOptions::new().read(true).write(true).custom_flags_excl().open(&device.0).unwrap();
-    assert!(matches!(run(&vault, &device.0, true), Err(RestoreError::DeviceBusy { .. })));
+    assert!(matches!(run(&vault, &device.0, true), Err(RestoreError::Target(TargetError::DeviceBusy { .. }))));
     drop(claim);
     drop(device);
     fs::write(&backing, vec![0; 8 * CLUSTER]).unwrap();
     let small = Loop::new(&backing).unwrap();
-    assert!(matches!(run(&vault, &small.0, true), Err(RestoreError::TooSmall { .. })));
+    assert!(matches!(run(&vault, &small.0, true), Err(RestoreError::Target(TargetError::TooSmall { .. }))));
+}
+
+#[test]
+fn a_luks_volume_on_a_device_has_the_disk_and_no_image_goes_there() {
+    let vault = Vault::new();
+    let bytes = disk_bytes(3, 64 * CLUSTER + 512);
+    vault.backup("web01", &bytes);
+    let at = |name: &str| vault.folder.path().join(name);
+    fs::write(at("secret"), "correct horse\n").unwrap();
+    fs::write(at("bare-secret"), "correct horse").unwrap();
+    fs::set_permissions(at("secret"), fs::Permissions::from_mode(0o600)).unwrap();
+    // A header, the disk, and a rest.
+    fs::write(at("backing"), vec![0xff; bytes.len() + 4040 * 512 + 4096]).unwrap();
+    let Some(device) = Loop::new(&at("backing")) else {
+        eprintln!("skipped: no loop devices");
+        return;
+    };
+    let (manifest, disks) = (manifest(&vault, 1), reader(&vault));
+    let secret = Some(read_secret(&at("secret")).unwrap());
+    let plan = |format, secret| Plan::new(&manifest, None, &device.0, &How { format, secret, force: true });
+    let image = plan(Format::Qcow2, None).err().unwrap();
+    assert!(matches!(image, RestoreError::Target(TargetError::ImageOnDevice { .. })), "{image}");
+    let watch = Watch { progress: &|_| (), stop: &AtomicBool::new(false) };
+    restore(&disks, plan(Format::Raw, secret.clone()).unwrap(), &watch).unwrap();
+    let name = |path: &Path| path.to_str().unwrap().to_owned();
+    fs::write(at("disk"), &bytes).unwrap();
+    let read = Command::new("qemu-img")
+        .args(["convert", "--image-opts", "-O", "raw", "--object"])
+        .arg(format!("secret,id=s,file={}", name(&at("bare-secret"))))
+        .arg(format!("driver=luks,key-secret=s,file.driver=host_device,file.filename={}", name(&device.0)))
+        .arg(at("read"))
+        .status()
+        .unwrap();
+    assert!(read.success());
+    let read = fs::read(at("read")).unwrap();
+    assert_eq!(read.len(), bytes.len() + 4096, "the device was longer");
+    assert!(read[..bytes.len()] == bytes);
+    let rest = fs::read(&device.0).unwrap();
+    assert!(rest[rest.len() - 4096..].iter().all(|byte| *byte == 0xff), "what is behind the disk is left alone");
+    drop(device);
+    fs::write(at("backing"), vec![0; bytes.len() + 4040 * 512 - 512]).unwrap();
+    let small = Loop::new(&at("backing")).unwrap();
+    let how = How { format: Format::Raw, secret, force: true };
+    let refused = Plan::new(&manifest, None, &small.0, &how).err().unwrap();
+    assert!(matches!(refused, RestoreError::Target(TargetError::TooSmall { .. })), "{refused}");
 }
 
 trait Exclusive {

@@ -20,7 +20,8 @@ use reseal_format::time::Timestamp;
 use reseal_mountfs::catalog::Shown;
 use reseal_mountfs::disks::{DiskOf, Disks, There};
 use reseal_mountfs::mount::{Mounted, Options};
-use reseal_mountfs::restore::{Plan, RestoreError, Watch, restore};
+use reseal_mountfs::restore::{How, Plan, RestoreError, Watch, restore};
+use reseal_mountfs::target::Format;
 use reseal_vault::disk::Tools;
 use reseal_vault::{Class, VaultError, Wait};
 use support::servers::{Server, Socket, write_sparse};
@@ -340,7 +341,7 @@ fn a_stream_over_a_long_line_is_not_bound_by_its_delay() {
 }
 
 fn run(place: &Place, out: &std::path::Path, stop: &AtomicBool) -> Result<(), RestoreError> {
-    let plan = Plan::new(&place.manifest, None, out, false)?;
+    let plan = Plan::new(&place.manifest, None, out, &How { format: Format::Raw, secret: None, force: false })?;
     restore(&place.disks, plan, &Watch { progress: &|_| (), stop })
 }
 

@@ -252,7 +252,7 @@ fn encrypted_images_open_with_their_secret_alone() {
     let plain = place.image("plain.qcow2", "qcow2", &[]);
     assert_served(&place.serve_with(&plain, Some(&place.secret)).unwrap(), &place.raw);
     let missing = place.serve_with(&plain, Some(&place.path("none"))).err().unwrap();
-    assert!(matches!(missing, ImageError::SecretFile { .. }), "{missing}");
+    assert!(matches!(missing, ImageError::SecretFile(_)), "{missing}");
     // What a guest encrypts itself lies in a raw file, and stays what it is.
     fs::rename(place.path("d.luks"), place.path("guest.raw")).unwrap();
     assert_eq!(decide(&place.path("guest.raw"), None).unwrap(), None);
@@ -427,6 +427,6 @@ fn a_missing_program_is_named_with_its_package() {
     let ended = helper.output().unwrap();
     let said = String::from_utf8_lossy(&ended.stderr).into_owned() + &String::from_utf8_lossy(&ended.stdout);
     assert!(!ended.status.success() && said.contains("Missing"), "{said}");
-    let said = ImageError::Missing { program: "qemu-img" }.to_string();
+    let said = ImageError::from(reseal_qemu::Missing { program: "qemu-img" }).to_string();
     assert!(said.contains("qemu-utils"), "{said}");
 }

@@ -27,16 +27,7 @@ pub fn harden(allow_swap: bool) -> Result<(), Failure> {
     if allow_swap {
         return Ok(());
     }
-    let swaps = match fs::read_to_string("/proc/swaps") {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            return Err(Failure::new(
-                Status::Failed,
-                format!("memory can't be locked, and /proc/swaps can't be read ({e}); accept swap with --allow-swap"),
-            ));
-        }
-        other => other.unwrap_or_default(),
-    };
-    match open_swap(&swaps, &is_encrypted) {
+    match found_open_swap("memory")? {
         None => Ok(()),
         Some(swap) => Err(Failure::new(
             Status::Failed,
@@ -51,6 +42,30 @@ pub fn harden(allow_swap: bool) -> Result<(), Failure> {
 /// A swap that is neither encrypted nor in memory, if this machine has one: what another program has in memory may reach it.
 pub fn swap_in_the_clear() -> Option<String> {
     open_swap(&fs::read_to_string("/proc/swaps").unwrap_or_default(), &is_encrypted)
+}
+
+/// Refuses swap that is not encrypted, unless `allow_swap`: for `who`, another program, holds disk contents and does not lock
+/// its memory.
+pub fn no_open_swap(allow_swap: bool, who: &str) -> Result<(), Failure> {
+    let found = if allow_swap { None } else { found_open_swap(&format!("memory of {who},"))? };
+    found.map_or(Ok(()), |swap| {
+        let message = format!(
+            "memory of {who}, is not locked, and the swap {swap} is not encrypted: disk contents could reach it. Encrypt or \
+             disable swap, or accept it with --allow-swap"
+        );
+        Err(Failure::new(Status::Failed, message))
+    })
+}
+
+/// The first swap that is not encrypted, for memory that can't be locked.
+fn found_open_swap(memory: &str) -> Result<Option<String>, Failure> {
+    match fs::read_to_string("/proc/swaps") {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Failure::new(
+            Status::Failed,
+            format!("{memory} can't be locked, and /proc/swaps can't be read ({e}); accept swap with --allow-swap"),
+        )),
+        other => Ok(open_swap(&other.unwrap_or_default(), &is_encrypted)),
+    }
 }
 
 /// Whether any amount of memory may be locked.

@@ -25,7 +25,7 @@ mod size;
 pub use args::{CommonArgs, DEFAULT_TENANT, Found, Opened};
 pub use background::{Detach, Side, split};
 pub use failure::{Failure, Status, finish};
-pub use harden::{harden, swap_in_the_clear, unlocked};
+pub use harden::{harden, no_open_swap, swap_in_the_clear, unlocked};
 pub use holding::{end_when_erased, hold_keys};
 pub use kit::of_kit;
 pub use kms::of_tenant;

@@ -30,7 +30,7 @@ pub const BATCH_PAGES: usize = 16;
 /// The journal takes its pages in chunks of so many; a batch lies within one.
 pub const CHUNK_PAGES: u64 = 256;
 /// Bytes of a batch before its records.
-pub const BATCH_HEADER: usize = 96;
+pub const BATCH_HEADER: usize = 112;
 /// Most bytes of a batch's records.
 pub const MAX_RECORDS: usize = BATCH_PAGES * PAGE - BATCH_HEADER - TAG;
 /// Bytes of a digest that links a batch to the one before.
@@ -244,14 +244,21 @@ impl Record {
 }
 
 /// What is in clear of a batch: all of it associated data.
+///
+/// A batch that does not open says nothing, and what follows it can't be found by it. So each tells of the chunk that follows its own, which
+/// leads past one that is damaged, and of the flush that it belongs to, which tells a flush that was under way from one that was lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BatchHeader {
     pub sequence: u64,
+    /// Sequence of the batch that its flush begins with.
+    pub first: u64,
     pub salt: [u8; KEY],
     /// Digest of the batch before.
     pub link: [u8; LINK],
-    /// Page of the batch that follows.
+    /// Page of the batch that follows: in the same chunk, or the first of the next one.
     pub next: u64,
+    /// First page of the chunk that follows the one that it is in.
+    pub ahead: u64,
     /// Whether the flush that it belongs to ends with it.
     pub is_last: bool,
 }
@@ -261,18 +268,20 @@ impl BatchHeader {
         let mut bytes = [0; BATCH_HEADER];
         bytes[0..8].copy_from_slice(BATCH_MAGIC);
         bytes[8..16].copy_from_slice(&self.sequence.to_le_bytes());
-        bytes[16..48].copy_from_slice(&self.salt);
-        bytes[48..80].copy_from_slice(&self.link);
-        bytes[80..88].copy_from_slice(&self.next.to_le_bytes());
-        bytes[88..92].copy_from_slice(&u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes());
-        bytes[92] = u8::from(self.is_last);
+        bytes[16..24].copy_from_slice(&self.first.to_le_bytes());
+        bytes[24..56].copy_from_slice(&self.salt);
+        bytes[56..88].copy_from_slice(&self.link);
+        bytes[88..96].copy_from_slice(&self.next.to_le_bytes());
+        bytes[96..104].copy_from_slice(&self.ahead.to_le_bytes());
+        bytes[104..108].copy_from_slice(&u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes());
+        bytes[108] = u8::from(self.is_last);
         bytes
     }
 
     /// Decodes it, and how many bytes of records follow; `None` where there is no batch.
     pub fn decode(bytes: &[u8; BATCH_HEADER]) -> Option<(BatchHeader, usize)> {
-        let length = u32::from_le_bytes(part(bytes, 88)) as usize;
-        let is_last = match bytes[92..96] {
+        let length = u32::from_le_bytes(part(bytes, 104)) as usize;
+        let is_last = match bytes[108..112] {
             [0, 0, 0, 0] => false,
             [1, 0, 0, 0] => true,
             _ => return None,
@@ -282,9 +291,11 @@ impl BatchHeader {
         }
         let header = BatchHeader {
             sequence: number(bytes, 8),
-            salt: part(bytes, 16),
-            link: part(bytes, 48),
-            next: number(bytes, 80),
+            first: number(bytes, 16),
+            salt: part(bytes, 24),
+            link: part(bytes, 56),
+            next: number(bytes, 88),
+            ahead: number(bytes, 96),
             is_last,
         };
         Some((header, length))
@@ -417,7 +428,8 @@ mod tests {
 
     #[test]
     fn no_flipped_byte_of_a_batch_goes_unseen() {
-        let header = BatchHeader { sequence: 3, salt: [5; KEY], link: [6; LINK], next: 44, is_last: true };
+        let header =
+            BatchHeader { sequence: 3, first: 2, salt: [5; KEY], link: [6; LINK], next: 44, ahead: 300, is_last: true };
         let (bytes, digest) = header.seal(&key(), &[1; 16], &encoded());
         assert_eq!(bytes.len(), BatchHeader::span(encoded().len()));
         let (decoded, length) = BatchHeader::decode(&part(&bytes, 0)).unwrap();

@@ -14,6 +14,7 @@ use reseal_format::index::{BlobRef, IndexNode};
 use reseal_format::keys::{DedupSecret, Dek, Kind, Master, Scope};
 use reseal_format::manifest::{Definition, Disk, Manifest, Note, Parent, Root, Stats, Tombstone};
 use reseal_format::names::{DiskName, TenantName, VmName};
+use reseal_format::overlay::{BATCH_HEADER, BatchHeader, BlockKey, CHUNK_PAGES, Head, OverlayKey, PAGE, Record};
 use reseal_format::pack::{PackOpener, PackSealer, TRAILER, Trailer};
 use reseal_format::tenant::{KmsRef, TenantKeys, TenantRecord, master_payload};
 use reseal_format::time::Timestamp;
@@ -175,6 +176,62 @@ fn record() -> TenantRecord {
     TenantRecord::new(&keys(), &tenant(), &master(), count(0xC0), kms, count::<64>(0x01).to_vec())
 }
 
+fn overlay_key() -> OverlayKey {
+    OverlayKey::from_bytes(secret(0x11))
+}
+
+fn overlay_id() -> [u8; 16] {
+    count(0x21)
+}
+
+fn overlay_head(generation: u64) -> Head {
+    let point = *manifest().point_id.as_bytes();
+    Head {
+        overlay: overlay_id(),
+        generation,
+        point,
+        disk: 1,
+        length: 1 << 40,
+        journal: 3,
+        sequence: 9,
+        link: count(0x31),
+    }
+}
+
+const OVERLAY_BLOCK: u64 = 1 << 33;
+const OVERLAY_COUNTER: u64 = 0x0102_0304_0506;
+
+fn overlay_block() -> Vec<u8> {
+    (0..PAGE).map(|i| b"golden bytes "[i * i / 77 % 13]).collect()
+}
+
+/// The start of an overlay's file: both heads, a block, and two flushes, the first of two batches.
+fn overlay() -> Vec<u8> {
+    let (key, id) = (overlay_key(), overlay_id());
+    let mut file = [overlay_head(4).seal(&key, &count(0x41)), overlay_head(5).seal(&key, &count(0x42))].concat();
+    let mut block = overlay_block();
+    let tag = BlockKey::new(&key, &id, &count(0x51)).seal(OVERLAY_COUNTER, OVERLAY_BLOCK, &mut block);
+    file.extend(block);
+    let (mut link, ahead) = (count(0x31), 3 + CHUNK_PAGES);
+    for (nth, (records, first)) in overlay_records(tag).iter().zip([9, 9, 11]).enumerate() {
+        let sequence = 9 + nth as u64;
+        let header =
+            BatchHeader { sequence, first, salt: count(0x51), link, next: 4 + nth as u64, ahead, is_last: nth > 0 };
+        let mut encoded = Vec::new();
+        records.iter().for_each(|record| record.encode(&mut encoded));
+        let (bytes, digest) = header.seal(&key, &id, &encoded);
+        file.extend(bytes);
+        link = digest;
+    }
+    file
+}
+
+fn overlay_records(tag: [u8; 16]) -> [Vec<Record>; 3] {
+    let block = Record::Block { block: OVERLAY_BLOCK, page: 2, session: 0, counter: OVERLAY_COUNTER, tag };
+    let zeros = Record::Zeros { block: 5, count: 300 };
+    [vec![Record::Session { number: 0, salt: count(0x51) }], vec![zeros, block], vec![]]
+}
+
 /// Everything that must come out as committed, byte for byte.
 fn objects() -> Vec<(&'static str, Vec<u8>)> {
     vec![
@@ -187,6 +244,7 @@ fn objects() -> Vec<(&'static str, Vec<u8>)> {
         ("manifest.bin", manifest().seal(&keys(), count(0xC1)).unwrap().0),
         ("tombstone.bin", tombstone().seal(&keys(), count(0xC2)).unwrap()),
         ("note.bin", note().seal(&keys(), count(0xC3)).unwrap()),
+        ("disk.overlay", overlay()),
     ]
 }
 
@@ -252,6 +310,31 @@ fn committed_objects_open() {
         FrameDecoder::new().unwrap().decode(content, &mut cluster).unwrap();
         assert!(cluster == *plain && *id == keys.dedup().id_of(plain), "{CHANGED}");
     }
+}
+
+#[test]
+fn a_committed_overlay_opens() {
+    let (file, key, id) = (golden("disk.overlay"), overlay_key(), overlay_id());
+    let pages: Vec<&[u8; PAGE]> = file.chunks_exact(PAGE).map(|page| page.try_into().unwrap()).collect();
+    assert_eq!(Head::open(&key, pages[0]).unwrap(), overlay_head(4), "{CHANGED}");
+    assert_eq!(Head::open(&key, pages[1]).unwrap(), overlay_head(5), "{CHANGED}");
+    let mut found = Vec::new();
+    let (mut at, mut link) = (overlay_head(5).journal, overlay_head(5).link);
+    for (sequence, first) in [(9, 9), (10, 9), (11, 11)] {
+        let batch = pages[usize::try_from(at).unwrap()];
+        let (header, length) = BatchHeader::decode(batch.first_chunk::<BATCH_HEADER>().unwrap()).unwrap();
+        assert_eq!((header.sequence, header.first, header.link), (sequence, first, link), "{CHANGED}");
+        assert_eq!((header.ahead, header.is_last), (3 + CHUNK_PAGES, sequence > 9), "{CHANGED}");
+        let (records, digest) = header.open(&key, &id, batch, length).unwrap();
+        found.push(records);
+        (at, link) = (header.next, digest);
+    }
+    let Some(Record::Block { tag, .. }) = found[1].last().copied() else { panic!("{CHANGED}") };
+    assert_eq!(found, overlay_records(tag), "{CHANGED}");
+    let mut plain = vec![0; PAGE];
+    let session = BlockKey::new(&key, &id, &count(0x51));
+    session.open(OVERLAY_COUNTER, OVERLAY_BLOCK, &tag, pages[2], &mut plain).unwrap();
+    assert!(plain == overlay_block(), "{CHANGED}");
 }
 
 fn open_pack(keys: &TenantKeys, object: &[u8]) -> Vec<(BlobId, Vec<u8>)> {

@@ -6,13 +6,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use reseal_cli::{CommonArgs, Failure, Output, Progress, Status, end_when_erased, harden, human_bytes, human_duration};
+use reseal_cli::{
+    CommonArgs, Failure, Output, Progress, Status, end_when_erased, harden, human_bytes, human_duration, no_open_swap,
+};
 use reseal_format::geometry::CLUSTER_U64;
 use reseal_format::manifest::{Disk, Manifest};
 use reseal_format::names::DiskName;
 use reseal_mountfs::disks::{Disks, There};
-use reseal_mountfs::restore::{Plan, RestoreError, Watch};
+use reseal_mountfs::restore::{How, Plan, RestoreError, Watch};
 use reseal_mountfs::signals::StopSignals;
+use reseal_mountfs::target::{Format, TargetSpec, read_secret};
 use reseal_site::Reading;
 use reseal_vault::{Holder, PointSpec};
 use serde::Serialize;
@@ -26,9 +29,12 @@ pub(crate) struct RestoreArgs {
     /// Only this disk
     #[arg(long, value_name = "NAME")]
     disk: Option<String>,
-    /// How the disk is written
+    /// How the disk is written: raw, qcow2, or vmdk (stream-optimized, which vSphere imports)
     #[arg(long, value_name = "FORMAT", default_value = "raw")]
-    format: String,
+    format: Format,
+    /// Encrypts what is written, raw or qcow2, with LUKS; the first line of the file is its passphrase
+    #[arg(long, value_name = "FILE")]
+    luks_secret: Option<PathBuf>,
     /// Overwrites what is there
     #[arg(long)]
     force: bool,
@@ -41,13 +47,15 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Restores the disks of a point.
 pub(crate) fn restore(common: &CommonArgs, arguments: &RestoreArgs) -> Result<(), Failure> {
-    if arguments.format != "raw" {
-        let message = format!("--format {}: not yet in this version, which writes raw disks", arguments.format);
-        return Err(Failure::new(Status::Usage, message));
-    }
     let disk = arguments.disk.as_deref().map(DiskName::new).transpose().map_err(|e| Failure::of(Status::Usage, &e))?;
     let spec = PointSpec::parse(&arguments.point)?;
     harden(common.allow_swap)?;
+    let target_failure = |e| restore_failure(RestoreError::Target(e));
+    let secret = arguments.luks_secret.as_deref().map(read_secret).transpose().map_err(target_failure)?;
+    if secret.is_some() {
+        no_open_swap(common.allow_swap, "qemu-img, which encrypts the disk")?;
+    }
+    let how = How { format: arguments.format, secret, force: arguments.force };
     let failed = |e: std::io::Error| Failure::new(Status::Failed, e.to_string());
     let stop = Arc::new(AtomicBool::new(false));
     let signals = StopSignals::new().map_err(failed)?;
@@ -55,7 +63,7 @@ pub(crate) fn restore(common: &CommonArgs, arguments: &RestoreArgs) -> Result<()
     let points = reading.points();
     reading.heads().whole_chain(&*points, &spec.vm)?;
     let point = points.resolve(&spec)?;
-    let plan = Plan::new(&point.manifest, disk.as_ref(), &arguments.out, arguments.force).map_err(restore_failure)?;
+    let plan = Plan::new(&point.manifest, disk.as_ref(), &arguments.out, &how).map_err(restore_failure)?;
     let disks = match &reading {
         Reading::Here(opened) => Disks::here(opened.tenant.clone(), RESTORE_CACHE),
         Reading::There(reader, _) => {
@@ -84,7 +92,7 @@ pub(crate) fn restore(common: &CommonArgs, arguments: &RestoreArgs) -> Result<()
     };
     let began = Instant::now();
     let bytes = plan.bytes();
-    let restored: Vec<_> = plan.disks.iter().map(|planned| (planned.disk.disk(), planned.path.clone())).collect();
+    let restored: Vec<_> = plan.disks.iter().map(|planned| (planned.disk.disk(), planned.target.clone())).collect();
     let progress = Progress::bytes(common.output(), "restored", bytes);
     let watch = Watch { progress: &|bytes| progress.add(bytes), stop: &stop };
     let result = reseal_mountfs::restore::restore(&disks, plan, &watch);
@@ -109,25 +117,34 @@ struct RestoredDisk<'a> {
     path: &'a Path,
     length: u64,
     used: u64,
+    format: String,
+    /// With LUKS. What is not is in the clear.
+    encrypted: bool,
+    #[serde(skip)]
+    is_now: String,
 }
 
-fn report(output: Output, manifest: &Manifest, restored: &[(&Disk, PathBuf)], took: Duration) {
-    let disks = restored.iter().map(|(disk, path)| RestoredDisk {
+fn report(output: Output, manifest: &Manifest, restored: &[(&Disk, TargetSpec)], took: Duration) {
+    let disks = restored.iter().map(|(disk, target)| RestoredDisk {
         name: disk.name.as_str(),
-        path,
+        path: target.path(),
         length: disk.length,
         used: disk.used_clusters * CLUSTER_U64,
+        format: target.format().to_string(),
+        encrypted: !target.is_clear(),
+        is_now: target.describe(),
     });
     let disks: Vec<_> = disks.collect();
     for disk in &disks {
         let (length, used) = (human_bytes(disk.length), human_bytes(disk.used));
         output.say(format!(
-            "{}@{} {}: {length}, {used} of it in use, to {} in {}; what is there now is in the clear",
+            "{}@{} {}: {length}, {used} of it in use, to {} in {}; what is there now is {}",
             manifest.vm,
             manifest.number,
             disk.name,
             disk.path.display(),
-            human_duration(took)
+            human_duration(took),
+            disk.is_now
         ));
     }
     let (vm, number, created) = (manifest.vm.as_str(), manifest.number, manifest.created.to_string());
@@ -138,13 +155,11 @@ fn restore_failure(error: RestoreError) -> Failure {
     let status = match &error {
         RestoreError::Vault { source, .. } => source.class().into(),
         RestoreError::NotAFolder { .. } => Status::Usage,
+        RestoreError::Target(error) if error.is_usage() => Status::Usage,
         RestoreError::NoDisk { .. }
-        | RestoreError::Exists { .. }
-        | RestoreError::DeviceNeedsForce { .. }
-        | RestoreError::DeviceBusy { .. }
-        | RestoreError::TooSmall { .. }
-        | RestoreError::NotAFile { .. }
-        | RestoreError::Target { .. }
+        | RestoreError::Target(_)
+        | RestoreError::Serve { .. }
+        | RestoreError::NotWritten { .. }
         | RestoreError::Interrupted => Status::Failed,
     };
     Failure::of(status, &error)

@@ -55,6 +55,16 @@ impl<'a> DiskOf<'a> {
         manifest.disks.iter().enumerate().map(move |(nth, disk)| DiskOf { manifest, nth, disk })
     }
 
+    /// The restore point that it is of.
+    pub fn manifest(self) -> &'a Manifest {
+        self.manifest
+    }
+
+    /// Its place in the manifest.
+    pub fn nth(self) -> usize {
+        self.nth
+    }
+
     /// What the manifest says of it.
     pub fn disk(self) -> &'a Disk {
         self.disk
@@ -146,6 +156,17 @@ impl Disks {
         match self {
             Disks::Here(reader) => reader.next_hole(of.disk, offset),
             Disks::There(there) => there.next_hole(of, offset),
+        }
+    }
+
+    /// Whether there is a hole at `offset`, and up to where, at most `end`, it is so.
+    pub fn stretch(&self, of: DiskOf<'_>, offset: u64, end: u64) -> Result<(bool, u64), VaultError> {
+        match self {
+            Disks::Here(reader) => reader.stretch(of.disk, offset, end),
+            Disks::There(there) => match there.next_data(of, offset)? {
+                Some(data) if data == offset => Ok((false, there.next_hole(of, offset)?.min(end))),
+                data => Ok((true, data.unwrap_or(end).min(end))),
+            },
         }
     }
 

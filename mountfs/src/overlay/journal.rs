@@ -16,12 +16,15 @@ const TIMES: u64 = 3;
 /// Where the next batch goes.
 #[derive(Debug, Clone)]
 pub(super) struct Journal {
-    pub(super) generation: u64,
+    /// Says where it begins; both copies do.
+    pub(super) head: Head,
     pub(super) sequence: u64,
     pub(super) link: [u8; LINK],
     pub(super) at: u64,
     /// First pages of its chunks; the last is the one that `at` is in.
     pub(super) chunks: Vec<u64>,
+    /// The chunk that follows, once a batch has told of it.
+    pub(super) ahead: Option<u64>,
     /// Salts of the sessions by their number; the last is this one.
     pub(super) sessions: Vec<[u8; KEY]>,
 }
@@ -72,14 +75,15 @@ fn cut(records: &[u8]) -> Vec<&[u8]> {
 impl Journal {
     /// Pages that it has, in stretches.
     pub(super) fn chunks(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
-        self.chunks.iter().map(|&first| (first, CHUNK_PAGES))
+        self.chunks.iter().chain(&self.ahead).map(|&first| (first, CHUNK_PAGES))
     }
 
     fn salt(&self) -> [u8; KEY] {
         self.sessions.last().copied().unwrap_or_default()
     }
 
-    /// Seals records as the batches of one flush, and finds room for what follows it.
+    /// Seals records as the batches of one flush, and finds room for what follows them: each tells of the next chunk, so that a batch
+    /// which is damaged hides none behind it.
     fn seal(&self, key: &OverlayKey, facts: &Facts, records: &[u8], more: &mut dyn FnMut() -> u64) -> Sealed {
         let mut after = self.clone();
         let (mut batches, mut taken) = (Vec::new(), Vec::new());
@@ -87,22 +91,28 @@ impl Journal {
         for (nth, part) in parts.iter().enumerate() {
             let pages = (BatchHeader::span(part.len()) as u64) / PAGE_U64;
             let end = after.chunks.last().map_or(0, |first| first + CHUNK_PAGES);
-            let mut next = after.at + pages;
-            if next + BATCH_PAGES as u64 > end {
-                next = more();
-                taken.push(next);
-                after.chunks.push(next);
-            }
+            let ahead = *after.ahead.get_or_insert_with(|| {
+                let ahead = more();
+                taken.push(ahead);
+                ahead
+            });
+            let behind = after.at + pages;
+            let next = if behind + BATCH_PAGES as u64 > end { ahead } else { behind };
             let header = BatchHeader {
                 sequence: after.sequence,
+                first: self.sequence,
                 salt: self.salt(),
                 link: after.link,
                 next,
+                ahead,
                 is_last: nth + 1 == parts.len(),
             };
             let (bytes, link) = header.seal(key, &facts.overlay, part);
             debug_assert!(bytes.len() >= BATCH_HEADER);
             batches.push((after.at, bytes));
+            if next == ahead {
+                after.chunks.extend(after.ahead.take());
+            }
             (after.at, after.link, after.sequence) = (next, link, after.sequence + 1);
         }
         Sealed { batches, after, taken }
@@ -211,7 +221,7 @@ impl Journal {
             }
             (std::mem::take(dirty), records, space.extend(CHUNK_PAGES))
         };
-        let begun = Journal { at: start, chunks: vec![start], ..self.clone() };
+        let begun = Journal { at: start, chunks: vec![start], ahead: None, ..self.clone() };
         let mut more = || overlay.state.write().space.extend(CHUNK_PAGES);
         let Sealed { batches, after, mut taken } = begun.seal(&overlay.key, &overlay.facts, &records, &mut more);
         taken.push(start);
@@ -221,16 +231,10 @@ impl Journal {
             return if matches!(e, OverlayError::Full) { Ok(()) } else { Err(e) };
         }
         Journal::write(overlay, &batches)?;
-        let generation = self.generation + 1;
-        let head = begun.head(&overlay.facts, generation);
-        let broken = |source| {
-            overlay.breaks();
-            OverlayError::Io { action: "make durable", source }
-        };
-        let page = head.seal(&overlay.key, &random()?);
-        overlay.medium.write_at(generation % HEADS * PAGE_U64, &page).map_err(broken)?;
-        overlay.medium.sync().map_err(broken)?;
-        let old = std::mem::replace(self, Journal { generation, ..after });
+        let head = Head { journal: start, sequence: begun.sequence, link: begun.link, ..self.head };
+        let old = std::mem::replace(self, Journal { head, ..after });
+        // Both copies: where one is damaged, the other must not lead to the journal before.
+        (0..HEADS).try_for_each(|_| self.put_head(overlay))?;
         {
             let mut state = overlay.state.write();
             old.chunks().for_each(|(first, count)| state.space.release(first, count));
@@ -239,10 +243,15 @@ impl Journal {
         Ok(())
     }
 
-    /// The head of a journal that begins here.
-    pub(super) fn head(&self, facts: &Facts, generation: u64) -> Head {
-        let Facts { overlay, point, disk, length } = *facts;
-        Head { overlay, generation, point, disk, length, journal: self.at, sequence: self.sequence, link: self.link }
+    /// Writes its head in the place of the copy that is older, and makes that durable.
+    pub(super) fn put_head<M: Medium>(&mut self, overlay: &Overlay<M>) -> Result<(), OverlayError> {
+        self.head.generation += 1;
+        let page = self.head.seal(&overlay.key, &random()?);
+        let written = overlay.medium.write_at(self.head.generation % HEADS * PAGE_U64, &page);
+        written.and_then(|()| overlay.medium.sync()).map_err(|source| {
+            overlay.breaks();
+            OverlayError::Io { action: "make durable", source }
+        })
     }
 
     /// The batches with which it begins; for an overlay that is made.

@@ -5,7 +5,7 @@
 //! discard → zeros                          ├ map, and what of it has changed      (map, space)
 //! read → page, zeros, or the restore point ┘
 //! flush → what has changed, as batches of the journal → one fdatasync → the pages that nothing needs are free   (journal)
-//! open → head → batches → map; the last flush counts if all of it is there                                     (recovery)
+//! open → head → batches → map; the last flush counts if all of it is there, one before it that is not is damage (recovery)
 //! ```
 //!
 //! The format is `reseal_format::overlay`. What is told of a flush holds for each moment at which the power may go: what was flushed is
@@ -56,6 +56,12 @@ pub enum OverlayError {
     Full,
     #[error("{what} of the overlay {source}")]
     Damaged { what: String, source: FormatError },
+    /// The first sequence of what is lost.
+    #[error(
+        "the journal of the overlay is damaged from batch {sequence} on, and later flushes follow, so what was flushed is not all \
+         there: put its file back from a copy, or give it up with `reseal overlay drop` and begin anew from the restore point"
+    )]
+    Lost { sequence: u64 },
     #[error("the overlay is of another disk: {0}")]
     Another(&'static str),
     #[error(
@@ -151,6 +157,9 @@ impl<M: Medium> Overlay<M> {
             stripes: (0..STRIPES).map(|_| Mutex::default()).collect(),
             is_broken: AtomicBool::new(false),
         };
+        if recovered.lacks_head {
+            overlay.journal.lock().put_head(&overlay)?;
+        }
         // The session is known before anything is sealed in it, and what a flush that did not happen left there is overwritten.
         overlay.journal.lock().begin_session(&overlay)?;
         Ok(overlay)

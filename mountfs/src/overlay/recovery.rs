@@ -1,4 +1,9 @@
 //! From a file to an overlay: the head, the batches that follow it, and whether the last flush was whole.
+//!
+//! A flush that is not whole was under way when the power went, if it was the last: nobody was told that it is durable. Where a batch of a
+//! later flush is there, it was not the last, and what it told is lost: that is damage. Flushes that never happened have left
+//! batches, too, but never of a later flush, for sequences never go back: the flush that is made next begins with the sequence of the one
+//! that was lost.
 
 use reseal_format::FormatError;
 use reseal_format::keys::KEY;
@@ -18,6 +23,8 @@ pub(super) struct Recovered {
     /// With the salt of a session that begins.
     pub(super) journal: Journal,
     pub(super) sessions: Vec<[u8; KEY]>,
+    /// One copy of the head is damaged, or of a journal before.
+    pub(super) lacks_head: bool,
 }
 
 /// What a flush has told.
@@ -32,7 +39,9 @@ struct Position {
     at: u64,
     sequence: u64,
     link: [u8; LINK],
+    /// The last is the one that `at` is in.
     chunks: Vec<u64>,
+    ahead: Option<u64>,
 }
 
 fn damaged(what: impl Into<String>, why: &'static str) -> OverlayError {
@@ -41,47 +50,47 @@ fn damaged(what: impl Into<String>, why: &'static str) -> OverlayError {
 
 /// Writes the heads and the first batch of an overlay that is empty.
 pub(super) fn create<M: Medium>(medium: &M, key: &OverlayKey, facts: &Facts) -> Result<(), OverlayError> {
-    let start = HEADS;
-    let journal = Journal {
-        generation: 1,
-        sequence: 1,
-        link: [0; LINK],
-        at: start,
-        chunks: vec![start],
-        sessions: vec![random()?],
-    };
-    medium.reserve(0, (start + CHUNK_PAGES) * PAGE_U64).map_err(failed("make room in"))?;
+    let (start, ahead) = (HEADS, HEADS + CHUNK_PAGES);
+    let Facts { overlay, point, disk, length } = *facts;
+    let (sequence, link) = (1, [0; LINK]);
+    let head = Head { overlay, generation: 0, point, disk, length, journal: start, sequence, link };
+    let journal =
+        Journal { head, sequence, link, at: start, chunks: vec![start], ahead: Some(ahead), sessions: vec![random()?] };
+    medium.reserve(0, (ahead + CHUNK_PAGES) * PAGE_U64).map_err(failed("make room in"))?;
     for (page, bytes) in journal.first(key, facts) {
         medium.write_at(page * PAGE_U64, &bytes).map_err(failed("write to"))?;
     }
     // What the heads name is there before they are.
     medium.sync().map_err(failed("make durable"))?;
     for generation in 0..HEADS {
-        let page = journal.head(facts, generation).seal(key, &random()?);
+        let page = Head { generation, ..head }.seal(key, &random()?);
         medium.write_at(generation * PAGE_U64, &page).map_err(failed("write to"))?;
     }
     medium.sync().map_err(failed("make durable"))
 }
 
-fn head<M: Medium>(medium: &M, key: &OverlayKey, facts: &Facts) -> Result<Head, OverlayError> {
-    let mut best: Option<Head> = None;
+/// The head that counts, and whether the other copy leads elsewhere, or nowhere.
+fn head<M: Medium>(medium: &M, key: &OverlayKey, facts: &Facts) -> Result<(Head, bool), OverlayError> {
+    let mut found = [None; HEADS as usize];
     let mut wrong = FormatError::Malformed("has no head");
-    for copy in 0..HEADS {
+    for (copy, found) in (0..).zip(&mut found) {
         let mut page = [0; PAGE];
         medium.read_at(copy * PAGE_U64, &mut page).map_err(failed("read"))?;
         match Head::open(key, &page) {
-            Ok(head) if best.is_none_or(|best| best.generation < head.generation) => best = Some(head),
-            Ok(_) => {}
+            Ok(head) => *found = Some(head),
             Err(e) => wrong = e,
         }
     }
-    let head = best.ok_or(OverlayError::Damaged { what: "the head".into(), source: wrong })?;
+    let best = found.iter().flatten().max_by_key(|head| head.generation);
+    let head = *best.ok_or(OverlayError::Damaged { what: "the head".into(), source: wrong })?;
+    let is_same = |other: &Head| Head { generation: head.generation, ..*other } == head;
+    let lacks_head = !found.iter().all(|copy| copy.as_ref().is_some_and(is_same));
     match head {
         Head { overlay, .. } if overlay != facts.overlay => Err(OverlayError::Another("it has another id")),
         Head { point, .. } if point != facts.point => Err(OverlayError::Another("it is of another restore point")),
         Head { disk, .. } if disk != facts.disk => Err(OverlayError::Another("it is of another disk of its point")),
         Head { length, .. } if length != facts.length => Err(OverlayError::Another("its disk has another length")),
-        head => Ok(head),
+        head => Ok((head, lacks_head)),
     }
 }
 
@@ -107,15 +116,52 @@ fn read_flush<M: Medium>(
         let Ok((more, link)) = header.open(key, &facts.overlay, read, length) else { return Ok(None) };
         records.extend(more);
         // Authenticated from here on.
-        let behind = after.at + BatchHeader::span(length) as u64 / PAGE_U64;
-        if header.next != behind {
-            after.chunks.push(header.next);
+        after.ahead = Some(header.ahead);
+        if header.next == header.ahead {
+            after.chunks.extend(after.ahead.take());
         }
         (after.at, after.sequence, after.link) = (header.next, header.sequence + 1, link);
         if header.is_last {
             return Ok(Some(Flush { records, after }));
         }
     }
+}
+
+/// Whether there is a batch of a flush that is later than the one which begins, or should begin, here.
+fn is_followed<M: Medium>(
+    medium: &M,
+    key: &OverlayKey,
+    facts: &Facts,
+    position: &Position,
+) -> Result<bool, OverlayError> {
+    let pages = medium.length().map_err(failed("read"))? / PAGE_U64;
+    let mut chunks: Vec<u64> = position.chunks.last().copied().into_iter().chain(position.ahead).collect();
+    let mut bytes = vec![0; usize::try_from(CHUNK_PAGES).unwrap_or(0) * PAGE];
+    let mut nth = 0;
+    while let Some(&chunk) = chunks.get(nth) {
+        nth += 1;
+        let here = pages.saturating_sub(chunk).min(CHUNK_PAGES);
+        let read = &mut bytes[..usize::try_from(here).unwrap_or(0) * PAGE];
+        medium.read_at(chunk.saturating_mul(PAGE_U64), read).map_err(failed("read"))?;
+        for at in (0..read.len()).step_by(PAGE) {
+            let batch = &read[at..read.len().min(at + BATCH_PAGES * PAGE)];
+            let decoded = batch.first_chunk::<BATCH_HEADER>().and_then(BatchHeader::decode);
+            let Some((header, length)) = decoded.filter(|(header, _)| header.sequence >= position.sequence) else {
+                continue;
+            };
+            if header.open(key, &facts.overlay, batch, length).is_err() {
+                continue;
+            }
+            if header.first > position.sequence {
+                return Ok(true);
+            }
+            // Of the flush that is not whole: what follows it may be further on.
+            if !chunks.contains(&header.ahead) {
+                chunks.push(header.ahead);
+            }
+        }
+    }
+    Ok(false)
 }
 
 /// Whether all blocks of a flush are as it says.
@@ -177,9 +223,15 @@ fn apply(map: &mut Map, sessions: &mut Vec<[u8; KEY]>, records: &[Record], block
 
 /// Reads what there is.
 pub(super) fn recover<M: Medium>(medium: &M, key: &OverlayKey, facts: &Facts) -> Result<Recovered, OverlayError> {
-    let head = head(medium, key, facts)?;
+    let (head, lacks_head) = head(medium, key, facts)?;
     let blocks = facts.length.div_ceil(PAGE_U64);
-    let start = Position { at: head.journal, sequence: head.sequence, link: head.link, chunks: vec![head.journal] };
+    let start = Position {
+        at: head.journal,
+        sequence: head.sequence,
+        link: head.link,
+        chunks: vec![head.journal],
+        ahead: None,
+    };
     let (mut map, mut sessions) = (Map::default(), Vec::new());
     // With the first the head was written: it is durable, or nothing is.
     let Some(first) = read_flush(medium, key, facts, &start)? else {
@@ -197,8 +249,13 @@ pub(super) fn recover<M: Medium>(medium: &M, key: &OverlayKey, facts: &Facts) ->
         apply(&mut map, &mut sessions, &flush.records, blocks)?;
         position = flush.after;
     }
+    if is_followed(medium, key, facts, &position)? {
+        return Err(OverlayError::Lost { sequence: position.sequence });
+    }
+    // A process that was killed may have left what the system holds, but no disk yet. What is written next builds on it.
+    medium.sync().map_err(failed("make durable"))?;
     sessions.push(random()?);
-    let Position { at, sequence, link, chunks } = position;
-    let journal = Journal { generation: head.generation, sequence, link, at, chunks, sessions: sessions.clone() };
-    Ok(Recovered { map, journal, sessions })
+    let Position { at, sequence, link, chunks, ahead } = position;
+    let journal = Journal { head, sequence, link, at, chunks, ahead, sessions: sessions.clone() };
+    Ok(Recovered { map, journal, sessions, lacks_head })
 }

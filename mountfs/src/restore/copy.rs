@@ -7,9 +7,9 @@ use parking_lot::Mutex;
 use reseal_format::geometry::{CLUSTER, CLUSTER_U64, is_zero};
 use reseal_vault::{VaultError, Wait};
 
-use super::RestoreError;
 use super::plan::{Plan, PlannedDisk};
-use super::target::OpenTarget;
+use super::raw::RawTarget;
+use super::{RestoreError, image};
 use crate::disks::{DiskOf, Disks};
 use reseal_vault::disk::Tools;
 use reseal_vault::wipe::Buffer;
@@ -28,7 +28,7 @@ pub struct Watch<'a> {
 }
 
 impl Watch<'_> {
-    fn go_on(&self) -> Result<(), RestoreError> {
+    pub(super) fn go_on(&self) -> Result<(), RestoreError> {
         if self.stop.load(Ordering::Relaxed) { Err(RestoreError::Interrupted) } else { Ok(()) }
     }
 }
@@ -36,12 +36,15 @@ impl Watch<'_> {
 /// Restores the disks of a plan, one after the other, each with as many workers as are of use. What was made for a disk that
 /// fails is removed.
 pub fn restore(disks: &Disks, plan: Plan<'_>, watch: &Watch<'_>) -> Result<(), RestoreError> {
-    plan.disks.into_iter().try_for_each(|planned| restore_disk(disks, &planned, watch))
+    plan.disks.into_iter().try_for_each(|planned| match planned.target.is_plain() {
+        true => restore_disk(disks, &planned, watch),
+        false => image::restore(disks, &planned, watch),
+    })
 }
 
 fn restore_disk(disks: &Disks, planned: &PlannedDisk<'_>, watch: &Watch<'_>) -> Result<(), RestoreError> {
     let source = Source { disks, of: planned.disk, watch };
-    let target = planned.target.open(&planned.path, source.length())?;
+    let target = RawTarget::open(planned.place, planned.target.path(), source.length())?;
     if target.needs_zeros() {
         zero_holes(source, &target)?;
     }
@@ -101,7 +104,7 @@ impl Source<'_> {
     }
 }
 
-fn zero_holes(source: Source<'_>, target: &OpenTarget) -> Result<(), RestoreError> {
+fn zero_holes(source: Source<'_>, target: &RawTarget) -> Result<(), RestoreError> {
     let mut at = 0;
     while at < source.length() {
         let hole = source.next_hole(at)?;
@@ -138,7 +141,7 @@ impl Stretches<'_> {
 
 struct Worker<'a> {
     source: Source<'a>,
-    target: &'a OpenTarget,
+    target: &'a RawTarget,
     tools: Tools,
     buffer: Buffer,
 }
@@ -158,7 +161,7 @@ impl Worker<'_> {
 }
 
 /// Writes all but the zeros.
-fn write_sparse(target: &OpenTarget, offset: u64, bytes: &[u8]) -> Result<(), RestoreError> {
+fn write_sparse(target: &RawTarget, offset: u64, bytes: &[u8]) -> Result<(), RestoreError> {
     let mut start = None;
     for (nth, block) in bytes.chunks(HOLE).enumerate() {
         let at = nth * HOLE;

@@ -1,16 +1,19 @@
-//! A restore point's disks, written back in the clear.
+//! A restore point's disks, written back.
 //!
 //! ```text
-//! point → which disks → targets, all checked before anything is written   (plan)
-//!       → stretches of data, several at a time → bytes → write at         (copy)
-//!       → files that stay sparse, or block devices                        (target)
+//! point → which disks → targets, all checked before anything is written         (plan)
+//! raw:    stretches of data, several at a time → bytes → write at               (copy)
+//!         → files that stay sparse, or block devices                            (raw)
+//! others: disk → NBD on a socket without a name → qemu-img convert → image      (served, image)
 //! ```
 //!
 //! What arrives was authenticated blob by blob, so a restore that ends well has verified itself.
 
 mod copy;
+mod image;
 mod plan;
-mod target;
+mod raw;
+mod served;
 
 use std::io;
 use std::path::PathBuf;
@@ -18,8 +21,10 @@ use std::path::PathBuf;
 use reseal_format::names::DiskName;
 use reseal_vault::VaultError;
 
+use crate::target::TargetError;
+
 pub use copy::{Watch, restore};
-pub use plan::{Plan, PlannedDisk};
+pub use plan::{How, Plan, PlannedDisk};
 
 /// Why a disk was not restored.
 #[derive(Debug, thiserror::Error)]
@@ -28,20 +33,14 @@ pub enum RestoreError {
     NoDisk { point: String, disk: DiskName, has: Vec<String> },
     #[error("{point} has {count} disks, so {} must be a folder; or choose one with --disk", .path.display())]
     NotAFolder { point: String, count: usize, path: PathBuf },
-    #[error("{} exists; --force overwrites it", .path.display())]
-    Exists { path: PathBuf },
-    #[error("{} is a block device; --force overwrites what is on it", .path.display())]
-    DeviceNeedsForce { path: PathBuf },
-    #[error("{} is in use: mounted, or part of something that is; nothing was written", .path.display())]
-    DeviceBusy { path: PathBuf },
-    #[error("{} has {has} bytes, the disk {needs}; nothing was written", .path.display())]
-    TooSmall { path: PathBuf, has: u64, needs: u64 },
-    #[error("{} is neither a file nor a block device", .path.display())]
-    NotAFile { path: PathBuf },
-    #[error("can't {action} {}: {source}", .path.display())]
-    Target { path: PathBuf, action: &'static str, source: io::Error },
+    #[error(transparent)]
+    Target(#[from] TargetError),
     #[error("disk {disk}: {source}")]
     Vault { disk: DiskName, source: VaultError },
+    #[error("can't serve disk {disk} to qemu-img: {source}")]
+    Serve { disk: DiskName, source: io::Error },
+    #[error("qemu-img can't write {}: {said}", .path.display())]
+    NotWritten { path: PathBuf, said: String },
     #[error("interrupted; what was written so far is no disk")]
     Interrupted,
 }

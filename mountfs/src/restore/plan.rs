@@ -1,20 +1,31 @@
 //! Which disks go where.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 
 use reseal_format::manifest::Manifest;
 use reseal_format::names::DiskName;
+use reseal_qemu::Secret;
 
 use super::RestoreError;
-use super::target::Target;
 use crate::disks::DiskOf;
-use crate::files::disk_file;
+use crate::target::{Format, Place, TargetError, TargetSpec};
 
 /// A disk and where it goes.
 pub struct PlannedDisk<'a> {
     pub disk: DiskOf<'a>,
-    pub path: PathBuf,
-    pub(super) target: Target,
+    pub target: TargetSpec,
+    pub(super) place: Place,
+}
+
+/// How disks are written.
+#[derive(Clone)]
+pub struct How {
+    pub format: Format,
+    /// With it they are encrypted with LUKS.
+    pub secret: Option<Arc<Secret>>,
+    /// Overwrites what is there.
+    pub force: bool,
 }
 
 /// What a restore will do. Every target was looked at, none was written yet.
@@ -23,12 +34,12 @@ pub struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    /// All disks of a point, or one, to a file, a folder or a block device. Nothing is overwritten without `force`.
+    /// All disks of a point, or one, to a file, a folder or a block device.
     pub fn new(
         manifest: &'a Manifest,
         only: Option<&DiskName>,
         out: &Path,
-        force: bool,
+        how: &How,
     ) -> Result<Plan<'a>, RestoreError> {
         let point = || format!("{}@{}", manifest.vm, manifest.number);
         let disks: Vec<DiskOf<'_>> =
@@ -43,15 +54,17 @@ impl<'a> Plan<'a> {
         }
         let into_folder = many || out.is_dir();
         if into_folder && !out.is_dir() {
-            let failed = |source| RestoreError::Target { path: out.to_owned(), action: "make the folder", source };
+            let failed = |source| TargetError::Io { path: out.to_owned(), action: "make the folder", source };
             std::fs::create_dir_all(out).map_err(failed)?;
         }
         let planned = disks.into_iter().map(|disk| {
-            let path = if into_folder { out.join(disk_file(disk.disk())) } else { out.to_owned() };
-            let target = Target::check(&path, disk.disk().length, force)?;
-            Ok(PlannedDisk { disk, path, target })
+            let name = || format!("{}.{}", disk.disk().name, how.format.ending(how.secret.is_none()));
+            let path = if into_folder { out.join(name()) } else { out.to_owned() };
+            let target = TargetSpec::new(&path, how.format, how.secret.clone())?;
+            let place = target.check(disk.disk().length, how.force)?;
+            Ok(PlannedDisk { disk, target, place })
         });
-        Ok(Plan { disks: planned.collect::<Result<_, _>>()? })
+        Ok(Plan { disks: planned.collect::<Result<_, TargetError>>()? })
     }
 
     /// Bytes that will be read and written.

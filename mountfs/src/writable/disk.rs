@@ -22,6 +22,7 @@ fn failed(error: OverlayError) -> DiskError {
         | OverlayError::Random(_)
         | OverlayError::Io { .. }
         | OverlayError::Damaged { .. }
+        | OverlayError::Lost { .. }
         | OverlayError::Another(_)
         | OverlayError::Broken => Errno::IO,
     };
@@ -77,6 +78,20 @@ impl Disk for OverlayDisk {
             (Layer::Base, border) if border == end => self.base.read(offset, out),
             _ => self.overlay.read(offset, out, &self.under()).map_err(failed),
         }
+    }
+
+    fn try_read(&self, offset: u64, out: &mut [u8]) -> Option<Result<(), DiskError>> {
+        self.overlay.check().err().map(|e| Err(failed(e))).or_else(|| {
+            let end = offset + out.len() as u64;
+            match self.overlay.layer(offset, end) {
+                (Layer::Base, border) if border == end => self.base.try_read(offset, out),
+                // A file of this machine.
+                (Layer::Data | Layer::Zeros, border) if border == end => {
+                    Some(self.overlay.read(offset, out, &self.under()).map_err(failed))
+                }
+                _ => None,
+            }
+        })
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {

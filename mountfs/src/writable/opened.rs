@@ -14,7 +14,7 @@ use super::folder::{Folder, FolderError, make, nameless};
 use super::key;
 use crate::overlay::{Facts, Overlay, OverlayError};
 
-/// Least that an overlay can do anything with: its heads and its journal take 1 MiB.
+/// Least that an overlay can do anything with: its heads and its journal take 2 MiB.
 pub const LEAST: u64 = 4 << 20;
 
 /// Where overlays are, and for how long.
@@ -60,7 +60,7 @@ impl WritableError {
             WritableError::Another { .. } | WritableError::Occupied(_) | WritableError::Elsewhere => Class::Usage,
             WritableError::Vault(error) => error.class(),
             WritableError::Overlay { source, .. } => match &**source {
-                OverlayError::Damaged { .. } | OverlayError::Another(_) => Class::Damaged,
+                OverlayError::Damaged { .. } | OverlayError::Lost { .. } | OverlayError::Another(_) => Class::Damaged,
                 OverlayError::Random(error) => error.class(),
                 OverlayError::Base(_) | OverlayError::Io { .. } | OverlayError::Full | OverlayError::Broken => {
                     Class::Failed

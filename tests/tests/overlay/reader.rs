@@ -63,12 +63,12 @@ pub(crate) fn read(file: &[u8], key: &[u8], id: &[u8; 16]) -> Read {
     let mut sessions: Vec<[u8; 32]> = Vec::new();
     loop {
         let batch = &file[at(page)..];
-        if batch[..8] != *b"RSLBATCH" || number(batch, 8) != sequence || batch[48..80] != link {
+        if batch[..8] != *b"RSLBATCH" || number(batch, 8) != sequence || batch[56..88] != link {
             return found;
         }
-        let length = u32::from_le_bytes(part(batch, 88)) as usize;
-        let end = 96 + length + 16;
-        let records = open(key, &batch[16..48], 2, id, sequence, &batch[..96], &batch[96..end]).unwrap();
+        let length = u32::from_le_bytes(part(batch, 104)) as usize;
+        let end = 112 + length + 16;
+        let records = open(key, &batch[24..56], 2, id, sequence, &batch[..112], &batch[112..end]).unwrap();
         let mut rest = &records[..];
         while let Some((kind, record)) = rest.split_first() {
             let length = [36, 44, 16][usize::from(*kind) - 1];
@@ -94,8 +94,8 @@ pub(crate) fn read(file: &[u8], key: &[u8], id: &[u8; 16]) -> Read {
                 }
             }
         }
-        found.flushes += usize::from(batch[92]);
+        found.flushes += usize::from(batch[108]);
         link = *blake3::hash(&batch[..end]).as_bytes();
-        (page, sequence) = (number(batch, 80), sequence + 1);
+        (page, sequence) = (number(batch, 88), sequence + 1);
     }
 }

@@ -8,9 +8,9 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::json;
 
-use super::secret::Secret;
-use super::tool::{self, Ended, bind, find};
 use super::{ImageError, ImageFormat};
+use reseal_qemu::tool::{self, Ended, bind, find};
+use reseal_qemu::{Secret, secret};
 
 const QEMU_IMG: &str = "qemu-img";
 /// How long a look at the headers may take.
@@ -106,7 +106,7 @@ const SECRET_ID: &str = "image";
 
 /// Arguments of QEMU's programs that name the secret.
 pub(super) fn secret_arguments() -> [String; 2] {
-    ["--object".into(), format!("secret,id={SECRET_ID},file=/dev/fd/{SECRET_FD}")]
+    secret::arguments(SECRET_ID, SECRET_FD)
 }
 
 /// Looks at the headers of an image and of all that it builds on.

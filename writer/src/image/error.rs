@@ -3,6 +3,7 @@
 use std::io;
 
 use reseal_cli::{Failure, Status};
+use reseal_qemu::{Missing, SecretError};
 
 use super::ImageFormat;
 
@@ -23,11 +24,8 @@ pub enum ImageError {
     Misnamed { path: String, format: ImageFormat },
     #[error("{0:?} is no image format; there are qcow2, vmdk, vhdx, vdi, vhd, luks and raw")]
     UnknownFormat(String),
-    #[error(
-        "can't read disk images: {program} is not installed. It comes with the package qemu-utils (Debian, Ubuntu) or \
-         qemu-img (Fedora and its relatives)"
-    )]
-    Missing { program: &'static str },
+    #[error("can't read disk images: {0}")]
+    Missing(#[from] Missing),
     #[error("{path}: the name is not UTF-8, which QEMU can't be told; rename the image, or make a link to it")]
     Name { path: String },
     #[error(
@@ -39,8 +37,8 @@ pub enum ImageError {
     NoSecret { path: String },
     #[error("{path} is encrypted, and the secret given with --image-secret does not open it")]
     WrongSecret { path: String },
-    #[error("--image-secret {path}: {reason}")]
-    SecretFile { path: String, reason: String },
+    #[error("--image-secret {0}")]
+    SecretFile(#[from] SecretError),
     #[error("{path} is encrypted by {method}, which is obsolete; convert it to LUKS with `qemu-img convert`")]
     Cipher { path: String, method: String },
     #[error("{path} can't be opened because of an image that it builds on: {said}")]
@@ -76,11 +74,11 @@ impl ImageError {
             | ImageError::Name { .. }
             | ImageError::NoSecret { .. }
             | ImageError::WrongSecret { .. }
-            | ImageError::SecretFile { .. }
+            | ImageError::SecretFile(_)
             | ImageError::Cipher { .. }
             | ImageError::Probed { .. }
             | ImageError::NotThat { .. } => Status::Usage,
-            ImageError::Missing { .. } | ImageError::Corrupt { .. } => Status::Failed,
+            ImageError::Missing(_) | ImageError::Corrupt { .. } => Status::Failed,
         }
     }
 }

@@ -15,16 +15,14 @@
 mod chain;
 mod error;
 mod format;
-mod secret;
 mod server;
-mod tool;
 
 use std::path::Path;
 
 pub use error::ImageError;
 pub use format::{ImageFormat, decide};
 
-use secret::Secret;
+use reseal_qemu::Secret;
 use server::Server;
 
 /// An image whose guest-visible disk is served over NBD, until this is dropped.

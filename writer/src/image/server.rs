@@ -17,9 +17,9 @@ use std::time::{Duration, Instant};
 use rustix::fs::{Mode, OFlags};
 
 use super::chain::{SECRET_FD, explain, secret_arguments};
-use super::secret::Secret;
-use super::tool::{Said, bind, end, find, shorten};
 use super::{ImageError, ImageFormat};
+use reseal_qemu::Secret;
+use reseal_qemu::tool::{self, Said, bind, end, find, shorten};
 
 const QEMU_NBD: &str = "qemu-nbd";
 /// Name of the export.
@@ -120,7 +120,7 @@ impl Server {
     /// Ends it; all that it said.
     fn all_said(&mut self) -> String {
         // One that ends by itself says why on its way out.
-        if !matches!(super::tool::wait(&mut self.child, Duration::from_secs(1)), Ok(Some(_))) {
+        if !matches!(tool::wait(&mut self.child, Duration::from_secs(1)), Ok(Some(_))) {
             end(&mut self.child);
         }
         self.said.take().map(Said::text).unwrap_or_default()

@@ -10,24 +10,31 @@ use std::time::{Duration, Instant};
 
 use rustix::io::fcntl_dupfd_cloexec;
 
-use super::ImageError;
-
 /// Most that is kept of what a program prints: descriptions of long chains of images are some 100 KiB.
 const MAX_SAID: u64 = 1 << 20;
 /// Descriptors from here on are never among those that a program expects at a number of its own.
 const HIGH: RawFd = 32;
 
+/// A program that this machine lacks.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{program} is not installed. It comes with the package qemu-utils (Debian, Ubuntu) or qemu-img (Fedora and its relatives)"
+)]
+pub struct Missing {
+    pub program: &'static str,
+}
+
 /// Finds a program in PATH.
-pub(super) fn find(program: &'static str) -> Result<PathBuf, ImageError> {
+pub fn find(program: &'static str) -> Result<PathBuf, Missing> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut places =
         std::env::split_paths(&path).filter(|folder| folder.is_absolute()).map(|folder| folder.join(program));
-    places.find(|place| place.is_file()).ok_or(ImageError::Missing { program })
+    places.find(|place| place.is_file()).ok_or(Missing { program })
 }
 
 /// Prepares a program: no input, all that it prints captured, bound to the life of the thread that starts it. It
 /// inherits the descriptors at the numbers given, and no others.
-pub(super) fn bind(command: &mut Command, inherited: Vec<(OwnedFd, RawFd)>) -> io::Result<()> {
+pub fn bind(command: &mut Command, inherited: Vec<(OwnedFd, RawFd)>) -> io::Result<()> {
     command.env("LC_ALL", "C").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut moved = Vec::with_capacity(inherited.len());
     let mut held = Vec::new();
@@ -61,10 +68,10 @@ pub(super) fn bind(command: &mut Command, inherited: Vec<(OwnedFd, RawFd)>) -> i
 }
 
 /// What a program prints, read to its end by a thread, kept as far as is allowed.
-pub(super) struct Said(JoinHandle<Vec<u8>>);
+pub struct Said(JoinHandle<Vec<u8>>);
 
 impl Said {
-    pub(super) fn listen(from: impl Read + Send + 'static) -> Said {
+    pub fn listen(from: impl Read + Send + 'static) -> Said {
         Said(thread::spawn(move || {
             let mut kept = from.take(MAX_SAID);
             let mut bytes = Vec::new();
@@ -76,26 +83,32 @@ impl Said {
     }
 
     /// All of it, once the program has ended.
-    pub(super) fn text(self) -> String {
+    pub fn text(self) -> String {
         String::from_utf8_lossy(&self.0.join().unwrap_or_default()).into_owned()
     }
 }
 
 /// A program that has ended.
-pub(super) struct Ended {
-    pub(super) status: ExitStatus,
-    pub(super) stdout: String,
-    pub(super) stderr: String,
+pub struct Ended {
+    pub status: ExitStatus,
+    pub stdout: String,
+    pub stderr: String,
 }
 
 /// Runs a prepared program to its end; `None` if it had to be killed because of the time.
-pub(super) fn run(mut command: Command, limit: Duration) -> io::Result<Option<Ended>> {
+pub fn run(command: Command, limit: Duration) -> io::Result<Option<Ended>> {
+    let began = Instant::now();
+    run_while(command, &|| began.elapsed() < limit)
+}
+
+/// The same for as long as `go_on` says so.
+pub fn run_while(mut command: Command, go_on: &dyn Fn() -> bool) -> io::Result<Option<Ended>> {
     let mut child = command.spawn()?;
     // The descriptors that were kept for it.
     drop(command);
     let stdout = child.stdout.take().map(Said::listen);
     let stderr = child.stderr.take().map(Said::listen);
-    let status = wait(&mut child, limit)?;
+    let status = wait_while(&mut child, go_on)?;
     if status.is_none() {
         end(&mut child);
     }
@@ -105,27 +118,31 @@ pub(super) fn run(mut command: Command, limit: Duration) -> io::Result<Option<En
 }
 
 /// Waits for a process; `None` if it has not ended in time.
-pub(super) fn wait(child: &mut Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
+pub fn wait(child: &mut Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
     let began = Instant::now();
+    wait_while(child, &|| began.elapsed() < limit)
+}
+
+fn wait_while(child: &mut Child, go_on: &dyn Fn() -> bool) -> io::Result<Option<ExitStatus>> {
     let mut pause = Duration::from_micros(500);
     loop {
         match child.try_wait()? {
-            None if began.elapsed() < limit => thread::sleep(pause),
+            None if go_on() => thread::sleep(pause),
             ended => return Ok(ended),
         }
         pause = (pause * 2).min(Duration::from_millis(10));
     }
 }
 
-/// Ends a process that has nothing to lose: it only reads.
-pub(super) fn end(child: &mut Child) {
+/// Ends a process that has nothing to lose.
+pub fn end(child: &mut Child) {
     let _ = child.kill();
     let _ = child.wait();
 }
 
 /// What a program said, for an error: one line, of bounded length, with the image's name where the program repeats its
 /// whole specification.
-pub(super) fn shorten(said: &str, spec: &str, path: &str) -> String {
+pub fn shorten(said: &str, spec: &str, path: &str) -> String {
     const MAX: usize = 600;
     let said = said.replace(spec, path);
     let lines: Vec<_> = said.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
