@@ -60,7 +60,10 @@ impl Host {
     #[track_caller]
     fn assert_nothing_left(&self) {
         assert_eq!(files_below(&self.runtime), Vec::<PathBuf>::new());
-        let left: Vec<_> = files_below(&self.site.state).into_iter().filter(|path| path.to_string_lossy().contains("overlay")).collect();
+        let left: Vec<_> = files_below(&self.site.state)
+            .into_iter()
+            .filter(|path| path.to_string_lossy().contains("overlay"))
+            .collect();
         assert_eq!(left, Vec::<PathBuf>::new());
         assert_eq!(files_below(&self.site.path("tmp")), Vec::<PathBuf>::new());
         assert_eq!(self.qemus(), Vec::<u32>::new());
@@ -90,7 +93,8 @@ fn a_guest_that_boots_passes_and_the_next_check_has_its_reads_at_hand() {
     host.assert_nothing_left();
     assert_eq!(host.boot()["passed"], true);
     assert!(host.site.reseal(["list"]).ok().stdout.contains("  passed 20"));
-    let reads = host.site.tenant().boot_reads(&host.site.tenant().point(&vm("vm"), 1).unwrap().manifest).unwrap().unwrap();
+    let reads =
+        host.site.tenant().boot_reads(&host.site.tenant().point(&vm("vm"), 1).unwrap().manifest).unwrap().unwrap();
     assert!(reads.count() > 300, "{} clusters", reads.count());
 
     let run = host.check(&["--expect", "agent", "--timeout", BOOT]).ok();
@@ -113,11 +117,16 @@ fn a_disk_that_does_not_boot_fails_and_that_is_shown_until_one_passes() {
     let disk = host.site.disk("zeros.raw");
     fs::File::create(&disk).unwrap().set_len(8 << 20).unwrap();
     host.site.backup("vm", &disk);
-    let run = host.check(&["--timeout", "3"]).fails(1, &["vm@1 does not boot: its console did not show \"login:\" within 3.0 s"]);
+    let run = host
+        .check(&["--timeout", "3"])
+        .fails(1, &["vm@1 does not boot: its console did not show \"login:\" within 3.0 s"]);
     assert!(!run.stderr.chars().any(|c| c.is_control() && c != '\n'), "{run:#?}");
     host.assert_nothing_left();
     let boot = host.boot();
-    assert_eq!((&boot["passed"], &boot["reason"]), (&Value::from(false), &Value::from("its console did not show \"login:\" within 3.0 s")));
+    assert_eq!(
+        (&boot["passed"], &boot["reason"]),
+        (&Value::from(false), &Value::from("its console did not show \"login:\" within 3.0 s"))
+    );
     assert!(host.site.reseal(["list"]).ok().stdout.contains("  FAILED 20"));
     host.site.reseal(["status"]).fails(1, &["vm@1 did not boot when that was checked at 20"]);
     // What nobody answers, this machine does not take for the guest.

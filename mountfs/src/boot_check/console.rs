@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use zeroize::{Zeroize, Zeroizing};
@@ -15,6 +16,9 @@ const KEPT: usize = 16 << 10;
 const LINES: usize = 15;
 /// Longest line that is shown.
 const WIDTH: usize = 200;
+/// How long the rest of a console is waited for.
+const DRAIN: Duration = Duration::from_secs(1);
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// The end of what a console showed, and whether a text was in it.
 struct Tail {
@@ -85,14 +89,14 @@ fn escaped(line: &str) -> String {
 }
 
 /// A console that is being read.
-pub struct Console {
+pub(super) struct Console {
     tail: Arc<Mutex<Tail>>,
     is_closed: Arc<AtomicBool>,
 }
 
 impl Console {
     /// Reads what comes from the console's socket, until that is closed.
-    pub fn watch(mut socket: UnixStream, pattern: Option<&str>) -> std::io::Result<Console> {
+    pub(super) fn watch(mut socket: UnixStream, pattern: Option<&str>) -> std::io::Result<Console> {
         let tail = Arc::new(Mutex::new(Tail::new(pattern)));
         let is_closed = Arc::new(AtomicBool::new(false));
         let (into, closed) = (tail.clone(), is_closed.clone());
@@ -113,17 +117,20 @@ impl Console {
     }
 
     /// Whether the text was shown.
-    pub fn is_shown(&self) -> bool {
+    pub(super) fn is_shown(&self) -> bool {
         self.tail.lock().is_shown
     }
 
-    /// Whether nothing comes any more.
-    pub fn is_closed(&self) -> bool {
-        self.is_closed.load(Ordering::Acquire)
+    /// Waits, not for long, until nothing comes any more: QEMU has ended.
+    pub(super) fn drain(&self) {
+        let until = Instant::now() + DRAIN;
+        while !self.is_closed.load(Ordering::Acquire) && Instant::now() < until {
+            thread::sleep(PAUSE);
+        }
     }
 
     /// Its last lines, for a terminal only: they are the guest's.
-    pub fn last_lines(&self) -> Vec<String> {
+    pub(super) fn last_lines(&self) -> Vec<String> {
         self.tail.lock().lines()
     }
 }
@@ -131,7 +138,6 @@ impl Console {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
-    use std::time::{Duration, Instant};
 
     use super::*;
 
@@ -183,8 +189,8 @@ mod tests {
         guest.write_all(b"a login: ").unwrap();
         drop(guest);
         let began = Instant::now();
-        while !console.is_closed() && began.elapsed() < Duration::from_secs(60) {
-            thread::sleep(Duration::from_millis(1));
+        while !console.is_closed.load(Ordering::Acquire) && began.elapsed() < Duration::from_secs(60) {
+            console.drain();
         }
         assert!(console.is_shown());
         assert_eq!(console.last_lines(), ["a login:"]);

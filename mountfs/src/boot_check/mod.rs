@@ -85,6 +85,9 @@ impl<'a> Check<'a> {
                 return None;
             }
             let happened = self.qemu.next(TICK);
+            if matches!(happened, Happened::Off | Happened::Died) {
+                self.console.drain();
+            }
             if self.is_met() {
                 break None;
             }

@@ -25,7 +25,9 @@ pub(crate) struct CheckArgs {
     /// in the vault
     #[arg(
         long,
-    XX
+        conflicts_with_all = [
+            "overlay", "one_time", "network", "forward", "console", "define", "print", "background", "shutdown_timeout",
+        ]
     )]
     pub(super) check: bool,
     /// What the guest has to do: console:TEXT, which its serial console shows; agent, the guest agent answers; tcp:PORT, it takes a
