@@ -9,6 +9,7 @@
 //! mount → session → unmount                                         (mount, mounts, signals, record_watch, umount)
 //! restore: disk → stretches, several at a time → file or device     (restore, target)
 //! nbd: socket → a thread a client → the server of `reseal-nbd`      (nbd)
+//! boot: definition → machine → QEMU on exports of overlays          (boot)
 //! writes: disk → overlay → file in a folder; its key → the vault    (writable, overlay)
 //! boots: reads are recorded → note → fetched ahead at the next          (boot_reads)
 //! ```
@@ -40,6 +41,7 @@ pub mod record_watch;
 pub mod signals;
 pub mod umount;
 
+pub mod boot_check;
 pub mod boot_reads;
 pub mod overlay;
 pub mod writable;
@@ -48,6 +50,8 @@ pub mod restore;
 pub mod target;
 
 pub mod nbd;
+
+pub mod boot;
 
 pub mod errno;
 pub mod journal;

@@ -8,6 +8,7 @@ use reseal_cli::{CommonArgs, Failure, Status, finish};
 
 mod commands;
 
+use commands::boot::{BootArgs, boot};
 use commands::mount::{MountArgs, mount, unmount};
 use commands::nbd::{NbdArgs, nbd};
 use commands::overlay::{OverlayArgs, overlay};
@@ -39,6 +40,8 @@ enum Verb {
     Restore(RestoreArgs),
     /// Serves disks of restore points over NBD, decrypted as they are read; they can be written to, too
     Nbd(NbdArgs),
+    /// Runs a VM from a restore point, on an overlay that takes what it writes
+    Boot(Box<BootArgs>),
     /// What was written to restore points: lists and drops it
     Overlay(OverlayArgs),
 }
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Verb::Umount { mountpoint } => finish(PROGRAM, unmount(&mountpoint)),
         Verb::Restore(arguments) => finish(PROGRAM, restore(&common, &arguments)),
         Verb::Nbd(arguments) => nbd(&common, &arguments),
+        Verb::Boot(arguments) => boot(&common, &arguments),
         Verb::Overlay(arguments) => finish(PROGRAM, overlay(&common, &arguments)),
     }
 }

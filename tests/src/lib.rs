@@ -5,6 +5,7 @@
 //! sites, of which one sends to the other ([`remote`]), and is enrolled there by command ([`enrolled`]).
 #![allow(clippy::unwrap_used)] // all of it is test code: it ends where it meets what it did not expect
 
+pub mod booted;
 pub mod certificates;
 pub mod domain;
 pub mod enrolled;

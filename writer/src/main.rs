@@ -53,6 +53,8 @@ enum Command {
     Restore(delegate::Args),
     /// Serves disks of restore points over NBD, decrypted as they are read; they can be written to, too
     Nbd(delegate::Args),
+    /// Runs a VM from a restore point, on an overlay that takes what it writes
+    Boot(delegate::Args),
     /// What was written to restore points: lists and drops it
     Overlay(delegate::Args),
     /// Undoes what a backup of a running VM began if the backup dies; started by it
@@ -67,6 +69,7 @@ fn run(cli: Cli, detach: Option<Detach>) -> Result<(), Failure> {
         Command::Umount(_) => return delegate::run("umount"),
         Command::Restore(_) => return delegate::run("restore"),
         Command::Nbd(_) => return delegate::run("nbd"),
+        Command::Boot(_) => return delegate::run("boot"),
         Command::Overlay(_) => return delegate::run("overlay"),
         _ => harden(common.allow_swap)?,
     }
@@ -83,7 +86,12 @@ fn run(cli: Cli, detach: Option<Detach>) -> Result<(), Failure> {
         Command::Tenant(args) => tenant::run(common, args),
         Command::Rekey(args) => rekey::run(common, &args, detach),
         Command::Serve(args) => serve::run(common, &args),
-        Command::Mount(_) | Command::Umount(_) | Command::Restore(_) | Command::Nbd(_) | Command::Overlay(_) => Ok(()),
+        Command::Mount(_)
+        | Command::Umount(_)
+        | Command::Restore(_)
+        | Command::Nbd(_)
+        | Command::Boot(_)
+        | Command::Overlay(_) => Ok(()),
     }
 }
 

@@ -39,6 +39,11 @@ pub fn harden(allow_swap: bool) -> Result<(), Failure> {
     }
 }
 
+/// A swap that is neither encrypted nor in memory, if this machine has one: what another program has in memory may reach it.
+pub fn swap_in_the_clear() -> Option<String> {
+    open_swap(&fs::read_to_string("/proc/swaps").unwrap_or_default(), &is_encrypted)
+}
+
 /// Refuses swap that is not encrypted, unless `allow_swap`: for `who`, another program, holds disk contents and does not lock
 /// its memory.
 pub fn no_open_swap(allow_swap: bool, who: &str) -> Result<(), Failure> {

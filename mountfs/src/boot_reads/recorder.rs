@@ -124,6 +124,13 @@ impl Disk for RecordedDisk {
         self.disk.read(offset, out)
     }
 
+    fn try_read(&self, offset: u64, out: &mut [u8]) -> Option<Result<(), DiskError>> {
+        let read = self.disk.try_read(offset, out)?;
+        // What would have to be waited for is noted when it is.
+        self.recorder.note(self.nth, offset, out.len());
+        Some(read)
+    }
+
     fn stretches(&self, offset: u64, length: u64, most: usize) -> Result<Vec<Stretch>, DiskError> {
         self.disk.stretches(offset, length, most)
     }

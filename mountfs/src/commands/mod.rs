@@ -1,6 +1,7 @@
 //! What each verb does.
 
 mod background;
+pub(crate) mod boot;
 pub(crate) mod mount;
 pub(crate) mod nbd;
 pub(crate) mod overlay;

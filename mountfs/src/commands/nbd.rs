@@ -245,7 +245,7 @@ fn announce(
     output.json(&Ready { uri: uri("").to_string(), exports, writable: written.is_some(), overlay });
 }
 
-fn listen_failure(error: ListenError) -> Failure {
+pub(super) fn listen_failure(error: ListenError) -> Failure {
     let status = match &error {
         ListenError::Taken(_) | ListenError::NoSocket(_) => Status::Usage,
         ListenError::Unix { .. } | ListenError::Tcp { .. } => Status::Failed,

@@ -9,7 +9,7 @@ use reseal_cli::{Failure, Status};
 /// Variable by which `reseal-mount` learns which version it must be.
 const EXPECT_VERSION: &str = "RESEAL_EXPECT_VERSION";
 /// The commands that are passed on.
-const VERBS: [&str; 5] = ["mount", "umount", "restore", "nbd", "overlay"];
+const VERBS: [&str; 6] = ["mount", "umount", "restore", "nbd", "boot", "overlay"];
 
 /// Common options that are followed by a value.
 const TAKE_VALUES: [&str; 9] = [

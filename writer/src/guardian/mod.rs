@@ -8,7 +8,6 @@
 //! It is connected by a socket that nobody else holds: when that closes, the writer is dead. It freezes and thaws
 //! itself, and holds the deadline, so a stopped writer leaves no guest frozen either. It does not outlive its work.
 
-mod alive;
 mod message;
 mod process;
 
@@ -19,9 +18,9 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-pub use alive::ProcessId;
 pub use message::{Freezer, Plan, Undo};
 pub use process::run;
+pub use reseal_cli::ProcessId;
 
 use message::{Reply, Request};
 

@@ -1,9 +1,11 @@
 //! A private folder for the socket on which QEMU serves the snapshot. Only its owner gets in.
 
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+
+use reseal_cli::{private_folder, runtime_folder};
 
 use super::QemuError;
 use crate::guardian::ProcessId;
@@ -17,42 +19,19 @@ pub(super) struct RunFolder {
     path: PathBuf,
 }
 
-/// Where they are: in memory and gone after a boot, and with a short path, because that of a socket has at most 107
-/// bytes.
-fn base() -> PathBuf {
-    let user = rustix::process::geteuid();
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute());
-    match runtime {
-        _ if user.is_root() => PathBuf::from("/run/reseal"),
-        Some(runtime) => runtime.join("reseal"),
-        None => std::env::temp_dir().join(format!("reseal-{}", user.as_raw())),
-    }
-}
-
 fn make(path: &Path) -> io::Result<()> {
     std::fs::DirBuilder::new().mode(0o700).create(path)
-}
-
-/// Makes a folder unless it is there, ours, and closed to others.
-fn private(path: &Path) -> io::Result<()> {
-    match make(path) {
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-        other => return other,
-    }
-    let data = path.symlink_metadata()?;
-    let safe = data.is_dir() && data.uid() == rustix::process::geteuid().as_raw() && data.mode() & 0o022 == 0;
-    if safe { Ok(()) } else { Err(io::Error::other("it is not a folder that only this user can write to")) }
 }
 
 impl RunFolder {
     /// A new one, named after the process that will clean up. Those of dead processes go.
     pub(super) fn new(owner: &ProcessId) -> Result<RunFolder, QemuError> {
-        RunFolder::within(&base(), owner)
+        RunFolder::within(&runtime_folder(), owner)
     }
 
     fn within(base: &Path, owner: &ProcessId) -> Result<RunFolder, QemuError> {
         let failed = |e: io::Error| QemuError::host(format!("make a private folder in {}", base.display()), e);
-        private(base).map_err(failed)?;
+        private_folder(base).map_err(failed)?;
         for entry in std::fs::read_dir(base).map_err(failed)?.flatten() {
             if owner_of(&entry.file_name().to_string_lossy()).is_some_and(|owner| !owner.is_alive()) {
                 drop(RunFolder { path: entry.path() });
