@@ -112,6 +112,7 @@ fn overlay_errno(error: &OverlayError) -> Errno {
         | OverlayError::Io { .. }
         | OverlayError::Damaged { .. }
         | OverlayError::Another(_)
+        | OverlayError::Lost { .. }
         | OverlayError::Broken => Errno::EIO,
     }
 }
