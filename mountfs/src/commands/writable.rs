@@ -1,6 +1,5 @@
 //! The options of whatever lets a restore point be written to, and what they open.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -9,7 +8,7 @@ use reseal_cli::{Failure, Output, Status, parse_size};
 use reseal_format::ids::OverlayId;
 use reseal_format::manifest::Manifest;
 use reseal_format::names::DiskName;
-use reseal_mountfs::overlay::{Overlay, OverlayError};
+use reseal_mountfs::overlay::OverlayError;
 use reseal_mountfs::writable::{
     Folder, LEAST, Opened, OverlayDisk, OverlayPlace, WritableError, WritableExports, WrittenDisk, overlays_folder,
 };
@@ -31,8 +30,6 @@ pub(crate) struct WritableArgs {
     #[arg(long, requires = "writable")]
     one_time: bool,
 }
-
-type Overlays = Vec<(DiskName, Overlay<File>)>;
 
 fn parse_limit(text: &str) -> Result<u64, String> {
     match parse_size(text)? {
@@ -75,7 +72,9 @@ impl WritableArgs {
         only: Option<&DiskName>,
         points: &dyn Exports,
     ) -> Result<Written, Failure> {
-        let (is_new, path, (overlays, folder)) = self.overlays(tenant, state, point, only)?;
+        let opened = self.overlays(tenant, state, point, only)?;
+        let (is_new, path) = (opened.is_new(), opened.folder().map(Path::to_owned));
+        let (overlays, folder) = opened.into_parts();
         let mut disks = Vec::new();
         for (name, overlay) in overlays {
             let failed = |e: &dyn std::error::Error| Failure::of(Status::Failed, e);
@@ -92,23 +91,23 @@ impl WritableArgs {
         state: &Path,
         point: &Manifest,
     ) -> Result<WrittenFiles, Failure> {
-        let (is_new, path, (overlays, folder)) = self.overlays(tenant, state, point, None)?;
+        let opened = self.overlays(tenant, state, point, None)?;
+        let (is_new, path) = (opened.is_new(), opened.folder().map(Path::to_owned));
+        let (overlays, folder) = opened.into_parts();
         let disks = overlays.into_iter().map(|(name, overlay)| Arc::new(WrittenDisk::new(name, overlay)));
         Ok(WrittenFiles { folder: path, is_new, disks: disks.collect(), _folder: folder })
     }
 
-    /// Whether they are new, where they are kept, and the overlays with their folder.
     fn overlays(
         &self,
         tenant: Option<&Tenant>,
         state: &Path,
         point: &Manifest,
         only: Option<&DiskName>,
-    ) -> Result<(bool, Option<PathBuf>, (Overlays, Option<Folder>)), Failure> {
+    ) -> Result<Opened, Failure> {
         let place = self.place(tenant, state)?;
         let limit = self.overlay_limit.unwrap_or(u64::MAX);
-        let opened = Opened::open(tenant, point, only, &place, limit).map_err(|e| failure(&e))?;
-        Ok((opened.is_new(), opened.folder().map(Path::to_owned), opened.into_parts()))
+        Opened::open(tenant, point, only, &place, limit).map_err(|e| failure(&e))
     }
 
     fn place(&self, tenant: Option<&Tenant>, state: &Path) -> Result<OverlayPlace, Failure> {
