@@ -88,10 +88,11 @@ impl OpenDisk {
         {
             return written.read(Under { disks, of }, offset, out, wait, tools);
         }
-        Ok(match wait {
+        match wait {
             Wait::MustNot => disks.read_on(of, offset, out, done, wait, tools)?,
             Wait::May => disks.read_waiting(of, offset, out, done, tools)?,
-        })
+        }
+        Ok(())
     }
 
     /// Where data begins at or after `offset`; `None` if only holes follow.

@@ -202,7 +202,7 @@ fn faces_show_the_same_bytes_and_what_was_written_and_are_not_written_to() {
     let mount = mount_or_skip!(vault);
     let vhd = || mount.read("root.vhd");
     let before = vhd();
-    assert_eq!((before.len(), &before[..base.len()] == base), (base.len() + 512, true));
+    assert_eq!((before.len(), before[..base.len()] == base), (base.len() + 512, true));
     assert_eq!(&before[base.len()..base.len() + 8], b"conectix");
     // Held open, so that the kernel could keep what it has read of it.
     let mut open = File::open(mount.point.join("root.vhd")).unwrap();
