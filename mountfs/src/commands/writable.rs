@@ -8,6 +8,7 @@ use reseal_cli::{Failure, Output, Status, parse_size};
 use reseal_format::ids::OverlayId;
 use reseal_format::manifest::Manifest;
 use reseal_format::names::DiskName;
+use reseal_mountfs::overlay::Unflushed;
 use reseal_mountfs::writable::{
     Folder, LEAST, Opened, OverlayDisk, OverlayPlace, WritableError, WritableExports, overlays_folder,
 };
@@ -28,6 +29,9 @@ pub(crate) struct WritableArgs {
     /// Keeps the overlay's key in memory only: what was written is gone with this process
     #[arg(long, requires = "writable")]
     one_time: bool,
+    /// What becomes of writes that are not flushed when this process is killed.
+    #[arg(skip)]
+    unflushed: Unflushed,
 }
 
 pub(crate) fn parse_limit(text: &str) -> Result<u64, String> {
@@ -55,7 +59,12 @@ fn failure(error: &WritableError) -> Failure {
 impl WritableArgs {
     /// What was said by other options.
     pub(crate) fn of(overlay: Option<PathBuf>, overlay_limit: Option<u64>, one_time: bool) -> WritableArgs {
-        WritableArgs { writable: true, overlay, overlay_limit, one_time }
+        WritableArgs { writable: true, overlay, overlay_limit, one_time, unflushed: Unflushed::Lost }
+    }
+
+    /// The same, for clients that live on when this process is killed.
+    pub(crate) fn keeping(self, unflushed: Unflushed) -> WritableArgs {
+        WritableArgs { unflushed, ..self }
     }
 
     /// Opens the overlays of a point's disks, or of `only` that one, over what `points` has of it. There is a tenant where this
@@ -70,7 +79,8 @@ impl WritableArgs {
     ) -> Result<Written, Failure> {
         let place = self.place(tenant, state)?;
         let limit = self.overlay_limit.unwrap_or(u64::MAX);
-        let opened = Opened::open(tenant, point, only, &place, limit).map_err(|e| failure(&e))?;
+        let opened =
+            Opened::open_keeping(tenant, point, only, &place, limit, self.unflushed).map_err(|e| failure(&e))?;
         let (id, is_new, path) = (opened.id(), opened.is_new(), opened.folder().map(Path::to_owned));
         let (overlays, folder) = opened.into_parts();
         let mut disks = Vec::new();
