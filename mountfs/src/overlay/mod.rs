@@ -211,6 +211,11 @@ impl<M: Medium> Overlay<M> {
         self.state.read().space.used() * PAGE_U64
     }
 
+    /// Bytes of the disk that are in it.
+    pub fn written(&self) -> u64 {
+        self.state.read().map.len() as u64 * PAGE_U64
+    }
+
     /// Whether it still answers.
     pub fn check(&self) -> Result<(), OverlayError> {
         match self.is_broken.load(Ordering::Acquire) {
