@@ -8,7 +8,7 @@ use reseal_cli::{Failure, Output, Status, parse_size};
 use reseal_format::ids::OverlayId;
 use reseal_format::manifest::Manifest;
 use reseal_format::names::DiskName;
-use reseal_mountfs::overlay::OverlayError;
+use reseal_mountfs::overlay::{OverlayError, Unflushed};
 use reseal_mountfs::writable::{
     Folder, LEAST, Opened, OverlayDisk, OverlayPlace, WritableError, WritableExports, WrittenDisk, overlays_folder,
 };
@@ -29,6 +29,9 @@ pub(crate) struct WritableArgs {
     /// Keeps the overlay's key in memory only: what was written is gone with this process
     #[arg(long, requires = "writable")]
     one_time: bool,
+    /// What becomes of writes that are not flushed when this process is killed.
+    #[arg(skip)]
+    unflushed: Unflushed,
 }
 
 pub(crate) fn parse_limit(text: &str) -> Result<u64, String> {
@@ -65,7 +68,12 @@ fn failure(error: &WritableError) -> Failure {
 impl WritableArgs {
     /// What was said by other options.
     pub(crate) fn of(overlay: Option<PathBuf>, overlay_limit: Option<u64>, one_time: bool) -> WritableArgs {
-        WritableArgs { writable: true, overlay, overlay_limit, one_time }
+        WritableArgs { writable: true, overlay, overlay_limit, one_time, unflushed: Unflushed::Lost }
+    }
+
+    /// The same, for clients that live on when this process is killed.
+    pub(crate) fn keeping(self, unflushed: Unflushed) -> WritableArgs {
+        WritableArgs { unflushed, ..self }
     }
 
     /// Opens the overlays of a point's disks, or of `only` that one, over what `points` has of it. There is a tenant where this
@@ -113,7 +121,7 @@ impl WritableArgs {
     ) -> Result<Opened, Failure> {
         let place = self.place(tenant, state)?;
         let limit = self.overlay_limit.unwrap_or(u64::MAX);
-        Opened::open(tenant, point, only, &place, limit).map_err(|e| failure(&e))
+        Opened::open_keeping(tenant, point, only, &place, limit, self.unflushed).map_err(|e| failure(&e))
     }
 
     fn place(&self, tenant: Option<&Tenant>, state: &Path) -> Result<OverlayPlace, Failure> {
