@@ -113,7 +113,6 @@ fn overlay_errno(error: &OverlayError) -> Errno {
         | OverlayError::Damaged { .. }
         | OverlayError::Lost { .. }
         | OverlayError::Another(_)
-        | OverlayError::Lost { .. }
         | OverlayError::Broken => Errno::EIO,
     }
 }
