@@ -111,6 +111,7 @@ fn overlay_errno(error: &OverlayError) -> Errno {
         | OverlayError::Random(_)
         | OverlayError::Io { .. }
         | OverlayError::Damaged { .. }
+        | OverlayError::Lost { .. }
         | OverlayError::Another(_)
         | OverlayError::Broken => Errno::EIO,
     }
