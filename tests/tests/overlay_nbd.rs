@@ -517,10 +517,9 @@ fn its_files_are_as_the_documents_say() {
 #[test]
 fn a_committed_overlay_reads_as_the_documents_say() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../common/format/tests/golden/disk.overlay");
-    fn count<const N: usize>(start: u8) -> [u8; N] {
-        std::array::from_fn(|i| start + u8::try_from(i).unwrap())
-    }
-    let read = reader::read(&fs::read(path).unwrap(), &count::<32>(0x11), &count::<16>(0x21));
+    let key: [u8; 32] = std::array::from_fn(|i| 0x11 + u8::try_from(i).unwrap());
+    let id: [u8; 16] = std::array::from_fn(|i| 0x21 + u8::try_from(i).unwrap());
+    let read = reader::read(&fs::read(path).unwrap(), &key, &id);
     assert_eq!((read.disk, read.length, read.flushes), (1, 1 << 40, 2));
     let block: Vec<u8> = (0..4096).map(|i| b"golden bytes "[i * i / 77 % 13]).collect();
     assert_eq!(read.blocks.len(), 301);
