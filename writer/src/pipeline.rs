@@ -88,7 +88,7 @@ impl Drop for CountDown<'_> {
 }
 
 /// All of any disk.
-const WHOLE: &[Range<u64>] = &[0..u64::MAX];
+static WHOLE: Range<u64> = 0..u64::MAX;
 
 impl Job<'_> {
     /// The disk's extents as they are to be read.
@@ -102,7 +102,7 @@ impl Job<'_> {
         };
         match self.told {
             // Whatever a bitmap of the export says: nobody believes it.
-            None => Box::new(Marked::also(extents, WHOLE)),
+            None => Box::new(Marked::also(extents, std::slice::from_ref(&WHOLE))),
             Some(Told { areas: None, always, .. }) => Box::new(Marked::also(extents, always)),
             Some(Told { areas: Some(areas), always, .. }) => {
                 Box::new(Marked::also(Marked::only(extents, areas), always))

@@ -216,7 +216,7 @@ fn contexts_are_listed_selected_and_belong_to_one_export() {
     ] {
         assert_eq!(names(&list(queries)), found, "{queries:?}");
     }
-    assert_eq!(names(&set("written", &[&own])), [own.clone()]);
+    assert_eq!(names(&set("written", &[&own])), vec![own.clone()]);
     // Another moment is none that it knows, and neither is a namespace.
     let other = format!("{CHANGED_SINCE}08/vm@1/disk");
     assert_eq!(names(&set("written", &[&other, "reseal:"])), Vec::<String>::new());
