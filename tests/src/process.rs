@@ -90,12 +90,7 @@ impl Running {
     ///
     /// # Panics
     /// If it takes too long.
-    pub fn wait(self) -> Run {
-        self.wait_within(LIMIT)
-    }
-
-    /// The same with a limit of the caller's.
-    pub fn wait_within(mut self, limit: Duration) -> Run {
+    pub fn wait(mut self) -> Run {
         let began = Instant::now();
         let mut pause = Duration::from_micros(500);
         let pid = i32::try_from(self.child.id()).unwrap();
@@ -105,9 +100,9 @@ impl Running {
             let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
             // SAFETY: both pointers are to variables of this function; the child is ours and was not waited for yet.
             match unsafe { libc::wait4(pid, &raw mut status, libc::WNOHANG, &raw mut usage) } {
-                0 if began.elapsed() > limit => {
+                0 if began.elapsed() > LIMIT => {
                     let _ = self.child.kill();
-                    panic!("`{}` hangs: it was ended after {} s", self.line, limit.as_secs());
+                    panic!("`{}` hangs: it was ended after {} s", self.line, LIMIT.as_secs());
                 }
                 0 => thread::sleep(pause),
                 _ => break (status, usage),

@@ -1,9 +1,12 @@
 //! Restore points whose boot is checked: by the real program and QEMU, without KVM; what is said, noted, and left behind.
 #![allow(clippy::unwrap_used)] // helpers of tests end where they meet what they did not expect
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -16,18 +19,28 @@ use serde_json::Value;
 /// What a guest may take by emulation on a machine that does other things too.
 const BOOT: &str = "600";
 
-/// A site with a place for sockets of its own.
+/// A site with a VM of a name that no other has.
 struct Host {
     site: Site,
-    runtime: PathBuf,
+    vm: String,
+    /// Folders of sockets that were seen.
+    run_folders: RefCell<BTreeSet<PathBuf>>,
 }
 
 impl Host {
     fn new() -> Host {
-        let site = Site::new();
-        let runtime = site.path("run");
-        fs::create_dir(&runtime).unwrap();
-        Host { site, runtime }
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let vm = format!("checked-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        Host { site: Site::new(), vm, run_folders: RefCell::default() }
+    }
+
+    /// With a disk that holds nothing.
+    fn with_nothing() -> Host {
+        let host = Host::new();
+        let disk = host.site.disk("zeros.raw");
+        fs::File::create(&disk).unwrap().set_len(8 << 20).unwrap();
+        host.site.backup(&host.vm, &disk);
+        host
     }
 
     /// With the disks of the Debian guest, which has an agent.
@@ -39,47 +52,61 @@ impl Host {
         let made = Command::new(script("debian-disk.sh")).arg("--guest").arg(&disks).output().unwrap();
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         let named = [("system", "base.raw"), ("data", "data.raw")];
-        host.site.backup_disks("vm", &named.map(|(name, file)| (name.to_owned(), disks.join(file))));
+        host.site.backup_disks(&host.vm, &named.map(|(name, file)| (name.to_owned(), disks.join(file))));
         host
     }
 
+    fn point(&self) -> String {
+        format!("{}@1", self.vm)
+    }
+
     fn start(&self, arguments: &[&str]) -> Running {
-        let words = [&["boot", "vm@1", "--check", "--accel", "tcg"], arguments].concat();
-        start(bound_to_us(self.site.command("reseal", words).env("XDG_RUNTIME_DIR", &self.runtime)))
+        let point = self.point();
+        let words = [&["boot", &point, "--check", "--accel", "tcg"], arguments].concat();
+        start(bound_to_us(&mut self.site.command("reseal", words)))
     }
 
     fn check(&self, arguments: &[&str]) -> Run {
-        self.start(arguments).wait_within(Duration::from_secs(660))
+        let check = self.start(arguments);
+        let began = Instant::now();
+        while !check.has_ended() && began.elapsed() < Duration::from_secs(660) {
+            self.look();
+            sleep(Duration::from_millis(20));
+        }
+        check.wait()
+    }
+
+    /// The QEMUs of this VM. Where their sockets are is remembered.
+    fn look(&self) -> Vec<u32> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").unwrap().flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let words: Vec<_> = line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word)).collect();
+            let value = |option: &str| words.iter().skip_while(|word| *word != option).nth(1);
+            if value("-name").is_some_and(|name| **name == *format!("guest={}", self.vm)) {
+                found.push(pid);
+                let folder = value("-pidfile").and_then(|path| Path::new(&**path).parent().map(Path::to_owned));
+                self.run_folders.borrow_mut().extend(folder);
+            }
+        }
+        found
     }
 
     fn boot(&self) -> Value {
-        self.site.reseal(["show", "vm@1", "--json"]).ok().json()["boot"].clone()
+        self.site.reseal(["show", &self.point(), "--json"]).ok().json()["boot"].clone()
     }
 
     /// That nothing of a check is anywhere but the note.
     #[track_caller]
     fn assert_nothing_left(&self) {
-        assert_eq!(files_below(&self.runtime), Vec::<PathBuf>::new());
-        let left: Vec<_> = files_below(&self.site.state)
-            .into_iter()
-            .filter(|path| path.to_string_lossy().contains("overlay"))
-            .collect();
-        assert_eq!(left, Vec::<PathBuf>::new());
+        assert_eq!(self.look(), Vec::<u32>::new());
+        let folders = self.run_folders.borrow();
+        assert!(!folders.is_empty() && folders.iter().all(|folder| !folder.exists()), "{folders:?}");
+        let state = files_below(&self.site.state);
+        assert!(!state.iter().any(|path| path.to_string_lossy().contains("overlay")), "{state:?}");
         assert_eq!(files_below(&self.site.path("tmp")), Vec::<PathBuf>::new());
-        assert_eq!(self.qemus(), Vec::<u32>::new());
         assert!(!self.site.objects().iter().any(|key| key.ends_with(".lease") || key.ends_with(".reader")));
-    }
-
-    /// QEMUs that have to do with this site.
-    fn qemus(&self) -> Vec<u32> {
-        let ours = self.runtime.to_str().unwrap();
-        let pids = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
-        let is_ours = |pid: &u32| {
-            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let line = String::from_utf8_lossy(&line).into_owned();
-            line.starts_with("/usr/bin/qemu-system") && line.contains(ours)
-        };
-        pids.filter(is_ours).collect()
     }
 }
 
@@ -94,11 +121,11 @@ fn a_guest_that_boots_passes_and_the_next_check_has_its_reads_at_hand() {
     assert_eq!(host.boot()["passed"], true);
     assert!(host.site.reseal(["list"]).ok().stdout.contains("  passed 20"));
     let reads =
-        host.site.tenant().boot_reads(&host.site.tenant().point(&vm("vm"), 1).unwrap().manifest).unwrap().unwrap();
+        host.site.tenant().boot_reads(&host.site.tenant().point(&vm(&host.vm), 1).unwrap().manifest).unwrap().unwrap();
     assert!(reads.count() > 300, "{} clusters", reads.count());
 
     let run = host.check(&["--expect", "agent", "--timeout", BOOT]).ok();
-    assert!(run.stdout.contains("vm@1 boots: agent after "), "{run:#?}");
+    assert!(run.stdout.contains(&format!("{} boots: agent after ", host.point())), "{run:#?}");
     host.assert_nothing_left();
     assert_eq!(host.boot()["expected"], "agent");
     host.site.reseal(["status"]).ok();
@@ -113,13 +140,9 @@ fn a_guest_that_boots_passes_and_the_next_check_has_its_reads_at_hand() {
 
 #[test]
 fn a_disk_that_does_not_boot_fails_and_that_is_shown_until_one_passes() {
-    let host = Host::new();
-    let disk = host.site.disk("zeros.raw");
-    fs::File::create(&disk).unwrap().set_len(8 << 20).unwrap();
-    host.site.backup("vm", &disk);
-    let run = host
-        .check(&["--timeout", "3"])
-        .fails(1, &["vm@1 does not boot: its console did not show \"login:\" within 3.0 s"]);
+    let host = Host::with_nothing();
+    let run =
+        host.check(&["--timeout", "3"]).fails(1, &[" does not boot: its console did not show \"login:\" within 3.0 s"]);
     assert!(!run.stderr.chars().any(|c| c.is_control() && c != '\n'), "{run:#?}");
     host.assert_nothing_left();
     let boot = host.boot();
@@ -128,7 +151,7 @@ fn a_disk_that_does_not_boot_fails_and_that_is_shown_until_one_passes() {
         (&Value::from(false), &Value::from("its console did not show \"login:\" within 3.0 s"))
     );
     assert!(host.site.reseal(["list"]).ok().stdout.contains("  FAILED 20"));
-    host.site.reseal(["status"]).fails(1, &["vm@1 did not boot when that was checked at 20"]);
+    host.site.reseal(["status"]).fails(1, &["@1 did not boot when that was checked at 20"]);
     // What nobody answers, this machine does not take for the guest.
     for expected in ["agent", "tcp:22"] {
         let run = host.check(&["--expect", expected, "--timeout", "8", "--json"]).expect(&[1]);
@@ -149,22 +172,25 @@ fn a_disk_that_does_not_boot_fails_and_that_is_shown_until_one_passes() {
 
 #[test]
 fn a_check_that_is_stopped_or_killed_leaves_no_vm_and_no_verdict() {
-    let host = Host::new();
-    let disk = host.site.disk("zeros.raw");
-    fs::File::create(&disk).unwrap().set_len(8 << 20).unwrap();
-    host.site.backup("vm", &disk);
+    let host = Host::with_nothing();
     for how in [libc::SIGINT, libc::SIGTERM] {
         let check = host.start(&["--timeout", "600"]);
-        wait(|| !host.qemus().is_empty());
+        wait(|| !host.look().is_empty());
         signal(check.id(), how);
         check.wait().fails(1, &["was stopped; nothing is noted"]);
         host.assert_nothing_left();
     }
     let check = host.start(&["--timeout", "600"]);
-    wait(|| !host.qemus().is_empty());
+    wait(|| !host.look().is_empty());
     signal(check.id(), libc::SIGKILL);
     check.wait();
-    wait(|| host.qemus().is_empty());
+    wait(|| host.look().is_empty());
+    // Nobody was left to take the sockets away.
+    host.run_folders
+        .borrow()
+        .iter()
+        .filter(|folder| folder.exists())
+        .for_each(|folder| fs::remove_dir_all(folder).unwrap());
     assert_eq!(host.boot(), Value::Null);
 }
 

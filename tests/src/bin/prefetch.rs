@@ -1,5 +1,5 @@
 //! What fetching ahead brings to a boot from a store that is far away:
-//! `prefetch DISK READS [MILLISECONDS]`, with the reads of a boot as `bench` records them, one `OFFSET LENGTH` a line.
+//! `prefetch DISK READS [MILLISECONDS [MEBIBYTES OF CACHE]]`, with the reads of a boot as `bench` records them, one `OFFSET LENGTH` a line.
 //!
 //! It backs up the disk, and replays the reads one after the other, by the code that serves NBD clients, over a store that takes so long
 //! for each request: once as they come, recording them, and once while what was recorded is fetched ahead.
@@ -20,12 +20,13 @@ use reseal_tests::site::Site;
 use reseal_vault::disk::DiskReader;
 
 /// As `boot` has it unless told otherwise.
-const CACHE: usize = 256 << 20;
+const CACHE: usize = 512;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [disk, reads, rest @ ..] = &arguments[..] else { panic!("give DISK READS [MILLISECONDS]") };
+    let [disk, reads, rest @ ..] = &arguments[..] else { panic!("give DISK READS [MILLISECONDS [MEBIBYTES]]") };
     let delay = Duration::from_millis(rest.first().map_or(20, |text| text.parse().unwrap()));
+    let cache = rest.get(1).map_or(CACHE, |text| text.parse().unwrap()) << 20;
     let reads = parse(&fs::read_to_string(reads).unwrap());
 
     let site = Site::new();
@@ -49,14 +50,14 @@ fn main() {
     println!("{} reads, {} ms a request", reads.len(), delay.as_millis());
     store.take_log();
 
-    let cold = Arc::new(DiskReader::new(tenant.clone(), CACHE));
+    let cold = Arc::new(DiskReader::new(tenant.clone(), cache));
     let recorder = Recorder::new(&point.manifest);
     let recording = RecordingExports::new(exports(&cold), recorder.clone());
     said("as they come", replay(&*recording.open(&name).unwrap(), &reads));
     let recorded = recorder.finish();
     println!("{} clusters were read", recorded.count());
 
-    let reader = Arc::new(DiskReader::new(tenant.clone(), CACHE));
+    let reader = Arc::new(DiskReader::new(tenant.clone(), cache));
     let began = Instant::now();
     let ahead = Prefetch::start(&reader, &point, &recorded, Limits::of(&reader)).unwrap();
     let took = replay(&*exports(&reader).open(&name).unwrap(), &reads);
@@ -64,7 +65,7 @@ fn main() {
     println!("all {} clusters were there after {:.2} s", ahead.opened(), began.elapsed().as_secs_f64());
     said("fetched ahead", took);
 
-    let reader = Arc::new(DiskReader::new(tenant.clone(), CACHE));
+    let reader = Arc::new(DiskReader::new(tenant.clone(), cache));
     let began = Instant::now();
     Prefetch::start(&reader, &point, &recorded, Limits::of(&reader)).unwrap().wait();
     said("the fetching alone", began.elapsed());

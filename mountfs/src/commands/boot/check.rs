@@ -1,5 +1,6 @@
 //! `boot --check`: whether a restore point boots. What became of it is kept in the vault, and nothing else of it anywhere.
 
+use std::io::IsTerminal;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -142,11 +143,16 @@ fn tell(output: Output, point: &str, verdict: &BootVerdict, lines: &[String]) ->
             Ok(())
         }
         Some(reason) => {
-            let shown = match lines {
-                [] => "its console showed nothing".to_owned(),
-                lines => format!("the last lines of its console:\n  {}", lines.join("\n  ")),
+            // What the guest says may be anybody's secret: it is for who sits here, and for no file that output goes to.
+            let shown = match (lines, std::io::stderr().is_terminal()) {
+                ([], _) => "its console showed nothing",
+                (_, false) => "on a terminal, this command shows the last lines of its console",
+                (lines, true) => {
+                    lines.iter().for_each(|line| eprintln!("  {line}"));
+                    "above are the last lines of its console"
+                }
             };
-            Err(Failure::new(Status::Failed, format!("{point} does not boot: {reason}\n{shown}")))
+            Err(Failure::new(Status::Failed, format!("{point} does not boot: {reason}; {shown}")))
         }
     }
 }
