@@ -81,20 +81,20 @@ pub(super) fn create<M: Medium>(medium: &M, key: &OverlayKey, facts: &Facts) -> 
 
 /// The head that counts, and whether the other copy leads elsewhere, or nowhere.
 fn head<M: Medium>(medium: &M, key: &OverlayKey, facts: &Facts) -> Result<(Head, bool), OverlayError> {
-    let mut found = [None; HEADS as usize];
+    let mut found = Vec::new();
     let mut wrong = FormatError::Malformed("has no head");
-    for (copy, found) in (0..).zip(&mut found) {
+    for copy in 0..HEADS {
         let mut page = [0; PAGE];
         medium.read_at(copy * PAGE_U64, &mut page).map_err(failed("read"))?;
         match Head::open(key, &page) {
-            Ok(head) => *found = Some(head),
+            Ok(head) => found.push(head),
             Err(e) => wrong = e,
         }
     }
-    let best = found.iter().flatten().max_by_key(|head| head.generation);
+    let best = found.iter().max_by_key(|head| head.generation);
     let head = *best.ok_or(OverlayError::Damaged { what: "the head".into(), source: wrong })?;
     let is_same = |other: &Head| Head { generation: head.generation, ..*other } == head;
-    let lacks_head = !found.iter().all(|copy| copy.as_ref().is_some_and(is_same));
+    let lacks_head = found.len() < 2 || !found.iter().all(is_same);
     match head {
         Head { overlay, .. } if overlay != facts.overlay => Err(OverlayError::Another("it has another id")),
         Head { point, .. } if point != facts.point => Err(OverlayError::Another("it is of another restore point")),

@@ -14,7 +14,7 @@ use super::folder::{Folder, FolderError, make, nameless};
 use super::key;
 use crate::overlay::{Facts, Overlay, OverlayError, Unflushed};
 
-/// Least that an overlay can do anything with: its heads and its journal take 2 MiB.
+/// Least that an overlay can do anything with: its heads and its journal take 1 MiB.
 pub const LEAST: u64 = 4 << 20;
 
 /// Where overlays are, and for how long.
