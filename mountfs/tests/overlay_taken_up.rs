@@ -47,6 +47,11 @@ impl File {
         (kept.left, kept.done) = (left, 0);
     }
 
+    /// Writes and syncs since then.
+    fn done(&self) -> u64 {
+        self.0.lock().done
+    }
+
     /// What the disk has when the power comes back: of each write since the last sync some sectors.
     fn cut(&self, random: &mut Random) -> File {
         let kept = self.0.lock();
@@ -220,8 +225,7 @@ fn whenever_the_process_is_killed_what_was_answered_is_there() {
             let mut guest = Guest::new(seed);
             (0..40).for_each(|_| guest.acts(&overlay).unwrap());
             assert!(all(&overlay) == guest.written);
-            let done = file.0.lock().done;
-            done
+            file.done()
         };
         for left in 1..=total {
             let file = File::default();
