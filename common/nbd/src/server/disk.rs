@@ -57,6 +57,11 @@ pub trait Disk: Send + Sync {
     /// Fills `out` from `offset` on. After an error what is in it counts for nothing.
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), DiskError>;
 
+    /// The same if it takes no longer than a copy and a decompression do; `None`, and anything in `out`, where the store would be waited for.
+    fn try_read(&self, _offset: u64, _out: &mut [u8]) -> Option<Result<(), DiskError>> {
+        None
+    }
+
     /// Whether it can be written to; the others are not asked to.
     fn is_writable(&self) -> bool {
         false

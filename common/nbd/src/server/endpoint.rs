@@ -62,7 +62,12 @@ impl Endpoint {
         }
     }
 
-    /// The same until a moment.
+    /// Whether something has come, or the end.
+    pub(super) fn has_input(&self) -> bool {
+        recv(&self.fd, &mut [0; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT).is_ok()
+    }
+
+    /// What [`Endpoint::receive`] gives, until a moment.
     pub(super) fn receive_until(&self, buf: &mut [u8], until: Instant) -> Result<usize, ServeError> {
         loop {
             let left = until.saturating_duration_since(Instant::now());

@@ -2,7 +2,11 @@
 //!
 //! The threads take turns: one receives, and when it has a request leaves its place to the next and works on it. So no request
 //! is handed over, a client that sends more than is worked on is held back by its own socket, and replies leave in any order.
+//!
+//! Leaving one's place wakes another thread, which costs as much as a small read does. A client that waits for each reply before it sends
+//! more is answered by one thread, which keeps its place as long as the disk can give the bytes at once.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -22,6 +26,10 @@ use super::{DiskError, MAX_READ, Owner, ServeError, Service, Stretch};
 const MAX_STRETCHES: usize = 4096;
 /// Reads of so much are looked at for holes: shorter ones are sent as they are.
 const WORTH_A_HOLE: u32 = 4096;
+/// After so many requests, none of which came while another was worked on, a client counts as one that waits for its replies.
+const PROOF: u32 = 16;
+/// Longest read that is answered by who receives; others wait for that long.
+const AT_ONCE: u32 = 128 << 10;
 /// A thread's buffer that had to grow beyond this is given back after the reply.
 const KEPT: usize = 1 << 20;
 
@@ -29,6 +37,8 @@ const KEPT: usize = 1 << 20;
 pub(super) struct Session<'a> {
     stream: &'a Stream,
     incoming: Mutex<Incoming>,
+    /// Requests whose replies were not begun.
+    under_way: AtomicUsize,
     sending: Mutex<Sending>,
     opened: &'a Opened,
     owner: &'a dyn Owner,
@@ -41,6 +51,8 @@ pub(super) struct Session<'a> {
 
 struct Incoming {
     receiving: Receiving,
+    /// Requests since one came while another was worked on.
+    alone: u32,
     /// No more requests are taken.
     over: bool,
 }
@@ -68,7 +80,8 @@ impl<'a> Session<'a> {
         let in_flight = service.limits.in_flight.max(max_read as usize);
         Session {
             stream,
-            incoming: Mutex::new(Incoming { receiving, over: false }),
+            incoming: Mutex::new(Incoming { receiving, alone: 0, over: false }),
+            under_way: AtomicUsize::new(0),
             sending: Mutex::new(sending),
             opened,
             owner: &*service.owner,
@@ -99,30 +112,52 @@ impl<'a> Session<'a> {
         let _end = EndOnPanic(self.stream);
         let mut buffer = Buffer::default();
         loop {
-            let done = match self.next(&mut buffer) {
-                Ok(None) => return,
-                Ok(Some((request, share))) => {
-                    let large = request.length as usize > KEPT;
-                    let done = self.answer(&request, &mut buffer);
-                    if large {
-                        buffer = Buffer::default();
-                    }
-                    drop(share);
-                    done
+            match self.turn(&mut buffer) {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(e) => {
+                    self.failure.lock().get_or_insert(e);
+                    self.stream.endpoint().shut_down();
+                    return;
                 }
-                Err(e) => Err(e),
-            };
-            if let Err(e) = done {
-                self.failure.lock().get_or_insert(e);
-                self.stream.endpoint().shut_down();
-                return;
             }
         }
     }
 
-    /// The next request, and room for what it reads. What it writes is in `buffer`.
-    fn next(&self, buffer: &mut Buffer) -> Result<Option<(Request, Option<Share<'_>>)>, ServeError> {
+    /// Takes the place of who receives, and answers requests until it was left; false when no more come.
+    fn turn(&self, buffer: &mut Buffer) -> Result<bool, ServeError> {
         let mut incoming = self.incoming.lock();
+        loop {
+            let Some((request, share)) = self.next(&mut incoming, buffer)? else { return Ok(false) };
+            let others = self.under_way.fetch_add(1, Ordering::Relaxed);
+            let is_alone = others == 0 && !incoming.receiving.has_more();
+            incoming.alone = if is_alone { incoming.alone.saturating_add(1) } else { 0 };
+            if incoming.alone < PROOF || !self.read_at_once(&request, buffer)? {
+                drop(incoming);
+                self.work_on(&request, share, buffer)?;
+                return Ok(true);
+            }
+            if self.stream.endpoint().has_input() {
+                incoming.alone = 0;
+            }
+        }
+    }
+
+    fn work_on(&self, request: &Request, share: Option<Share<'_>>, buffer: &mut Buffer) -> Result<(), ServeError> {
+        let done = self.answer(request, buffer);
+        if request.length as usize > KEPT {
+            *buffer = Buffer::default();
+        }
+        drop(share);
+        done
+    }
+
+    /// The next request, and room for what it reads. What it writes is in `buffer`.
+    fn next(
+        &self,
+        incoming: &mut Incoming,
+        buffer: &mut Buffer,
+    ) -> Result<Option<(Request, Option<Share<'_>>)>, ServeError> {
         if incoming.over {
             return Ok(None);
         }
@@ -236,7 +271,7 @@ impl<'a> Session<'a> {
             };
         }
         let disk = &*self.opened.disk;
-        let (offset, cookie) = (request.offset, request.cookie);
+        let offset = request.offset;
         if self.opened.agreed.structured && request.length >= WORTH_A_HOLE {
             match disk.stretches(offset, request.length.into(), 1) {
                 Ok(found) if is_all_hole(&found, request.length) => {
@@ -249,14 +284,38 @@ impl<'a> Session<'a> {
                 Err(e) => return self.fail(request, "read", &e),
             }
         }
-        // The reply goes out in one piece, so what is read goes behind its head.
+        let (reply, head) = self.reply_to_read(request, buffer);
+        match disk.read(offset, &mut reply[head..]) {
+            Ok(()) => self.send_data(reply, length),
+            Err(e) => self.fail(request, "read", &e),
+        }
+    }
+
+    /// Answers a short read, if that needs no waiting; false if it was not answered.
+    fn read_at_once(&self, request: &Request, buffer: &mut Buffer) -> Result<bool, ServeError> {
+        let is_short = (1..=AT_ONCE).contains(&request.length);
+        if request.command != Command::Read || !is_short || self.check(request).is_err() {
+            return Ok(false);
+        }
+        let (reply, head) = self.reply_to_read(request, buffer);
+        match self.opened.disk.try_read(request.offset, &mut reply[head..]) {
+            None => return Ok(false),
+            Some(Ok(())) => self.send_data(reply, request.length as usize)?,
+            Some(Err(e)) => self.fail(request, "read", &e)?,
+        }
+        Ok(true)
+    }
+
+    /// The reply to a read, without its data, and where these begin: it goes out in one piece.
+    fn reply_to_read<'b>(&self, request: &Request, buffer: &'b mut Buffer) -> (&'b mut [u8], usize) {
+        let (cookie, length) = (request.cookie, request.length as usize);
         let mut head = [0; CHUNK_LENGTH + OFFSET_LENGTH];
         let head = match self.opened.agreed.structured {
             true => {
                 let length = u32::try_from(length + OFFSET_LENGTH).unwrap_or(u32::MAX);
                 let chunk = Chunk { done: true, kind: ChunkKind::Data, cookie, length };
                 head[..CHUNK_LENGTH].copy_from_slice(&Reply::Chunk(chunk).encode());
-                head[CHUNK_LENGTH..].copy_from_slice(&offset.to_be_bytes());
+                head[CHUNK_LENGTH..].copy_from_slice(&request.offset.to_be_bytes());
                 &head[..]
             }
             false => {
@@ -265,16 +324,14 @@ impl<'a> Session<'a> {
             }
         };
         let reply = buffer.take(head.len() + length);
-        let (start, data) = reply.split_at_mut(head.len());
-        start.copy_from_slice(head);
-        match disk.read(offset, data) {
-            Ok(()) => {
-                self.send(reply)?;
-                self.owner.sent(length as u64);
-                Ok(())
-            }
-            Err(e) => self.fail(request, "read", &e),
-        }
+        reply[..head.len()].copy_from_slice(head);
+        (reply, head.len())
+    }
+
+    fn send_data(&self, reply: &[u8], length: usize) -> Result<(), ServeError> {
+        self.send(reply)?;
+        self.owner.sent(length as u64);
+        Ok(())
     }
 
     fn block_status(&self, request: &Request) -> Result<(), ServeError> {
@@ -322,7 +379,10 @@ impl<'a> Session<'a> {
         self.send(&reply)
     }
 
+    /// Sends the reply to a request.
     fn send(&self, reply: &[u8]) -> Result<(), ServeError> {
+        // Before the client can know of it, and send the next.
+        self.under_way.fetch_sub(1, Ordering::Relaxed);
         self.stream.send(&mut self.sending.lock(), reply, self.patience)
     }
 }

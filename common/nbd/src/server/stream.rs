@@ -130,6 +130,11 @@ impl Receiving {
         Receiving { plain: Zeroizing::new(vec![0; RECEIVED]), used: 0, filled: 0, records: Vec::new(), records_used: 0 }
     }
 
+    /// Whether more was received than was used.
+    pub(super) fn has_more(&self) -> bool {
+        self.used < self.filled || self.has_records()
+    }
+
     /// Exactly so many bytes, before a moment. Nothing is received beyond them, except within TLS.
     pub(super) fn exact(&mut self, stream: &Stream, out: &mut [u8], until: Instant) -> Result<(), ServeError> {
         let mut done = 0;

@@ -68,6 +68,14 @@ impl Disk for VaultDisk {
         with_scratch(0, |tools, _| self.reader.read(self.disk(), offset, out, Wait::May, tools)).map_err(failed)
     }
 
+    fn try_read(&self, offset: u64, out: &mut [u8]) -> Option<Result<(), DiskError>> {
+        let read = with_scratch(0, |tools, _| self.reader.read(self.disk(), offset, out, Wait::MustNot, tools));
+        match read {
+            Err(VaultError::WouldBlock) => None,
+            other => Some(other.map_err(failed)),
+        }
+    }
+
     fn stretches(&self, offset: u64, length: u64, most: usize) -> Result<Vec<Stretch>, DiskError> {
         let (mut at, end) = (offset, offset + length);
         let mut found = Vec::new();

@@ -26,6 +26,9 @@ pub(crate) struct Model {
     pub(crate) bytes: Vec<u8>,
     /// Called before each read.
     pub(crate) before: Box<Hook>,
+    /// From which byte on nothing can be read at once, and how often something was.
+    pub(crate) waits_from: u64,
+    pub(crate) at_once: AtomicU64,
 }
 
 impl Model {
@@ -36,7 +39,7 @@ impl Model {
         bytes[2 * BLOCK * 100..4 * BLOCK * 100].fill(0);
         // A short hole in data.
         bytes[10 * BLOCK..11 * BLOCK].fill(0);
-        Model { bytes, before: Box::new(|_, _| Ok(())) }
+        Model { bytes, before: Box::new(|_, _| Ok(())), waits_from: 0, at_once: AtomicU64::new(0) }
     }
 
     pub(crate) fn with(before: impl Fn(u64, usize) -> Result<(), DiskError> + Send + Sync + 'static) -> Model {
@@ -66,6 +69,14 @@ impl Disk for Model {
         (self.before)(offset, out.len())?;
         out.copy_from_slice(self.range(offset, out.len()));
         Ok(())
+    }
+
+    fn try_read(&self, offset: u64, out: &mut [u8]) -> Option<Result<(), DiskError>> {
+        if offset >= self.waits_from {
+            return None;
+        }
+        self.at_once.fetch_add(1, Ordering::Relaxed);
+        Some(self.read(offset, out))
     }
 
     fn stretches(&self, offset: u64, length: u64, most: usize) -> Result<Vec<Stretch>, DiskError> {

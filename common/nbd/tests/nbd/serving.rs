@@ -154,6 +154,47 @@ fn many_requests_are_under_way_and_replies_come_in_any_order() {
     assert_eq!(cookie(&talker.answer()), 1);
 }
 
+#[test]
+fn a_client_that_waits_for_replies_is_answered_at_once_and_still_no_request_holds_up_another() {
+    const SLOW: u64 = 100 << 10;
+    let (release, released) = bounded::<()>(0);
+    let model = Model::with(move |offset, _| match offset {
+        SLOW => {
+            let _ = released.recv();
+            Ok(())
+        }
+        512 => Err(DiskError::io("pack 17 is damaged")),
+        _ => Ok(()),
+    });
+    let served = Served::new(Model { waits_from: SLOW, ..model });
+    for structured in [true, false] {
+        let mut talker = served.open(structured);
+        let before = served.model.at_once.load(Ordering::Relaxed);
+        for nth in 0..200u64 {
+            let at = usize::try_from(nth * 100 + 1000).unwrap();
+            match talker.request(Command::Read, CommandFlags::NONE, nth * 100 + 1000, 700) {
+                Answer::Chunk(7, ChunkKind::Data, payload) => assert!(payload[8..] == served.model.bytes[at..at + 700]),
+                Answer::Simple(7, Errno::NONE) => assert!(talker.hear_of(700) == served.model.bytes[at..at + 700]),
+                other => panic!("{other:?}"),
+            }
+        }
+        let at_once = served.model.at_once.load(Ordering::Relaxed) - before;
+        assert!(at_once > 20, "{at_once} of 200");
+        assert_eq!(errno(&talker.request(Command::Read, CommandFlags::NONE, 512, 700)), Errno::IO);
+        assert_eq!(errno(&talker.request(Command::Read, CommandFlags::NONE, u64::MAX, 700)), Errno::INVAL);
+        assert_eq!(errno(&talker.request(Command::Flush, CommandFlags::NONE, 0, 0)), Errno::NONE);
+    }
+    let mut talker = served.open(true);
+    (0..50).for_each(|_| drop(talker.request(Command::Read, CommandFlags::NONE, 0, 512)));
+    talker.send(Command::Read, CommandFlags::NONE, 1, SLOW, 512);
+    for nth in 2..50 {
+        talker.send(Command::Read, CommandFlags::NONE, nth, nth * 600, 512);
+        assert_eq!(cookie(&talker.answer()), nth, "one that waits holds up no other");
+    }
+    drop(release);
+    assert_eq!(cookie(&talker.answer()), 1);
+}
+
 fn cookie(answer: &Answer) -> u64 {
     match answer {
         Answer::Simple(cookie, _) | Answer::Chunk(cookie, ..) => *cookie,
