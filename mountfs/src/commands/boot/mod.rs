@@ -2,6 +2,7 @@
 
 mod arguments;
 mod define;
+mod promotion;
 mod session;
 
 use std::path::PathBuf;
@@ -42,6 +43,13 @@ pub(crate) fn boot(common: &CommonArgs, arguments: &BootArgs) -> ExitCode {
     }
     if arguments.print {
         return finish(PROGRAM, print(common, arguments));
+    }
+    match promotion::served_elsewhere(arguments) {
+        Ok(None) => {}
+        Ok(Some((folder, record))) => {
+            return finish(PROGRAM, promotion::promote_served(common, arguments, &folder, &record));
+        }
+        Err(failure) => return finish(PROGRAM, Err(failure)),
     }
     // A client's thread that hangs in a dead store does not hold up the end: with this thread the process ends.
     // SAFETY: nothing has started a thread yet.
