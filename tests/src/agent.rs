@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
@@ -14,14 +14,28 @@ const ANSWER: Duration = Duration::from_secs(5);
 fn ask(socket: &Path, command: &str, arguments: &Value) -> Option<Value> {
     let mut stream = UnixStream::connect(socket).ok()?;
     stream.set_read_timeout(Some(ANSWER)).unwrap();
-    let text = json!({ "execute": command, "arguments": arguments }).to_string();
-    stream.write_all(text.as_bytes()).ok()?;
-    stream.write_all(b"\n").ok()?;
-    let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line).ok()?;
-    let mut answer: Value = serde_json::from_str(&line).ok()?;
-    assert!(answer.get("error").is_none(), "{command}: {answer}");
-    Some(answer["return"].take())
+    let mut lines = BufReader::new(stream.try_clone().unwrap());
+    // What earlier clients did not wait for comes first.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let token = u64::from(now.subsec_nanos()) + 1;
+    for (command, arguments) in [("guest-sync", json!({ "id": token })), (command, arguments.clone())] {
+        let text = json!({ "execute": command, "arguments": arguments }).to_string();
+        stream.write_all(text.as_bytes()).ok()?;
+        stream.write_all(b"\n").ok()?;
+    }
+    let mut is_in_step = false;
+    loop {
+        let mut line = String::new();
+        if lines.read_line(&mut line).ok()? == 0 {
+            return None;
+        }
+        let Ok(mut answer) = serde_json::from_str::<Value>(&line) else { continue };
+        if is_in_step {
+            assert!(answer.get("error").is_none(), "{command}: {answer}");
+            return Some(answer["return"].take());
+        }
+        is_in_step = answer["return"] == token;
+    }
 }
 
 /// Starts a program in a guest, as soon as its agent runs.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use reseal_cli::{CommonArgs, Failure, Output, Progress, Status, harden, human_bytes, human_duration, parse_size};
+use reseal_format::manifest::Manifest;
 use reseal_format::names::DiskName;
 use reseal_mountfs::boot::{DiskAt, Qemu, Record, RunFolder};
 use reseal_mountfs::journal::Journal;
@@ -24,6 +25,9 @@ use super::arguments::{BootArgs, failure};
 
 /// How long a command of QEMU may take. One that has a disk stand still waits until an export that is gone is given up.
 const ANSWER: Duration = Duration::from_secs(30);
+
+/// A pause before a move is tried again.
+const AGAIN: Duration = Duration::from_secs(2);
 
 #[derive(Args)]
 pub(super) struct PromoteArgs {
@@ -116,6 +120,16 @@ impl PromoteArgs {
         Ok(targets)
     }
 
+    /// Looks, before anything runs, whether the disks of a point can go where they are to.
+    pub(super) fn check(&self, point: &Manifest) -> Result<(), Failure> {
+        let names: Vec<&DiskName> = point.disks.iter().map(|disk| &disk.name).collect();
+        for (nth, spec) in self.specs(&names)? {
+            let refused = |e| promote_failure(&PromoteError::Target(e));
+            spec.check(point.disks[nth].length, self.force).map_err(refused)?;
+        }
+        Ok(())
+    }
+
     fn specs(&self, disks: &[&DiskName]) -> Result<Vec<(usize, TargetSpec)>, Failure> {
         let refused = |e| promote_failure(&PromoteError::Target(e));
         let secret = self.luks_secret.as_deref().map(read_secret).transpose().map_err(refused)?;
@@ -134,6 +148,8 @@ pub(super) struct Promotion {
     folder: RunFolder,
     moves: Vec<Move>,
     options: Options,
+    /// Until when a failure is tried again.
+    retry_until: Option<Instant>,
 }
 
 impl Promotion {
@@ -154,7 +170,7 @@ impl Promotion {
             moves.push(Move { disk: name, nth, device, node, target });
         }
         let options = Options { force: arguments.force, speed: arguments.limit_rate.unwrap_or(0) };
-        Ok(Promotion { folder: folder.clone(), moves, options })
+        Ok(Promotion { folder: folder.clone(), moves, options, retry_until: None })
     }
 
     /// The same of what is recorded in the run folder.
@@ -181,7 +197,14 @@ impl Promotion {
         let lengths = lengths(&mut client, &self.moves).map_err(failed)?;
         let progress = Progress::bytes(output, "moved", lengths.iter().sum());
         let watch = Watch { progress: &|bytes| progress.add(bytes), stop };
-        let moved = promote::promote(&mut client, &self.moves, self.options, &mut keeper, &watch);
+        let moved = loop {
+            let moved = promote::promote(&mut client, &self.moves, self.options, &mut keeper, &watch);
+            let may_retry = self.retry_until.is_some_and(|until| Instant::now() < until);
+            if !(may_retry && matches!(moved, Err(PromoteError::Failed { .. })) && !stop.load(Ordering::Relaxed)) {
+                break moved;
+            }
+            thread::sleep(AGAIN);
+        };
         progress.finish();
         moved.map_err(failed)?.iter().for_each(|warning| output.warn(warning));
         self.report(output, &lengths, began.elapsed())
@@ -219,6 +242,12 @@ impl Promotion {
             overlay: record.overlay_folder.as_ref(),
         });
         Ok(())
+    }
+
+    /// The same, of a VM that has its disks again only now: QEMU tries to connect at growing intervals.
+    pub(super) fn trying_for(mut self, limit: Duration) -> Promotion {
+        self.retry_until = Some(Instant::now() + limit);
+        self
     }
 
     /// The same on a thread of its own.

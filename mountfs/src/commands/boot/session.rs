@@ -205,6 +205,7 @@ pub(super) fn run(common: &CommonArgs, arguments: &BootArgs, detach: Option<Deta
     let (attended, wanted) = attend(common, arguments, &journal)?;
     let Attended { opened, point, .. } = &attended;
     let (machine, host) = arguments.machine(point, output)?;
+    arguments.promote.check(&point.manifest)?;
     let (served, folder) = Served::start(opened, point, arguments, &journal)?;
     let begun = begin(common, arguments, &machine, &host, &point.manifest, &served.written, &folder);
     let (mut qemu, is_found) = match begun {
@@ -222,9 +223,12 @@ pub(super) fn run(common: &CommonArgs, arguments: &BootArgs, detach: Option<Deta
     if let Some(detach) = detach {
         detach.detach().map_err(failed)?;
     }
-    let promotion = arguments.promote.is_wanted().then(|| Promotion::of(&arguments.promote, &folder)).transpose();
-    let started = promotion.and_then(|promotion| promotion.map(|it| it.start(output)).transpose().map_err(failed));
-    let started = started.unwrap_or_else(|failure| Some(Started::not(failure)));
+    let started = arguments.promote.is_wanted().then(|| {
+        let promotion = Promotion::of(&arguments.promote, &folder)?;
+        let promotion = if is_found { promotion.trying_for(RESUMING) } else { promotion };
+        promotion.start(output).map_err(failed)
+    });
+    let started = started.map(|started| started.unwrap_or_else(Started::not));
     // It can't live on without this process where that is its terminal, or has what it wrote.
     let is_tied = arguments.console == Console::Stdio || served.written.folder.is_none();
     let mut watch = Watch {
