@@ -52,6 +52,7 @@ pub mod target;
 pub mod nbd;
 
 pub mod boot;
+pub mod promote;
 
 pub mod errno;
 pub mod journal;

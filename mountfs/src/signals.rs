@@ -16,8 +16,14 @@ impl StopSignals {
     }
 
     /// Calls `stop` on a thread of its own whenever one has come, also for those that came before this call.
-    pub fn on_signal(mut self, stop: impl Fn() + Send + 'static) -> io::Result<()> {
-        thread::Builder::new().name("signals".into()).spawn(move || self.0.forever().for_each(|_| stop()))?;
+    pub fn on_signal(self, stop: impl Fn() + Send + 'static) -> io::Result<()> {
+        self.on_each(move |_| stop())
+    }
+
+    /// The same where it matters whether that was the interrupt of a terminal.
+    pub fn on_each(mut self, stop: impl Fn(bool) + Send + 'static) -> io::Result<()> {
+        let each = move || self.0.forever().for_each(|signal| stop(signal == SIGINT));
+        thread::Builder::new().name("signals".into()).spawn(each)?;
         Ok(())
     }
 }

@@ -5,6 +5,7 @@
 //! sites, of which one sends to the other ([`remote`]), and is enrolled there by command ([`enrolled`]).
 #![allow(clippy::unwrap_used)] // all of it is test code: it ends where it meets what it did not expect
 
+pub mod agent;
 pub mod booted;
 pub mod certificates;
 pub mod domain;
@@ -26,3 +27,4 @@ pub mod random;
 pub mod rekeying;
 pub mod remote;
 pub mod site;
+pub mod verifier;

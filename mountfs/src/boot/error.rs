@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use reseal_vault::Class;
 
+use crate::writable::FolderError;
+
 /// What can go wrong with a VM that is started here.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
@@ -22,6 +24,8 @@ pub enum BootError {
     Path { path: PathBuf, why: &'static str },
     #[error("{} can't be understood: {why}", .path.display())]
     Record { path: PathBuf, why: String },
+    #[error(transparent)]
+    Overlay(#[from] FolderError),
     #[error("can't start {}: {source}", .program.display())]
     Start { program: PathBuf, source: io::Error },
     #[error("a QEMU that does not say its number holds {}; end it, and try again", .0.display())]
@@ -50,6 +54,7 @@ impl BootError {
             | BootError::NoKvm(_)
             | BootError::File { .. }
             | BootError::Record { .. }
+            | BootError::Overlay(_)
             | BootError::Start { .. }
             | BootError::Unknown(_)
             | BootError::Early { .. }

@@ -72,6 +72,11 @@ impl Record {
         }
     }
 
+    /// Whether no disk is on the overlay any more.
+    pub fn is_all_moved(&self) -> bool {
+        self.disks.iter().all(|disk| disk.at != DiskAt::Overlay)
+    }
+
     /// The first disk that is not on the overlay any more, and where it is.
     pub fn moved(&self) -> Option<(&DiskName, &str)> {
         self.disks.iter().find_map(|disk| match &disk.at {

@@ -5,6 +5,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use reseal_cli::{ProcessId, private_folder, runtime_folder};
 use reseal_format::ids::OverlayId;
@@ -19,6 +20,11 @@ const NEW: &str = "boot.json.new";
 const LOG: &str = "qemu.log";
 /// Held by QEMU for as long as it runs.
 const LOCK: &str = "vm.lock";
+/// Held by whoever moves disks.
+const PROMOTION: &str = "promote.lock";
+/// How often, and with which pause, that lock is tried: who looks whether it is held has it for a moment.
+const TRIES: usize = 20;
+const PAUSE: Duration = Duration::from_millis(10);
 /// Longest path of a socket.
 const MAX_SOCKET: usize = 107;
 /// Longest record that is read, and most of a log that is shown.
@@ -109,10 +115,14 @@ impl RunFolder {
 
     /// What a QEMU that is started here is to hold; none while another one holds it.
     pub(super) fn lock(&self) -> Result<Option<File>, BootError> {
-        let path = self.path.join(LOCK);
+        self.try_lock(LOCK, FlockOperation::NonBlockingLockExclusive)
+    }
+
+    fn try_lock(&self, name: &str, how: FlockOperation) -> Result<Option<File>, BootError> {
+        let path = self.path.join(name);
         let lock = private().read(true).write(true).create(true).truncate(false).open(&path);
         let lock = lock.map_err(failed("make", &path))?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        match flock(&lock, how) {
             Ok(()) => Ok(Some(lock)),
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
             Err(e) => Err(failed("lock", &path)(e.into())),
@@ -122,6 +132,23 @@ impl RunFolder {
     /// Whether a QEMU runs here.
     pub fn is_held(&self) -> bool {
         self.path.exists() && matches!(self.lock(), Ok(None))
+    }
+
+    /// What whoever moves disks of this VM holds meanwhile; none while somebody else does.
+    pub fn lock_promotion(&self) -> Result<Option<File>, BootError> {
+        for _ in 0..TRIES {
+            if let Some(lock) = self.try_lock(PROMOTION, FlockOperation::NonBlockingLockExclusive)? {
+                return Ok(Some(lock));
+            }
+            std::thread::sleep(PAUSE);
+        }
+        Ok(None)
+    }
+
+    /// Whether somebody moves disks of this VM now.
+    pub fn is_promoting(&self) -> bool {
+        self.path.join(PROMOTION).exists()
+            && matches!(self.try_lock(PROMOTION, FlockOperation::NonBlockingLockShared), Ok(None))
     }
 
     /// The QEMU that runs here: as recorded; or, where who started it was killed before it could, as it says itself.
@@ -210,7 +237,9 @@ impl RunFolder {
     pub fn remove(&self) -> Result<(), BootError> {
         self.clear()?;
         let _ = fs::remove_file(self.nbd());
-        let _ = fs::remove_file(self.path.join(LOCK));
+        for lock in [LOCK, PROMOTION] {
+            let _ = fs::remove_file(self.path.join(lock));
+        }
         match fs::remove_dir(&self.path) {
             Err(e) if !matches!(e.kind(), ErrorKind::NotFound | ErrorKind::DirectoryNotEmpty) => {
                 Err(failed("remove", &self.path)(e))

@@ -32,6 +32,9 @@ pub(crate) struct WritableArgs {
     /// What becomes of writes that are not flushed when this process is killed.
     #[arg(skip)]
     unflushed: Unflushed,
+    /// Only disks that were not moved elsewhere, instead of none where one was.
+    #[arg(skip)]
+    left: bool,
 }
 
 pub(crate) fn parse_limit(text: &str) -> Result<u64, String> {
@@ -68,12 +71,17 @@ fn failure(error: &WritableError) -> Failure {
 impl WritableArgs {
     /// What was said by other options.
     pub(crate) fn of(overlay: Option<PathBuf>, overlay_limit: Option<u64>, one_time: bool) -> WritableArgs {
-        WritableArgs { writable: true, overlay, overlay_limit, one_time, unflushed: Unflushed::Lost }
+        WritableArgs { writable: true, overlay, overlay_limit, one_time, unflushed: Unflushed::Lost, left: false }
     }
 
     /// The same, for clients that live on when this process is killed.
     pub(crate) fn keeping(self, unflushed: Unflushed) -> WritableArgs {
         WritableArgs { unflushed, ..self }
+    }
+
+    /// The same, of those disks only that are still on the overlay.
+    pub(crate) fn left(self) -> WritableArgs {
+        WritableArgs { left: true, ..self }
     }
 
     /// Opens the overlays of a point's disks, or of `only` that one, over what `points` has of it. There is a tenant where this
@@ -133,6 +141,7 @@ impl WritableArgs {
         let absolute =
             |path: &Path| std::path::absolute(path).map_err(|e| Failure::new(Status::Usage, format!("--overlay: {e}")));
         Ok(match (&self.overlay, self.one_time) {
+            (Some(path), false) if self.left => OverlayPlace::Left(absolute(path)?),
             (Some(path), false) => OverlayPlace::Kept(absolute(path)?),
             (Some(path), true) => OverlayPlace::OneTime(absolute(path)?),
             (None, false) => OverlayPlace::Kept(absolute(&own())?.join(OverlayId::from_bytes(random()?).to_string())),

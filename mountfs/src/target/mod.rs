@@ -258,6 +258,11 @@ impl Created {
         image::options(&self.spec, &self.name, self.open.is_device(), secret)
     }
 
+    /// Makes durable what is there by now, which may go all the same.
+    pub fn sync(&self) -> Result<(), TargetError> {
+        self.open.sync()
+    }
+
     /// Makes durable what QEMU's programs wrote, and may have left in the page cache. The target stays from then on.
     pub fn finish(self) -> Result<(), TargetError> {
         self.open.finish()

@@ -116,14 +116,20 @@ impl OpenPlace {
         }
     }
 
-    /// Makes everything durable. The file stays.
-    pub(crate) fn finish(mut self) -> Result<(), TargetError> {
+    /// Makes everything durable, the file's name too.
+    pub(crate) fn sync(&self) -> Result<(), TargetError> {
         self.file.sync_all().map_err(self.failed("sync"))?;
-        if let Some(mut made) = self.made.take() {
-            if let Some(folder) = self.path.parent() {
-                let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-                File::open(folder).and_then(|folder| folder.sync_all()).map_err(self.failed("sync the folder of"))?;
-            }
+        if let (Some(_), Some(folder)) = (&self.made, self.path.parent()) {
+            let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+            File::open(folder).and_then(|folder| folder.sync_all()).map_err(self.failed("sync the folder of"))?;
+        }
+        Ok(())
+    }
+
+    /// The same, and the file stays.
+    pub(crate) fn finish(mut self) -> Result<(), TargetError> {
+        self.sync()?;
+        if let Some(made) = &mut self.made {
             made.unfinished = None;
         }
         Ok(())

@@ -9,6 +9,7 @@ use std::time::Duration;
 use rustix::fs::{FlockOperation, flock};
 
 use super::document::{Document, FILE};
+use super::moved::{MOVED, NEW_MOVED};
 
 const DOCUMENT: &str = "overlay.json";
 /// What it is called before it is whole.
@@ -42,7 +43,7 @@ pub struct Folder {
     _lock: File,
 }
 
-fn failed<'a>(action: &'static str, path: &'a Path) -> impl Fn(io::Error) -> FolderError + 'a {
+pub(super) fn failed<'a>(action: &'static str, path: &'a Path) -> impl Fn(io::Error) -> FolderError + 'a {
     move |source| FolderError::Io { action, path: path.to_owned(), source }
 }
 
@@ -71,7 +72,8 @@ pub(super) fn sync_folder(path: &Path) -> Result<(), FolderError> {
 
 /// Whether a file of that name is one that we make.
 fn is_ours(name: &str) -> bool {
-    matches!(name, DOCUMENT | NEW | LOCK) || name.strip_suffix(FILE).is_some_and(|rest| rest.ends_with('.'))
+    matches!(name, DOCUMENT | NEW | LOCK | MOVED | NEW_MOVED)
+        || name.strip_suffix(FILE).is_some_and(|rest| rest.ends_with('.'))
 }
 
 /// Names in a folder; those that can't be of ours as something that is not.

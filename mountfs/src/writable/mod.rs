@@ -4,6 +4,7 @@
 //! folder: overlay.json, lock, a file a disk → the key, from a note of the vault → overlays → disks → exports
 //! (folder, document)                          (key)                 (opened)     (disk)   (exports)
 //!                                                                   overlays → disks of a mount (mounted)
+//! moved → which disks are elsewhere by now, and so are not opened                   (moved)
 //! list → what there is; drop → files and key go                                                     (list)
 //! ```
 //!
@@ -17,6 +18,7 @@ mod folder;
 mod key;
 mod list;
 mod mounted;
+mod moved;
 mod opened;
 
 pub use disk::OverlayDisk;
@@ -26,4 +28,5 @@ pub use folder::{Folder, FolderError};
 pub use key::drop_key;
 pub use list::{Found, find, found_at, in_state, overlays_folder};
 pub use mounted::{Edges, Under, WrittenDisk};
+pub use moved::{Moved, MovedDisk};
 pub use opened::{LEAST, Opened, OverlayPlace, WritableError};

@@ -12,6 +12,7 @@ use reseal_vault::{Class, Tenant, VaultError, random};
 use super::document::{Document, DocumentDisk, VERSION};
 use super::folder::{Folder, FolderError, make, nameless};
 use super::key;
+use super::moved::Moved;
 use crate::overlay::{Facts, Overlay, OverlayError, Unflushed};
 
 /// Least that an overlay can do anything with: its heads and its journal take 1 MiB.
@@ -22,6 +23,8 @@ pub const LEAST: u64 = 4 << 20;
 pub enum OverlayPlace {
     /// In a folder of their own, which is gone on with if it holds them already.
     Kept(PathBuf),
+    /// The same, of those disks only that are still there: others were moved elsewhere.
+    Left(PathBuf),
     /// In files without names in that folder. The key is never stored, and all is gone with the process.
     OneTime(PathBuf),
 }
@@ -41,6 +44,11 @@ pub enum WritableError {
     Another { folder: PathBuf, of: String, wanted: String },
     #[error("{} says that it is an overlay of {point}, but has other disks", .folder.display())]
     OtherDisks { folder: PathBuf, point: String },
+    #[error(
+        "the disk {disk} was moved to {target}, which is newer than the overlay in {}: use that; `reseal overlay drop` removes what \
+         nothing needs any more", .folder.display()
+    )]
+    Moved { folder: PathBuf, disk: DiskName, target: String },
     #[error("{} holds an overlay that is kept; --one-time begins an empty one: choose another folder", .0.display())]
     Occupied(PathBuf),
     #[error(
@@ -57,7 +65,10 @@ impl WritableError {
             WritableError::Folder(FolderError::Io { .. } | FolderError::InUse(_)) => Class::Failed,
             WritableError::Folder(FolderError::Foreign(_) | FolderError::Nothing(_)) => Class::Usage,
             WritableError::Folder(FolderError::Malformed { .. }) | WritableError::OtherDisks { .. } => Class::Damaged,
-            WritableError::Another { .. } | WritableError::Occupied(_) | WritableError::Elsewhere => Class::Usage,
+            WritableError::Another { .. }
+            | WritableError::Occupied(_)
+            | WritableError::Moved { .. }
+            | WritableError::Elsewhere => Class::Usage,
             WritableError::Vault(error) => error.class(),
             WritableError::Overlay { source, .. } => match &**source {
                 OverlayError::Damaged { .. } | OverlayError::Lost { .. } | OverlayError::Another(_) => Class::Damaged,
@@ -104,11 +115,18 @@ impl Opened {
         let is_wanted = |name: &DiskName| only.is_none_or(|only| only == name);
         match (place, tenant) {
             (OverlayPlace::OneTime(folder), _) => one_time(point, is_wanted, folder, limit),
-            (OverlayPlace::Kept(_), None) => Err(WritableError::Elsewhere),
-            (OverlayPlace::Kept(path), Some(tenant)) => {
+            (OverlayPlace::Kept(_) | OverlayPlace::Left(_), None) => Err(WritableError::Elsewhere),
+            (OverlayPlace::Kept(path) | OverlayPlace::Left(path), Some(tenant)) => {
                 let folder = Folder::take(path)?;
+                let moved = Moved::read(path)?;
+                let is_left = |name: &DiskName| is_wanted(name) && moved.target(name).is_none();
+                if let (OverlayPlace::Kept(_), Some(disk)) = (place, moved.disks.iter().find(|it| is_wanted(&it.name)))
+                {
+                    let (folder, disk, target) = (path.clone(), disk.name.clone(), disk.target.clone());
+                    return Err(WritableError::Moved { folder, disk, target });
+                }
                 match Folder::document(path)? {
-                    Some(document) => go_on(tenant, point, is_wanted, folder, &document, (limit, unflushed)),
+                    Some(document) => go_on(tenant, point, is_left, folder, &document, (limit, unflushed)),
                     None => begin(tenant, point, is_wanted, folder, (limit, unflushed)),
                 }
             }

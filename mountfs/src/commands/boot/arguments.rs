@@ -15,6 +15,7 @@ use reseal_mountfs::writable::Folder;
 use reseal_vault::{Point, PointSpec, Points, Tenant, Which};
 
 use super::check::CheckArgs;
+use super::promotion::PromoteArgs;
 use crate::commands::mount;
 use crate::commands::writable::{WritableArgs, parse_limit};
 
@@ -76,6 +77,8 @@ pub(crate) struct BootArgs {
     pub(super) cache_size: usize,
     #[command(flatten)]
     pub(super) check: CheckArgs,
+    #[command(flatten)]
+    pub(super) promote: PromoteArgs,
     /// Further arguments of QEMU
     #[arg(last = true, value_name = "QEMU ARGUMENTS")]
     extra: Vec<OsString>,
@@ -117,6 +120,9 @@ impl BootArgs {
     pub(super) fn refuse(&self, output: Output) -> Result<(), Failure> {
         let refused = |what: &str| Err(Failure::new(Status::Usage, what));
         match (&self.console, &self.network) {
+            _ if self.promote.is_wanted() && (self.print || self.define.is_some()) => {
+                refused("--promote moves disks of a VM that runs here: it takes neither --print nor --define")
+            }
             _ if self.define.is_some() && self.one_time => refused(
                 "--define needs an overlay that is kept: a domain may outlive this process, and --one-time does not",
             ),
@@ -149,7 +155,7 @@ impl BootArgs {
 
     /// The overlay's options.
     pub(super) fn written(&self) -> WritableArgs {
-        WritableArgs::of(self.overlay.clone(), self.overlay_limit, self.one_time || self.check.check)
+        WritableArgs::of(self.overlay.clone(), self.overlay_limit, self.one_time || self.check.check).left()
     }
 
     /// The overlay's folder, where it is named.

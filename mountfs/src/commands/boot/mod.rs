@@ -3,6 +3,7 @@
 mod arguments;
 mod check;
 mod define;
+mod promotion;
 mod session;
 
 use std::path::{Path, PathBuf};
@@ -45,6 +46,13 @@ pub(crate) fn boot(common: &CommonArgs, arguments: &BootArgs) -> ExitCode {
     }
     if arguments.check.check {
         return finish(PROGRAM, check::run(common, arguments));
+    }
+    match promotion::served_elsewhere(arguments) {
+        Ok(None) => {}
+        Ok(Some((folder, record))) => {
+            return finish(PROGRAM, promotion::promote_served(common, arguments, &folder, &record));
+        }
+        Err(failure) => return finish(PROGRAM, Err(failure)),
     }
     // A client's thread that hangs in a dead store does not hold up the end: with this thread the process ends.
     // SAFETY: nothing has started a thread yet.

@@ -18,6 +18,7 @@ use reseal_mountfs::nbd::{Address, JournalOwner, Listener, NbdServer};
 use reseal_mountfs::overlay::Unflushed;
 use reseal_mountfs::record_watch;
 use reseal_mountfs::signals::StopSignals;
+use reseal_mountfs::writable::Moved;
 use reseal_nbd::server::{Exports, Limits, PointExports, Scope, Service, StartTls};
 use reseal_qmp::Line;
 use reseal_store::Lease;
@@ -26,6 +27,7 @@ use reseal_vault::{Holder, Point};
 use serde::Serialize;
 
 use super::arguments::{BootArgs, failure};
+use super::promotion::{Moving, Promotion, Started, say_free};
 use crate::commands::nbd::listen_failure;
 use crate::commands::writable::Written;
 
@@ -77,6 +79,8 @@ enum End {
     Erased,
     /// QEMU was killed.
     Died,
+    /// No disk is on the overlay any more: the VM runs on without this process.
+    Moved,
 }
 
 impl End {
@@ -87,6 +91,7 @@ impl End {
             End::Switched => "switched-off",
             End::Erased => "erased",
             End::Died => "died",
+            End::Moved => "promoted",
         }
     }
 }
@@ -96,6 +101,8 @@ impl End {
 pub(super) struct Wanted {
     /// Signals that have come.
     pub(super) end: AtomicUsize,
+    /// Whether all of those were a terminal's interrupt.
+    pub(super) is_interrupt_only: AtomicBool,
     pub(super) is_erased: AtomicBool,
 }
 
@@ -206,10 +213,12 @@ pub(super) fn attend(
     let lease = opened.tenant.reader_lease(&Holder::this_process(what));
     let wanted = Arc::new(Wanted::default());
     let (on_signal, on_erased) = (wanted.clone(), wanted.clone());
-    let signalled = move || {
+    wanted.is_interrupt_only.store(true, Ordering::Relaxed);
+    let signalled = move |is_interrupt| {
+        on_signal.is_interrupt_only.fetch_and(is_interrupt, Ordering::Relaxed);
         on_signal.end.fetch_add(1, Ordering::Relaxed);
     };
-    signals.on_signal(signalled).map_err(failed)?;
+    signals.on_each(signalled).map_err(failed)?;
     let erased = move || on_erased.is_erased.store(true, Ordering::Relaxed);
     record_watch::watch("VM", opened.tenant.clone(), opened.heads.clone(), journal.clone(), erased).map_err(failed)?;
     Ok((Attended { opened, point, _lease: lease }, wanted))
@@ -223,6 +232,7 @@ pub(super) fn run(common: &CommonArgs, arguments: &BootArgs, detach: Option<Deta
     let (attended, wanted) = attend(common, arguments, &journal)?;
     let Attended { opened, point, .. } = &attended;
     let (machine, host) = arguments.machine(point, output)?;
+    arguments.promote.check(&point.manifest)?;
     let (mut served, folder) = Served::start(opened, point, arguments, &journal)?;
     let begun = begin(common, arguments, &machine, &host, &point.manifest, &served.written, &folder);
     let (mut qemu, is_found) = match begun {
@@ -240,8 +250,17 @@ pub(super) fn run(common: &CommonArgs, arguments: &BootArgs, detach: Option<Deta
     if let Some(detach) = detach {
         detach.detach().map_err(failed)?;
     }
+    let started = arguments.promote.is_wanted().then(|| {
+        let promotion = Promotion::of(&arguments.promote, &folder)?;
+        let promotion = if is_found { promotion.trying_for(RESUMING) } else { promotion };
+        promotion.start(output).map_err(failed)
+    });
+    let started = started.map(|started| started.unwrap_or_else(Started::not));
+    // It can't live on without this process where that is its terminal, or has what it wrote.
+    let is_tied = arguments.console == Console::Stdio || served.written.folder.is_none();
     let mut watch = Watch {
         folder: &folder,
+        moving: Moving::new(&folder, started, is_tied),
         agent: None,
         qemu: &mut qemu,
         reading: &mut served.reading,
@@ -256,12 +275,20 @@ pub(super) fn run(common: &CommonArgs, arguments: &BootArgs, detach: Option<Deta
         watch.resuming = Some(Instant::now() + RESUMING);
     }
     let end = watch.until_end(arguments.patience());
+    let not_moved = watch.moving.end();
     let said = folder.said();
     let kept = served.written.folder.clone();
+    let record = folder.record().ok().flatten();
     served.end()?;
+    if end == End::Moved {
+        output.json(&Ended { event: "ended", how: end.name() });
+        record.iter().for_each(|record| say_free(output, record, &folder));
+        return Ok(());
+    }
     folder.remove().map_err(|e| failure(&e))?;
     output.json(&Ended { event: "ended", how: end.name() });
-    finish(end, &said, &point.manifest, kept.as_ref(), output)
+    finish(end, &said, &point.manifest, kept.as_ref(), output)?;
+    not_moved.map_or(Ok(()), Err)
 }
 
 /// The VM that runs on the overlay, or a new one; and whether it ran already.
@@ -284,6 +311,11 @@ fn begin(
         && let Some((disk, target)) = record.moved()
     {
         return Err(BootError::Moved { disk: disk.to_string(), target: target.to_owned() });
+    }
+    if let Some(overlay) = &written.folder
+        && let Some(moved) = Moved::read(overlay).map_err(BootError::from)?.disks.first()
+    {
+        return Err(BootError::Moved { disk: moved.name.to_string(), target: moved.target.clone() });
     }
     let command = arguments.command(machine, host, folder, common.allow_swap)?;
     let tie = Tie { terminal: arguments.console == Console::Stdio, life: written.folder.is_none() };
@@ -361,6 +393,7 @@ struct Watch<'a> {
     journal: &'a Journal,
     output: Output,
     folder: &'a RunFolder,
+    moving: Moving<'a>,
     /// When the guest was asked to shut down.
     asked: Option<Instant>,
     /// Its agent, which was asked, too.
@@ -385,9 +418,24 @@ impl Watch<'_> {
             }
             self.resume();
             self.reading.look();
+            if self.moving.look(self.qemu, self.journal, self.output) {
+                return End::Moved;
+            }
+            self.stop_moving();
             if let Some(end) = self.shut_down(patience) {
                 return end;
             }
+        }
+    }
+
+    /// The first interrupt ends the move of disks only; any other signal, all.
+    fn stop_moving(&mut self) {
+        if self.wanted.end.load(Ordering::Relaxed) == 0 || !self.moving.stop() {
+            return;
+        }
+        if self.wanted.is_interrupt_only.load(Ordering::Relaxed) {
+            self.wanted.end.store(0, Ordering::Relaxed);
+            self.output.say("the disks stay; another Ctrl-C shuts the guest down");
         }
     }
 
@@ -473,6 +521,7 @@ fn finish(end: End, said: &str, point: &Manifest, kept: Option<&PathBuf>, output
             output.say(format!("the VM {how}; {go_on}"));
             Ok(())
         }
+        End::Moved => Ok(()),
         End::Erased => Err(Failure::new(Status::Damaged, "the tenant was erased, so the VM was ended")),
         End::Died => {
             let said = if said.is_empty() { String::new() } else { format!(" ({said})") };
