@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    FileAttr, FileType, INodeNo, ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
-    ReplyLseek, ReplyOpen, ReplyXattr,
+    FileAttr, FileType, INodeNo, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty,
+    ReplyEntry, ReplyLseek, ReplyOpen, ReplyWrite, ReplyXattr,
 };
 use reseal_vault::Wait;
 
 use crate::disks::Disks;
 use crate::errno::{Fault, errno};
+use crate::flusher::Flusher;
 use crate::handles::Handles;
 use crate::inodes::Node;
 use crate::journal::Journal;
@@ -35,6 +36,7 @@ macro_rules! refuse {
 
 refuse!(
     ReplyAttr,
+    ReplyCreate,
     ReplyData,
     ReplyDirectory,
     ReplyDirectoryPlus,
@@ -42,6 +44,7 @@ refuse!(
     ReplyEntry,
     ReplyLseek,
     ReplyOpen,
+    ReplyWrite,
     ReplyXattr
 );
 
@@ -52,6 +55,10 @@ pub(crate) struct Shared {
     pub(crate) readahead: Readahead,
     pub(crate) journal: Arc<Journal>,
     pub(crate) handles: Handles,
+    /// Of the disks that are written to, by their places.
+    pub(crate) flushers: Vec<Flusher>,
+    /// Whether other users may read.
+    pub(crate) is_for_others: bool,
     /// User and group that everything belongs to.
     pub(crate) owner: (u32, u32),
     /// When it was mounted.
@@ -86,7 +93,9 @@ impl Shared {
         let time = time.map_or(self.since, |milliseconds| UNIX_EPOCH + Duration::from_millis(milliseconds));
         let (perm, nlink) = match attributes.kind {
             NodeKind::Folder => (0o555, 2),
-            NodeKind::File => (0o444, 1),
+            NodeKind::File if !attributes.is_writable => (0o444, 1),
+            NodeKind::File if self.is_for_others => (0o644, 1),
+            NodeKind::File => (0o600, 1),
             NodeKind::Link => (0o777, 1),
         };
         let attr = FileAttr {

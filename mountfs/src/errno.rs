@@ -7,17 +7,25 @@
 //! | a seek beyond the last data or the end | ENXIO |
 //! | a handle that is not open | EBADF |
 //! | an attribute that is not there | ENODATA |
+//! | a change of what can't be changed | EROFS |
+//! | another length or owner for a disk that can be written to | EPERM |
+//! | a write behind its end | EFBIG |
+//! | a kind of allocation that has no meaning here | EOPNOTSUPP |
+//! | an overlay that is full, by its limit or its file system | ENOSPC |
 //! | an answer that does not fit | ERANGE |
 //! | damaged, missing, replaced or rolled back; a failed authentication | EIO |
 //! | a store that fails, is gone, or does not answer in time; too many that wait for it; the mount ends | EIO |
+//! | an overlay that is damaged, or could not be made durable | EIO |
 //!
-//! Both tables below are exhaustive and have no wildcard, so that a new error forces a decision here.
+//! The tables below are exhaustive and have no wildcard, so that a new error forces a decision here.
 
 use std::time::Duration;
 
 use fuser::Errno;
 use reseal_store::StoreError;
 use reseal_vault::VaultError;
+
+use crate::overlay::OverlayError;
 
 /// Why a request was not answered with what it asked for.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +58,16 @@ pub enum Fault {
     NoAttribute,
     #[error("the answer does not fit")]
     TooSmall,
+    #[error(transparent)]
+    Overlay(OverlayError),
+    #[error("it can't be changed")]
+    ReadOnly,
+    #[error("a disk keeps its length, its owner and its mode")]
+    Fixed,
+    #[error("that is behind the end of the disk")]
+    PastEnd,
+    #[error("only holes and zeros can be allocated, within the disk")]
+    NoSuchAllocation,
 }
 
 impl Fault {
@@ -61,7 +79,7 @@ impl Fault {
     /// Whether the administrator should hear of it: what any program may provoke by asking for a wrong name is not worth
     /// a line.
     pub fn is_worth_a_line(&self) -> bool {
-        errno(self) == Errno::EIO && !matches!(self, Fault::Ending)
+        matches!(errno(self), Errno::EIO | Errno::ENOSPC) && !matches!(self, Fault::Ending)
     }
 }
 
@@ -78,6 +96,24 @@ pub fn errno(fault: &Fault) -> Errno {
         Fault::BadHandle => Errno::EBADF,
         Fault::NoAttribute => Errno::ENODATA,
         Fault::TooSmall => Errno::ERANGE,
+        Fault::Overlay(error) => overlay_errno(error),
+        Fault::ReadOnly => Errno::EROFS,
+        Fault::Fixed => Errno::EPERM,
+        Fault::PastEnd => Errno::EFBIG,
+        Fault::NoSuchAllocation => Errno::EOPNOTSUPP,
+    }
+}
+
+fn overlay_errno(error: &OverlayError) -> Errno {
+    match error {
+        OverlayError::Full => Errno::ENOSPC,
+        OverlayError::Base(_)
+        | OverlayError::Random(_)
+        | OverlayError::Io { .. }
+        | OverlayError::Damaged { .. }
+        | OverlayError::Lost { .. }
+        | OverlayError::Another(_)
+        | OverlayError::Broken => Errno::EIO,
     }
 }
 
@@ -132,6 +168,9 @@ mod tests {
             assert_eq!(errno(&fault), Errno::EIO);
             assert!(fault.is_worth_a_line());
         }
+        let full = Fault::Overlay(OverlayError::Full);
+        assert!(errno(&full) == Errno::ENOSPC && full.is_worth_a_line(), "the owner can do something about it");
+        assert!(Fault::Overlay(OverlayError::Broken).is_worth_a_line() && !Fault::ReadOnly.is_worth_a_line());
         assert_eq!(errno(&Fault::NoEntry), Errno::ENOENT);
         assert!(!Fault::NoEntry.is_worth_a_line() && !Fault::Ending.is_worth_a_line());
         assert!(Fault::Vault(VaultError::WouldBlock).would_block());

@@ -4,14 +4,16 @@
 //! go to the pool, under a deadline. So no FUSE thread ever waits for a store.
 
 use std::ffi::OsStr;
+use std::path::Path;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use fuser::{
-    FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags,
-    ReplyAttr, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
-    ReplyXattr, Request,
+    BsdFileFlags, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
+    LockOwner, OpenAccMode, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyWrite, ReplyXattr, Request, TimeOrNow,
+    WriteFlags,
 };
-use reseal_vault::{VaultError, Wait};
 
 use crate::answer::{Noted, Shared, answer, answer_later, file_type};
 use crate::disks::Disks;
@@ -20,9 +22,8 @@ use crate::files::OpenPoint;
 use crate::handles::{Handle, OpenDisk};
 use crate::inodes::Node;
 use crate::pool::{Pool, Refuse};
-use crate::view::{OpenContent, View};
-use reseal_vault::disk::with_scratch;
-use reseal_vault::wipe::Secret;
+use crate::transfer::Transfer;
+use crate::view::{Attributes, Face, OpenContent, View};
 
 /// Background requests in the kernel: enough that readahead of several readers keeps every thread busy.
 const BACKGROUND: u16 = 64;
@@ -30,6 +31,14 @@ const BACKGROUND: u16 = 64;
 pub(crate) const PID_ATTRIBUTE: &str = "user.reseal.pid";
 /// There is one generation of each inode, for numbers are never given again.
 const GENERATION: Generation = Generation(0);
+
+const PUNCH_HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+const ZERO_RANGE_KEPT: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+
+/// How a file is opened that this mount alone could change.
+fn kept() -> FopenFlags {
+    FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH
+}
 
 /// The file system.
 pub(crate) struct ResealFs {
@@ -59,40 +68,37 @@ impl ResealFs {
         }
     }
 
-    /// Reads what can be read at once, and hands on what can't.
-    fn read_disk(&self, node: Node, handle: &Arc<Handle>, open: &OpenDisk, offset: u64, size: u32, reply: ReplyData) {
-        let Some(disk) = open.disk() else { return reply.refuse(&Fault::NoEntry) };
-        let length = disk.clip(offset, size as usize);
-        let ahead = open.stream.advance(offset, length as u64, disk.disk().length, self.shared.disks.reach());
-        self.shared.readahead.order(&open.point, open.nth, ahead);
-        with_scratch(length, |tools, out| {
-            let mut done = 0;
-            match self.shared.disks.read_on(disk, offset, out, &mut done, Wait::MustNot, tools) {
-                Ok(()) => reply.data(out),
-                Err(VaultError::WouldBlock) => {
-                    open.stream.waited();
-                    self.read_later(node, handle.clone(), offset, length, Secret(out[..done].to_vec()), reply);
-                }
-                Err(error) => Noted { reply, node, shared: self.shared.clone() }.refuse(&error.into()),
+    /// The disk behind a handle that may write to it.
+    fn writing<R: Refuse>(&self, inode: INodeNo, handle: FileHandle, reply: R) -> Option<(Node, Arc<Handle>, R)> {
+        let (node, reply) = self.node(inode, reply)?;
+        let (handle, reply) = self.handle(handle, reply)?;
+        match &*handle {
+            Handle::Disk(open) if open.is_for_writing => Some((node, handle, reply)),
+            _ => {
+                reply.refuse(&Fault::ReadOnly);
+                None
             }
-        });
+        }
     }
 
-    /// Reads on from the bytes that are there already, with leave to wait.
-    fn read_later(&self, node: Node, handle: Arc<Handle>, offset: u64, length: usize, begun: Secret, reply: ReplyData) {
-        let shared = self.shared.clone();
-        self.pool.submit(Noted { reply, node, shared: shared.clone() }, move |ticket| {
-            let Handle::Disk(open) = &*handle else { return };
-            let Some(disk) = open.disk() else { return };
-            let mut done = begun.0.len();
-            // The answer is given while the buffer is borrowed: it is not copied.
-            with_scratch(length, |tools, out| {
-                out[..done].copy_from_slice(&begun.0);
-                match shared.disks.read_waiting(disk, offset, out, &mut done, tools) {
-                    Ok(()) => ticket.answer(|noted| noted.reply.data(out)),
-                    Err(error) => ticket.answer(|noted| noted.refuse(&error.into())),
-                }
-            });
+    fn transfer<'a>(&'a self, node: Node, handle: &'a Arc<Handle>) -> Option<Transfer<'a>> {
+        let Handle::Disk(open) = &**handle else { return None };
+        Some(Transfer { shared: &self.shared, pool: &self.pool, node, handle, open })
+    }
+
+    /// Makes durable what was written to a disk; of what can't be written all is.
+    fn make_durable(&self, inode: INodeNo, handle: FileHandle, reply: ReplyEmpty) {
+        let Some((node, reply)) = self.node(inode, reply) else { return };
+        let Some((handle, reply)) = self.handle(handle, reply) else { return };
+        let flusher = match &*handle {
+            Handle::Disk(open) if open.written.is_some() => self.shared.flushers.get(open.nth),
+            Handle::Disk(_) | Handle::Text(..) | Handle::Folder(_) => None,
+        };
+        let Some(flusher) = flusher else { return reply.ok() };
+        let noted = Noted { reply, node, shared: self.shared.clone() };
+        flusher.flush(move |flushed| match flushed {
+            Ok(()) => noted.reply.ok(),
+            Err(fault) => noted.refuse(fault),
         });
     }
 }
@@ -153,16 +159,61 @@ impl Filesystem for ResealFs {
         });
     }
 
-    fn open(&self, _request: &Request, inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn setattr(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        _mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _handle: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
         let Some((node, reply)) = self.node(inode, reply) else { return };
-        let work = move |view: &View, wait| view.open(node, wait);
-        answer(&self.shared, &self.pool, node, reply, work, |shared, reply, content| {
-            let handle = match content {
-                OpenContent::Text(point, content) => Handle::Text(point, content),
-                OpenContent::Disk(point, nth) => Handle::Disk(OpenDisk::new(point, nth)),
+        let owns = uid.is_some() || gid.is_some() || mode.is_some() || flags.is_some();
+        let work = move |view: &View, wait| check_new_attributes(view.attributes(node, wait)?, size, owns);
+        answer(&self.shared, &self.pool, node, reply, work, move |shared, reply, attributes| {
+            let (attr, lasting) = shared.attributes(node, &attributes);
+            reply.attr(&lasting, &attr);
+        });
+    }
+
+    fn open(&self, _request: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let Some((node, reply)) = self.node(inode, reply) else { return };
+        let is_for_writing = flags.acc_mode() != OpenAccMode::O_RDONLY;
+        let work = move |view: &View, wait| {
+            let content = view.open(node, wait)?;
+            let can_be_written = match &content {
+                OpenContent::Disk(_, nth, Face::Raw) => view.written(*nth).is_some(),
+                OpenContent::Disk(_, _, Face::Vhd) | OpenContent::Text(..) => false,
+            };
+            if is_for_writing && !can_be_written { Err(Fault::ReadOnly) } else { Ok(content) }
+        };
+        answer(&self.shared, &self.pool, node, reply, work, move |shared, reply, content| {
+            let (handle, flags) = match content {
+                OpenContent::Text(point, content) => (Handle::Text(point, content), kept()),
+                OpenContent::Disk(point, nth, face) => {
+                    let written = shared.view.written(nth).cloned();
+                    let flags = match (&written, face) {
+                        // All that changes it comes through the kernel, by this very inode.
+                        (Some(_), Face::Raw) if is_for_writing => FopenFlags::FOPEN_KEEP_CACHE,
+                        (_, Face::Raw) | (None, Face::Vhd) => kept(),
+                        // By another inode: what the kernel kept would be what it was.
+                        (Some(_), Face::Vhd) => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH,
+                    };
+                    (Handle::Disk(OpenDisk::new(point, nth, face, written, is_for_writing)), flags)
+                }
             };
             let number = shared.handles.insert(handle);
-            reply.opened(FileHandle(number), FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH);
+            reply.opened(FileHandle(number), flags);
         });
     }
 
@@ -181,9 +232,63 @@ impl Filesystem for ResealFs {
         let Some((handle, reply)) = self.handle(handle, reply) else { return };
         match &*handle {
             Handle::Text(point, content) => reply.data(part(text(point, *content), offset, size)),
-            Handle::Disk(open) => self.read_disk(node, &handle, open, offset, size, reply),
+            Handle::Disk(_) => {
+                let Some(transfer) = self.transfer(node, &handle) else { return };
+                transfer.read(offset, size, reply);
+            }
             Handle::Folder(_) => reply.refuse(&Fault::IsAFolder),
         }
+    }
+
+    fn write(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        bytes: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let Some((node, handle, reply)) = self.writing(inode, handle, reply) else { return };
+        let Some(transfer) = self.transfer(node, &handle) else { return };
+        transfer.write(offset, bytes, reply);
+    }
+
+    fn fallocate(
+        &self,
+        _request: &Request,
+        inode: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        let Some((node, handle, reply)) = self.writing(inode, handle, reply) else { return };
+        let Some(transfer) = self.transfer(node, &handle) else { return };
+        let end = offset.saturating_add(length);
+        match mode {
+            PUNCH_HOLE | ZERO_RANGE_KEPT => transfer.zero(offset, length, reply),
+            libc::FALLOC_FL_ZERO_RANGE if end <= transfer.open.length() => transfer.zero(offset, length, reply),
+            libc::FALLOC_FL_ZERO_RANGE => reply.refuse(&Fault::Fixed),
+            _ => reply.refuse(&Fault::NoSuchAllocation),
+        }
+    }
+
+    /// Who closes what was written to is told when that failed, and has it durable otherwise.
+    fn flush(&self, _request: &Request, inode: INodeNo, handle: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        self.make_durable(inode, handle, reply);
+    }
+
+    fn fsync(&self, _request: &Request, inode: INodeNo, handle: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        self.make_durable(inode, handle, reply);
+    }
+
+    fn fsyncdir(&self, _request: &Request, _inode: INodeNo, _handle: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        reply.ok();
     }
 
     fn lseek(
@@ -199,6 +304,65 @@ impl Filesystem for ResealFs {
         let Some((handle, reply)) = self.handle(handle, reply) else { return };
         let work = move |shared: &Shared| seek(&shared.disks, &handle, offset, whence);
         answer_later(&self.shared, &self.pool, node, reply, work, |_, reply, found: i64| reply.offset(found));
+    }
+
+    fn create(
+        &self,
+        _request: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        reply.refuse(&Fault::ReadOnly);
+    }
+
+    fn mknod(
+        &self,
+        _request: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        reply.refuse(&Fault::ReadOnly);
+    }
+
+    fn mkdir(&self, _request: &Request, _parent: INodeNo, _name: &OsStr, _mode: u32, _umask: u32, reply: ReplyEntry) {
+        reply.refuse(&Fault::ReadOnly);
+    }
+
+    fn symlink(&self, _request: &Request, _parent: INodeNo, _name: &OsStr, _target: &Path, reply: ReplyEntry) {
+        reply.refuse(&Fault::ReadOnly);
+    }
+
+    fn link(&self, _request: &Request, _inode: INodeNo, _parent: INodeNo, _name: &OsStr, reply: ReplyEntry) {
+        reply.refuse(&Fault::ReadOnly);
+    }
+
+    fn unlink(&self, _request: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.refuse(&Fault::ReadOnly);
+    }
+
+    fn rmdir(&self, _request: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.refuse(&Fault::ReadOnly);
+    }
+
+    fn rename(
+        &self,
+        _request: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _new_parent: INodeNo,
+        _new_name: &OsStr,
+        _flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        reply.refuse(&Fault::ReadOnly);
     }
 
     fn release(
@@ -295,23 +459,29 @@ impl Filesystem for ResealFs {
 fn seek(disks: &Disks, handle: &Handle, offset: i64, whence: i32) -> Result<i64, Fault> {
     let from = u64::try_from(offset).map_err(|_| Fault::PastData)?;
     let length = match handle {
-        Handle::Disk(open) => open.disk().map_or(0, |disk| disk.disk().length),
+        Handle::Disk(open) => open.length(),
         Handle::Text(point, content) => text(point, *content).len() as u64,
         Handle::Folder(_) => return Err(Fault::IsAFolder),
     };
     if from >= length {
         return Err(Fault::PastData);
     }
-    let disk = match handle {
-        Handle::Disk(open) => open.disk(),
-        Handle::Text(..) | Handle::Folder(_) => None,
-    };
-    let found = match (whence, disk) {
-        (libc::SEEK_DATA, Some(disk)) => disks.next_data(disk, from)?.ok_or(Fault::PastData)?,
-        (libc::SEEK_HOLE, Some(disk)) => disks.next_hole(disk, from)?,
-        (libc::SEEK_DATA, None) => from,
-        (libc::SEEK_HOLE, None) => length,
+    let found = match (whence, handle) {
+        (libc::SEEK_DATA, Handle::Disk(open)) => open.next_data(disks, from)?.ok_or(Fault::PastData)?,
+        (libc::SEEK_HOLE, Handle::Disk(open)) => open.next_hole(disks, from)?,
+        (libc::SEEK_DATA, Handle::Text(..) | Handle::Folder(_)) => from,
+        (libc::SEEK_HOLE, Handle::Text(..) | Handle::Folder(_)) => length,
         _ => return Err(Fault::BadSeek),
     };
     i64::try_from(found).map_err(|_| Fault::PastData)
+}
+
+/// What a disk's attributes are after they were asked to be others: times are taken note of and not kept, for programs that
+/// write to a file like to set them, and another length than it has, owner or mode is refused.
+fn check_new_attributes(now: Attributes, size: Option<u64>, owns: bool) -> Result<Attributes, Fault> {
+    match now.is_writable {
+        false => Err(Fault::ReadOnly),
+        true if owns || size.is_some_and(|size| size != now.size) => Err(Fault::Fixed),
+        true => Ok(now),
+    }
 }

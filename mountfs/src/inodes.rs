@@ -2,7 +2,7 @@
 //! mount is, and a `forget` frees nothing because nothing was kept.
 //!
 //! ```text
-//! VM + 1 (23 bits) ‖ number of the restore point (32 bits) ‖ slot (9 bits)
+//! VM + 1 (22 bits) ‖ number of the restore point (32 bits) ‖ slot (10 bits)
 //! ```
 //!
 //! Number 0 is the VM itself (slot 0) or its `latest` (slot 1). Otherwise slot 0 is the point's folder, slot 1 + n its
@@ -27,7 +27,8 @@ pub enum Node {
 }
 
 const ROOT: u64 = 1;
-const SLOT_BITS: u32 = 9;
+/// Enough for three files a disk, of the 256 that a restore point may have.
+const SLOT_BITS: u32 = 10;
 const NUMBER_BITS: u32 = 32;
 /// VMs that fit; one index less than the bits allow, for the root.
 pub const MAX_VMS: u32 = (1 << (64 - SLOT_BITS - NUMBER_BITS)) - 1;
@@ -78,7 +79,7 @@ mod tests {
             nodes.extend([Node::Vm(vm), Node::Latest(vm)]);
             for number in [1, 2, u32::MAX] {
                 nodes.push(Node::Point(vm, number));
-                nodes.extend([0, 1, 255, 257].map(|file| Node::File(vm, number, FileIndex(file))));
+                nodes.extend([0, 1, 255, 3 * 256 + 1].map(|file| Node::File(vm, number, FileIndex(file))));
             }
         }
         let mut inodes: Vec<u64> = nodes.iter().map(|node| node.inode()).collect();

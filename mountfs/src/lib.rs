@@ -4,8 +4,8 @@
 //!
 //! ```text
 //! request → disk, here or at another site → bytes → reply           (disks)
-//!         → view: VM → restore point → file                         (inodes, files, catalog, view)
-//!         → at once, or by the pool under a deadline                (answer, pool, readahead, handles, fuse)
+//!         → view: VM → restore point → file, in all its faces       (inodes, files, faces, catalog, view)
+//!         → at once, or by the pool under a deadline                (answer, pool, readahead, handles, transfer, flusher, fuse)
 //! mount → session → unmount                                         (mount, mounts, signals, record_watch, umount)
 //! restore: disk → stretches, several at a time → file or device     (restore, target)
 //! nbd: socket → a thread a client → the server of `reseal-nbd`      (nbd)
@@ -15,21 +15,24 @@
 //!
 //! [`errno`] has every way to fail and what the kernel is told; [`journal`] what the administrator is told.
 //!
-//! Architecture invariant: `fuse` and `answer` are the only modules that know FUSE's requests; all that decides anything
-//! is tested without `/dev/fuse`. No FUSE thread waits for a store.
+//! Architecture invariant: `fuse`, `transfer` and `answer` are the only modules that know FUSE's requests; all that decides
+//! anything is tested without `/dev/fuse`. No FUSE thread waits for a store.
 
 pub mod disks;
 
 pub mod catalog;
+pub mod faces;
 pub mod files;
 pub mod inodes;
 pub mod view;
 
 mod answer;
+mod flusher;
 mod fuse;
 mod handles;
 pub mod pool;
 mod readahead;
+mod transfer;
 
 pub mod mount;
 mod mounts;

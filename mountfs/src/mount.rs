@@ -15,6 +15,7 @@ use rustix::process::{getegid, geteuid};
 use crate::answer::Shared;
 use crate::catalog::{Catalog, Shown};
 use crate::disks::Disks;
+use crate::flusher::Flusher;
 use crate::fuse::ResealFs;
 use crate::handles::Handles;
 use crate::journal::Journal;
@@ -22,6 +23,7 @@ use crate::mounts::{MountedAt, Unmount, kernel_path, mounted_at, unmount};
 use crate::pool::Pool;
 use crate::readahead::Readahead;
 use crate::view::View;
+use crate::writable::WrittenDisk;
 
 /// Requests that may wait for the store at the same time. They sleep, so there may be more than cores; each that hangs
 /// takes one away until the store is back.
@@ -89,11 +91,28 @@ impl Mounted {
         options: &Options,
         journal: Arc<Journal>,
     ) -> Result<Mounted, MountError> {
+        Mounted::writable(points, disks, heads, mountpoint, options, journal, Vec::new())
+    }
+
+    /// The same, where the one restore point that is shown is written to. Its disks are by their places in its manifest; whoever gave them
+    /// closes them when the mount has ended.
+    pub fn writable(
+        points: Arc<dyn Points>,
+        disks: Disks,
+        heads: Option<Heads>,
+        mountpoint: &Path,
+        options: &Options,
+        journal: Arc<Journal>,
+        written: Vec<Arc<WrittenDisk>>,
+    ) -> Result<Mounted, MountError> {
         let path = prepare(mountpoint, &journal)?;
         let cores = thread::available_parallelism().map_or(1, usize::from);
         let catalog = Catalog::new(points, heads, options.shown.clone(), journal.clone());
+        let config = config(options, !written.is_empty());
         let shared = Shared {
-            view: View::new(catalog.with_openers(disks.openers())),
+            flushers: written.iter().cloned().map(Flusher::new).collect::<io::Result<_>>()?,
+            is_for_others: options.allow_other,
+            view: View::new(catalog.with_openers(disks.openers())).with_written(written),
             readahead: Readahead::new(&disks, cores)?,
             disks: disks.clone(),
             journal,
@@ -108,7 +127,7 @@ impl Mounted {
             let source = io::Error::new(source.kind(), source.to_string().trim_end().to_owned());
             MountError::Mount { path: path.clone(), source }
         };
-        let session = Session::new(fs, &path, &config(options)).map_err(failed)?.spawn().map_err(failed)?;
+        let session = Session::new(fs, &path, &config).map_err(failed)?.spawn().map_err(failed)?;
         let (sender, events) = unbounded();
         let ended = sender.clone();
         thread::Builder::new().name("session".into()).spawn(move || {
@@ -155,6 +174,11 @@ impl Mounted {
     }
 }
 
+/// Whether something can be mounted there.
+pub fn check(mountpoint: &Path, journal: &Journal) -> Result<(), MountError> {
+    prepare(mountpoint, journal).map(drop)
+}
+
 /// Checks the mountpoint. What a process that died has left there is taken away.
 fn prepare(mountpoint: &Path, journal: &Journal) -> Result<PathBuf, MountError> {
     let unusable = |source| MountError::Mountpoint { path: mountpoint.to_owned(), source };
@@ -176,17 +200,21 @@ fn prepare(mountpoint: &Path, journal: &Journal) -> Result<PathBuf, MountError> 
     }
 }
 
-fn config(options: &Options) -> Config {
+fn config(options: &Options, is_writable: bool) -> Config {
     let mut config = Config::default();
     config.mount_options = vec![
         MountOption::FSName("reseal".into()),
         // As an option of the kernel, so that a mount without `fusermount3` has it too.
         MountOption::CUSTOM("subtype=reseal".into()),
-        MountOption::RO,
         MountOption::NoAtime,
         MountOption::NoDev,
         MountOption::NoSuid,
     ];
+    config.mount_options.extend(match is_writable {
+        false => vec![MountOption::RO],
+        // Others who may read may not write: the kernel looks at the modes.
+        true => vec![MountOption::RW, MountOption::DefaultPermissions],
+    });
     config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
     config.n_threads = Some(options.threads.max(1));
     config.clone_fd = options.threads > 1;

@@ -35,18 +35,35 @@ pub(crate) fn mounted_at(path: &Path) -> io::Result<MountedAt> {
     Ok(find(&std::fs::read("/proc/self/mountinfo")?, path))
 }
 
-fn find(table: &[u8], path: &Path) -> MountedAt {
-    // Of several at one path the last is on top.
-    let found = table.split(|&byte| byte == b'\n').rev().find_map(|line| {
+/// Whether what is mounted there can be written to.
+pub(crate) fn is_writable(path: &Path) -> io::Result<bool> {
+    let table = std::fs::read("/proc/self/mountinfo")?;
+    Ok(top(&table, path).is_some_and(|top| top.options.split(|&byte| byte == b',').any(|option| option == b"rw")))
+}
+
+/// A line of the table.
+struct Line<'a> {
+    device: &'a [u8],
+    options: &'a [u8],
+    kind: &'a [u8],
+}
+
+/// What is mounted at a path: of several the last is on top.
+fn top<'a>(table: &'a [u8], path: &Path) -> Option<Line<'a>> {
+    table.split(|&byte| byte == b'\n').rev().find_map(|line| {
         let mut fields = line.split(|&byte| byte == b' ');
         let device = fields.nth(2)?;
         let point = fields.nth(1)?;
+        let options = fields.next()?;
         let kind = fields.skip_while(|&field| field != b"-").nth(1)?;
-        (unescape(point).as_bytes() == path.as_os_str().as_bytes()).then_some((device, kind))
-    });
-    match found {
+        (unescape(point).as_bytes() == path.as_os_str().as_bytes()).then_some(Line { device, options, kind })
+    })
+}
+
+fn find(table: &[u8], path: &Path) -> MountedAt {
+    match top(table, path) {
         None => MountedAt::Nothing,
-        Some((device, TYPE)) => MountedAt::Reseal(String::from_utf8_lossy(device).into_owned()),
+        Some(Line { device, kind: TYPE, .. }) => MountedAt::Reseal(String::from_utf8_lossy(device).into_owned()),
         Some(_) => MountedAt::Other,
     }
 }
@@ -114,5 +131,7 @@ mod tests {
         assert_eq!(find(table, Path::new("/mnt/a b")), MountedAt::Reseal("0:50".into()));
         assert_eq!(find(table, Path::new("/mnt/c")), MountedAt::Other);
         assert_eq!(find(table, Path::new("/mnt/d")), MountedAt::Nothing);
+        assert_eq!(top(table, Path::new("/mnt/c")).unwrap().options, b"rw");
+        assert_eq!(top(table, Path::new("/mnt/a b")).unwrap().options, b"ro,nosuid");
     }
 }

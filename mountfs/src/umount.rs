@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::fuse::PID_ATTRIBUTE;
-use crate::mounts::{MountedAt, Unmount, kernel_path, mounted_at, unmount};
+use crate::mounts::{MountedAt, Unmount, is_writable, kernel_path, mounted_at, unmount};
 
 /// How long a mount may be in use by something that is about to end: the last reader, or the copy of one that has not yet
 /// become another program.
@@ -19,6 +19,8 @@ const BUSY: Duration = Duration::from_millis(500);
 const BY_ITSELF: Duration = Duration::from_secs(1);
 /// How long it may take once it was told to.
 const ENDING: Duration = Duration::from_secs(10);
+/// The same where it first makes durable what was written to it: as slow as what the overlay is on.
+const ENDING_DURABLY: Duration = Duration::from_secs(600);
 /// How long a mount may take to name its process. One that does not answer is stopped or broken.
 const ASKING: Duration = Duration::from_secs(2);
 
@@ -33,8 +35,8 @@ pub enum UmountError {
     Busy { path: PathBuf },
     #[error("can't unmount {}: {source}", .path.display())]
     Unmount { path: PathBuf, source: io::Error },
-    #[error("{} is unmounted, but its process {pid} has not ended within {} s", .path.display(), ENDING.as_secs())]
-    StillRunning { path: PathBuf, pid: i32 },
+    #[error("{} is unmounted, but its process {pid} has not ended within {} s", .path.display(), .waited.as_secs())]
+    StillRunning { path: PathBuf, pid: i32, waited: Duration },
 }
 
 /// Unmounts, and waits for the process that served it.
@@ -50,6 +52,7 @@ pub fn umount(mountpoint: &Path) -> Result<(), UmountError> {
     if !matches!(mounted_at(&path).map_err(unseen)?, MountedAt::Reseal(_)) {
         return Err(UmountError::NotMounted { path });
     }
+    let ending = if is_writable(&path).map_err(unseen)? { ENDING_DURABLY } else { ENDING };
     let process = serving_process(&path);
     let began = Instant::now();
     loop {
@@ -63,18 +66,18 @@ pub fn umount(mountpoint: &Path) -> Result<(), UmountError> {
         }
     }
     match process {
-        Some((pid, process)) if !ends(&process) => Err(UmountError::StillRunning { path, pid }),
+        Some((pid, process)) if !ends(&process, ending) => Err(UmountError::StillRunning { path, pid, waited: ending }),
         _ => Ok(()),
     }
 }
 
 /// Waits until a process has ended by itself, and after a while tells it to: a mount that another mount namespace has
 /// copied is still there for the process, though not for the user.
-fn ends(process: &OwnedFd) -> bool {
+fn ends(process: &OwnedFd, ending: Duration) -> bool {
     ended_within(process, BY_ITSELF) || {
         // An error means that it has ended, or is another user's.
         let _ = pidfd_send_signal(process, Signal::TERM);
-        ended_within(process, ENDING)
+        ended_within(process, ending)
     }
 }
 

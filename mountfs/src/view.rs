@@ -1,7 +1,7 @@
 //! The tree that a mount shows, without FUSE: names, attributes, links and contents of its nodes.
 //!
 //! ```text
-//! /VM/TIME/NAME.raw, vm.json, the captured definition
+//! /VM/TIME/NAME.raw, NAME.vmdk, NAME.vhd, vm.json, the captured definition
 //!    /latest -> TIME
 //! ```
 
@@ -14,6 +14,7 @@ use crate::catalog::{Age, Catalog};
 use crate::errno::Fault;
 use crate::files::{Content, OpenPoint};
 use crate::inodes::{MAX_FILES, Node, VmIndex};
+use crate::writable::WrittenDisk;
 
 /// The link to a VM's newest point. No point has this name, for theirs are times.
 const LATEST: &str = "latest";
@@ -45,6 +46,7 @@ pub struct Attributes {
     /// `None`: as long as the mount.
     pub time: Option<Timestamp>,
     pub lasting: Lasting,
+    pub is_writable: bool,
 }
 
 impl Attributes {
@@ -66,34 +68,65 @@ pub struct Child {
 #[derive(Clone)]
 pub enum OpenContent {
     Text(Arc<OpenPoint>, Content),
-    Disk(Arc<OpenPoint>, usize),
+    Disk(Arc<OpenPoint>, usize, Face),
+}
+
+/// How a disk is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Face {
+    Raw,
+    /// With a footer.
+    Vhd,
 }
 
 /// The tree.
 pub struct View {
     catalog: Catalog,
+    /// Where the one restore point that is shown is written to: its disks, by their places in its manifest.
+    written: Vec<Arc<WrittenDisk>>,
 }
 
 fn folder(time: Option<Timestamp>, lasting: Lasting) -> Attributes {
-    Attributes { kind: NodeKind::Folder, size: 0, used: 0, time, lasting }
-}
-
-fn file(point: &OpenPoint, content: Content) -> Attributes {
-    let (size, used) = point.size(content);
-    let time = Some(point.manifest().created);
-    Attributes { kind: NodeKind::File, size, used, time, lasting: Lasting::Fixed }
+    Attributes { kind: NodeKind::Folder, size: 0, used: 0, time, lasting, is_writable: false }
 }
 
 fn link() -> Attributes {
     // As long as every time prints.
     let size = Timestamp(0).to_string().len() as u64;
-    Attributes { kind: NodeKind::Link, size, used: 0, time: None, lasting: Lasting::Changing }
+    Attributes { kind: NodeKind::Link, size, used: 0, time: None, lasting: Lasting::Changing, is_writable: false }
 }
 
 impl View {
     /// The tree of a catalogue.
     pub fn new(catalog: Catalog) -> View {
-        View { catalog }
+        View { catalog, written: Vec::new() }
+    }
+
+    /// The same tree, where the only restore point that it shows is written to. The disks are by their places in its manifest.
+    pub fn with_written(self, written: Vec<Arc<WrittenDisk>>) -> View {
+        View { written, ..self }
+    }
+
+    /// What a disk is written to by.
+    pub(crate) fn written(&self, nth: usize) -> Option<&Arc<WrittenDisk>> {
+        self.written.get(nth)
+    }
+
+    fn file(&self, point: &OpenPoint, content: Content) -> Attributes {
+        let (size, used) = point.size(content);
+        let (written, is_writable) = match content {
+            Content::Disk(nth) => (self.written(nth), true),
+            Content::Vhd(nth) => (self.written(nth), false),
+            Content::Vmdk(_) | Content::Facts | Content::Definition => (None, false),
+        };
+        let (kind, time) = (NodeKind::File, Some(point.manifest().created));
+        match written {
+            None => Attributes { kind, size, used, time, lasting: Lasting::Fixed, is_writable: false },
+            Some(disk) => {
+                let (used, time) = (disk.used(used).min(size), Some(disk.changed()));
+                Attributes { kind, size, used, time, lasting: Lasting::Changing, is_writable }
+            }
+        }
     }
 
     /// A node in words, for the journal.
@@ -132,7 +165,7 @@ impl View {
                 let point = self.catalog.point(vm, number, wait)?;
                 let index = point.find(name).ok_or(Fault::NoEntry)?;
                 let (_, content) = point.file(index).ok_or(Fault::NoEntry)?;
-                Ok((Node::File(vm, number, index), file(&point, content)))
+                Ok((Node::File(vm, number, index), self.file(&point, content)))
             }
             Node::Latest(_) | Node::File(..) => Err(Fault::NotAFolder),
         }
@@ -147,7 +180,7 @@ impl View {
             Node::File(vm, number, index) => {
                 let point = self.catalog.point(vm, number, wait)?;
                 let (_, content) = point.file(index).ok_or(Fault::NoEntry)?;
-                Ok(file(&point, content))
+                Ok(self.file(&point, content))
             }
         }
     }
@@ -181,7 +214,7 @@ impl View {
                 let child = |(index, name, content): (_, &str, _)| Child {
                     name: name.to_owned(),
                     node: Node::File(vm, number, index),
-                    attributes: file(&point, content),
+                    attributes: self.file(&point, content),
                 };
                 Ok(point.files().take(MAX_FILES).map(child).collect())
             }
@@ -212,8 +245,11 @@ impl View {
             Node::File(vm, number, index) => {
                 let point = self.catalog.point(vm, number, wait)?;
                 match point.file(index).ok_or(Fault::NoEntry)?.1 {
-                    Content::Disk(nth) => Ok(OpenContent::Disk(point, nth)),
-                    content @ (Content::Facts | Content::Definition) => Ok(OpenContent::Text(point, content)),
+                    Content::Disk(nth) => Ok(OpenContent::Disk(point, nth, Face::Raw)),
+                    Content::Vhd(nth) => Ok(OpenContent::Disk(point, nth, Face::Vhd)),
+                    content @ (Content::Facts | Content::Definition | Content::Vmdk(_)) => {
+                        Ok(OpenContent::Text(point, content))
+                    }
                 }
             }
             Node::Root | Node::Vm(_) | Node::Point(..) => Err(Fault::IsAFolder),

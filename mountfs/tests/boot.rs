@@ -67,7 +67,7 @@ const DOMAIN: &str = "<?xml version='1.0'?>
     <disk type='file' device='disk'><target dev='sdb' bus='scsi'/><serial>a,b=c</serial></disk>
     <disk type='file' device='disk'><target dev='sdc' bus='usb'/></disk>
     <controller type='scsi' index='0' model='lsilogic'/>
-    <interface type='network'><mac address='52:54:00:aa:BB:01'/><model type='e1000e'/><source network='default'/></interface>
+    <interface type='network'><mac address='52:54:00:aa:BB:01'/><model type='e1000e'/><source network='prodnet'/></interface>
     <interface type='bridge'><mac address='52:54:00:aa:bb:02'/></interface>
     <hostdev mode='subsystem' type='pci'><source><address bus='0x06'/></source></hostdev>
   </devices>
@@ -273,7 +273,7 @@ fn nothing_of_a_definition_reaches_the_command_but_what_is_known() {
     let (machine, _) = machine(&["vda", "sda", "sdb", "sdc"], Some(DOMAIN));
     let words = words(&machine, &Network::User { restricted: true }, &[], &Console::Socket).join("\n");
     for hostile in
-        ["/etc/shadow", "/etc/passwd", "vmlinuz", "/bin/sh", "/tmp/evil", "a,b=c", "/a,b\"", "0x06", "default"]
+        ["/etc/shadow", "/etc/passwd", "vmlinuz", "/bin/sh", "/tmp/evil", "a,b=c", "/a,b\"", "0x06", "prodnet"]
     {
         assert!(!words.contains(hostile), "{hostile}");
     }

@@ -465,7 +465,7 @@ fn nothing_is_in_the_clear() {
 fn a_full_overlay_says_so_and_has_room_again_after_a_discard() {
     let medium = Power::default();
     // The heads, a chunk of the journal and the one that follows, and ten blocks.
-    let overlay = Overlay::create(medium, key(), facts(), (2 + 2 * 256 + 10) * PAGE_U64).unwrap();
+    let overlay = Overlay::create(medium, key(), facts(), (2 + 2 * 128 + 10) * PAGE_U64).unwrap();
     let block = [5; PAGE];
     for nth in 0..10 {
         overlay.write(nth * PAGE_U64, &block, &base).unwrap();
@@ -532,7 +532,7 @@ fn it_works_on_a_file_and_gives_room_back() {
     overlay.discard(0, 64 << 20).unwrap();
     overlay.flush().unwrap();
     let empty = file.metadata().unwrap().blocks() * 512;
-    assert!(empty < 3 << 20, "{empty}");
+    assert!(empty < 2 << 20, "{empty}");
     overlay.write(5 << 20, &bytes, &base).unwrap();
     overlay.close().unwrap();
     let overlay = Overlay::open(file, key(), facts, NO_LIMIT).unwrap();

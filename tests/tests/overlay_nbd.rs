@@ -517,8 +517,8 @@ fn its_files_are_as_the_documents_say() {
 #[test]
 fn a_committed_overlay_reads_as_the_documents_say() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../common/format/tests/golden/disk.overlay");
-    let count = |start: u8| std::array::from_fn(|i| start + u8::try_from(i).unwrap());
-    let (key, id): ([u8; 32], [u8; 16]) = (count(0x11), count(0x21));
+    let key: [u8; 32] = std::array::from_fn(|i| 0x11 + u8::try_from(i).unwrap());
+    let id: [u8; 16] = std::array::from_fn(|i| 0x21 + u8::try_from(i).unwrap());
     let read = reader::read(&fs::read(path).unwrap(), &key, &id);
     assert_eq!((read.disk, read.length, read.flushes), (1, 1 << 40, 2));
     let block: Vec<u8> = (0..4096).map(|i| b"golden bytes "[i * i / 77 % 13]).collect();

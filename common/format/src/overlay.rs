@@ -28,7 +28,7 @@ pub const HEADS: u64 = 2;
 /// Most pages of a batch.
 pub const BATCH_PAGES: usize = 16;
 /// The journal takes its pages in chunks of so many; a batch lies within one.
-pub const CHUNK_PAGES: u64 = 256;
+pub const CHUNK_PAGES: u64 = 128;
 /// Bytes of a batch before its records.
 pub const BATCH_HEADER: usize = 112;
 /// Most bytes of a batch's records.

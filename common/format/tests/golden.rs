@@ -223,6 +223,8 @@ fn overlay() -> Vec<u8> {
         file.extend(bytes);
         link = digest;
     }
+    // Where the next one would be.
+    file.extend([0; PAGE]);
     file
 }
 

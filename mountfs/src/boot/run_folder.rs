@@ -146,6 +146,11 @@ impl RunFolder {
             && matches!(self.try_lock(PROMOTION, FlockOperation::NonBlockingLockShared), Ok(None))
     }
 
+    /// Whether a QEMU runs here.
+    pub fn is_held(&self) -> bool {
+        self.path.exists() && matches!(self.lock(), Ok(None))
+    }
+
     /// The QEMU that runs here: as recorded; or, where who started it was killed before it could, as it says itself.
     pub(super) fn process(&self) -> Result<Option<ProcessId>, BootError> {
         if let Some(record) = self.record()?

@@ -11,14 +11,15 @@ use reseal_format::names::VmName;
 use reseal_mountfs::catalog::Shown;
 use reseal_mountfs::disks::{Disks, There};
 use reseal_mountfs::journal::Journal;
-use reseal_mountfs::mount::{MountError, Mounted, Options};
+use reseal_mountfs::mount::{self, MountError, Mounted, Options};
 use reseal_mountfs::record_watch;
 use reseal_mountfs::signals::StopSignals;
 use reseal_mountfs::umount;
 use reseal_site::Reading;
-use reseal_vault::{Holder, PointSpec, Points, VaultError};
+use reseal_vault::{Holder, Point, PointSpec, Points, VaultError};
 
 use super::background::detached;
+use super::writable::WritableArgs;
 use crate::PROGRAM;
 
 #[derive(Args)]
@@ -34,7 +35,7 @@ pub(crate) struct MountArgs {
     /// Where a mount in the background says what went wrong
     #[arg(long, value_name = "FILE", requires = "background")]
     log: Option<PathBuf>,
-    /// Lets other users read too
+    /// Lets other users read too; only this one writes
     #[arg(long)]
     allow_other: bool,
     /// Memory for opened data, such as 256M or 1G
@@ -46,6 +47,8 @@ pub(crate) struct MountArgs {
     /// How long a reader waits for the vault, or the other site, before it gets an error
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=3600))]
     io_timeout: u32,
+    #[command(flatten)]
+    written: WritableArgs,
 }
 
 pub(crate) fn parse_size(text: &str) -> Result<usize, String> {
@@ -78,8 +81,9 @@ fn serve(common: &CommonArgs, arguments: &MountArgs, detach: Option<Detach>) -> 
     let signals = StopSignals::new().map_err(failed)?;
     let reading = Reading::open(common)?;
     let points = reading.points();
+    let (shown, point) = shown(&*points, arguments.only.as_deref())?;
     let options = Options {
-        shown: shown(&*points, arguments.only.as_deref())?,
+        shown,
         threads: usize::from(arguments.threads),
         io_timeout: Duration::from_secs(arguments.io_timeout.into()),
         allow_other: arguments.allow_other,
@@ -99,7 +103,23 @@ fn serve(common: &CommonArgs, arguments: &MountArgs, detach: Option<Detach>) -> 
         }
     };
     let at = &arguments.mountpoint;
-    let mounted = Mounted::new(points, disks, Some(heads.clone()), at, &options, journal.clone());
+    let written = match (arguments.written.writable, &point) {
+        (false, _) => None,
+        (true, None) => {
+            return Err(Failure::new(Status::Usage, "--writable needs one restore point, such as VM@latest"));
+        }
+        (true, Some(point)) => {
+            // An overlay is made only where it is of use.
+            mount::check(at, &journal).map_err(mount_failure)?;
+            let tenant = match &reading {
+                Reading::Here(opened) => Some(&*opened.tenant),
+                Reading::There(..) => None,
+            };
+            Some(arguments.written.open_files(tenant, &common.paths()?.state, &point.manifest)?)
+        }
+    };
+    let files = written.as_ref().map(|written| written.disks.clone()).unwrap_or_default();
+    let mounted = Mounted::writable(points, disks, Some(heads.clone()), at, &options, journal.clone(), files);
     let mounted = mounted.map_err(mount_failure)?;
     signals.on_signal(mounted.stopper()).map_err(failed)?;
     // What another site does with its keys is seen there: it ends the reading.
@@ -107,27 +127,33 @@ fn serve(common: &CommonArgs, arguments: &MountArgs, detach: Option<Detach>) -> 
         record_watch::watch("mount", opened.tenant.clone(), heads, journal, mounted.stopper()).map_err(failed)?;
     }
     let end = if detach.is_some() { "`reseal umount` ends it" } else { "Ctrl-C ends it" };
-    common.output().say(format!("mounted at {}, decrypted as it is read; {end}", mounted.path().display()));
+    let how = match &written {
+        None => String::new(),
+        Some(written) => format!(", writable; {}", written.where_to()),
+    };
+    common.output().say(format!("mounted at {}, decrypted as it is read{how}; {end}", mounted.path().display()));
     if let Some(detach) = detach {
         detach.detach().map_err(failed)?;
     }
-    mounted.wait().map_err(mount_failure)
+    let ended = mounted.wait().map_err(mount_failure);
+    let closed = written.map_or(Ok(()), |written| written.close());
+    ended.and(closed)
 }
 
-/// What the second argument of `mount` names. A VM's name may hold an `@`, so a VM of that name goes first.
-fn shown(points: &dyn Points, only: Option<&str>) -> Result<Shown, Failure> {
-    let Some(text) = only else { return Ok(Shown::All) };
+/// What the second argument of `mount` names, and the point if it is one. A VM's name may hold an `@`, so a VM of that name goes first.
+fn shown(points: &dyn Points, only: Option<&str>) -> Result<(Shown, Option<Point>), Failure> {
+    let Some(text) = only else { return Ok((Shown::All, None)) };
     if let Ok(vm) = VmName::new(text)
         && points.chain(&vm)?.last() > 0
     {
-        return Ok(Shown::Vm(vm));
+        return Ok((Shown::Vm(vm), None));
     }
     if !text.contains('@') {
         let vm = VmName::new(text).map_err(|e| Failure::of(Status::Usage, &e))?;
         return Err(VaultError::NoVm { vm }.into());
     }
     let point = points.resolve(&PointSpec::parse(text)?)?;
-    Ok(Shown::Point(point.manifest.vm, point.manifest.number))
+    Ok((Shown::Point(point.manifest.vm.clone(), point.manifest.number), Some(point)))
 }
 
 fn mount_failure(error: MountError) -> Failure {

@@ -8,8 +8,9 @@ use reseal_cli::{Failure, Output, Status, parse_size};
 use reseal_format::ids::OverlayId;
 use reseal_format::manifest::Manifest;
 use reseal_format::names::DiskName;
+use reseal_mountfs::overlay::{OverlayError, Unflushed};
 use reseal_mountfs::writable::{
-    Folder, LEAST, Opened, OverlayDisk, OverlayPlace, WritableError, WritableExports, overlays_folder,
+    Folder, LEAST, Opened, OverlayDisk, OverlayPlace, WritableError, WritableExports, WrittenDisk, overlays_folder,
 };
 use reseal_nbd::server::{Exports, export_name};
 use reseal_vault::{Tenant, random};
@@ -31,6 +32,9 @@ pub(crate) struct WritableArgs {
     /// Only disks that were not moved elsewhere, instead of none where one was.
     #[arg(skip)]
     left: bool,
+    /// What becomes of writes that are not flushed when this process is killed.
+    #[arg(skip)]
+    unflushed: Unflushed,
 }
 
 pub(crate) fn parse_limit(text: &str) -> Result<u64, String> {
@@ -40,7 +44,7 @@ pub(crate) fn parse_limit(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Disks that are written to.
+/// Disks that are written to by clients.
 pub(crate) struct Written {
     pub(crate) id: OverlayId,
     /// Where the overlay is kept; none if it is not.
@@ -51,6 +55,15 @@ pub(crate) struct Written {
     _folder: Option<Folder>,
 }
 
+/// Disks that are written to as files.
+pub(crate) struct WrittenFiles {
+    folder: Option<PathBuf>,
+    is_new: bool,
+    /// In the order of the manifest.
+    pub(crate) disks: Vec<Arc<WrittenDisk>>,
+    _folder: Option<Folder>,
+}
+
 fn failure(error: &WritableError) -> Failure {
     Failure::of(error.class().into(), error)
 }
@@ -58,12 +71,18 @@ fn failure(error: &WritableError) -> Failure {
 impl WritableArgs {
     /// What was said by other options.
     pub(crate) fn of(overlay: Option<PathBuf>, overlay_limit: Option<u64>, one_time: bool) -> WritableArgs {
-        WritableArgs { writable: true, overlay, overlay_limit, one_time, left: false }
+        let unflushed = Unflushed::Lost;
+        WritableArgs { writable: true, overlay, overlay_limit, one_time, left: false, unflushed }
     }
 
     /// The same, of those disks only that are still on the overlay.
     pub(crate) fn left(self) -> WritableArgs {
         WritableArgs { left: true, ..self }
+    }
+
+    /// The same, for clients that live on when this process is killed.
+    pub(crate) fn keeping(self, unflushed: Unflushed) -> WritableArgs {
+        WritableArgs { unflushed, ..self }
     }
 
     /// Opens the overlays of a point's disks, or of `only` that one, over what `points` has of it. There is a tenant where this
@@ -76,9 +95,7 @@ impl WritableArgs {
         only: Option<&DiskName>,
         points: &dyn Exports,
     ) -> Result<Written, Failure> {
-        let place = self.place(tenant, state)?;
-        let limit = self.overlay_limit.unwrap_or(u64::MAX);
-        let opened = Opened::open(tenant, point, only, &place, limit).map_err(|e| failure(&e))?;
+        let opened = self.overlays(tenant, state, point, only)?;
         let (id, is_new, path) = (opened.id(), opened.is_new(), opened.folder().map(Path::to_owned));
         let (overlays, folder) = opened.into_parts();
         let mut disks = Vec::new();
@@ -88,6 +105,32 @@ impl WritableArgs {
             disks.push(Arc::new(OverlayDisk::new(name, base, overlay).map_err(|e| failed(&e))?));
         }
         Ok(Written { id, folder: path, is_new, disks, _folder: folder })
+    }
+
+    /// Opens the overlays of all disks of a point, which a mount lays over what it reads.
+    pub(crate) fn open_files(
+        &self,
+        tenant: Option<&Tenant>,
+        state: &Path,
+        point: &Manifest,
+    ) -> Result<WrittenFiles, Failure> {
+        let opened = self.overlays(tenant, state, point, None)?;
+        let (is_new, path) = (opened.is_new(), opened.folder().map(Path::to_owned));
+        let (overlays, folder) = opened.into_parts();
+        let disks = overlays.into_iter().map(|(name, overlay)| Arc::new(WrittenDisk::new(name, overlay)));
+        Ok(WrittenFiles { folder: path, is_new, disks: disks.collect(), _folder: folder })
+    }
+
+    fn overlays(
+        &self,
+        tenant: Option<&Tenant>,
+        state: &Path,
+        point: &Manifest,
+        only: Option<&DiskName>,
+    ) -> Result<Opened, Failure> {
+        let place = self.place(tenant, state)?;
+        let limit = self.overlay_limit.unwrap_or(u64::MAX);
+        Opened::open_keeping(tenant, point, only, &place, limit, self.unflushed).map_err(|e| failure(&e))
     }
 
     fn place(&self, tenant: Option<&Tenant>, state: &Path) -> Result<OverlayPlace, Failure> {
@@ -116,28 +159,46 @@ impl Written {
 
     /// Says where it is, and what ends it.
     pub(crate) fn say(&self, output: Output, end: &str) {
-        let where_to = match (&self.folder, self.is_new) {
-            (None, _) => "what is written is gone with this process".to_owned(),
-            (Some(folder), true) => format!("what is written goes to {}", folder.display()),
-            (Some(folder), false) => format!("goes on with the overlay in {}", folder.display()),
-        };
+        let where_to = where_to(self.folder.as_deref(), self.is_new);
         output.say(format!("writable, decrypted as it is read; {where_to}; {end}"));
     }
 
     /// Makes all durable. What comes afterwards gets errors.
     pub(crate) fn close(&self) -> Result<(), Failure> {
-        let mut failed = None;
-        for disk in &self.disks {
-            if let Err(e) = disk.close() {
-                failed = Some(WritableError::Overlay {
-                    folder: self.folder.clone().unwrap_or_default(),
-                    disk: disk.disk_name().clone(),
-                    source: Box::new(e),
-                });
-            }
-        }
-        failed.map_or(Ok(()), |e| Err(failure(&e)))
+        close(self.folder.as_deref(), self.disks.iter().map(|disk| (disk.disk_name(), disk.close())))
     }
+}
+
+impl WrittenFiles {
+    /// What becomes of what is written.
+    pub(crate) fn where_to(&self) -> String {
+        where_to(self.folder.as_deref(), self.is_new)
+    }
+
+    /// Makes all durable. What comes afterwards gets errors.
+    pub(crate) fn close(&self) -> Result<(), Failure> {
+        close(self.folder.as_deref(), self.disks.iter().map(|disk| (disk.name(), disk.close())))
+    }
+}
+
+fn where_to(folder: Option<&Path>, is_new: bool) -> String {
+    match (folder, is_new) {
+        (None, _) => "what is written is gone with this process".to_owned(),
+        (Some(folder), true) => format!("what is written goes to {}", folder.display()),
+        (Some(folder), false) => format!("goes on with the overlay in {}", folder.display()),
+    }
+}
+
+/// The last failure of disks that were all closed.
+fn close<'a>(
+    folder: Option<&Path>,
+    closed: impl Iterator<Item = (&'a DiskName, Result<(), OverlayError>)>,
+) -> Result<(), Failure> {
+    let failed = closed.filter_map(|(disk, closed)| Some((disk, closed.err()?))).last();
+    failed.map_or(Ok(()), |(disk, e)| {
+        let folder = folder.unwrap_or_else(|| Path::new("")).to_owned();
+        Err(failure(&WritableError::Overlay { folder, disk: disk.clone(), source: Box::new(e) }))
+    })
 }
 
 #[cfg(test)]

@@ -71,9 +71,58 @@ pub(super) struct Dirty {
     /// Pages that the last flush still needs, and this one does not; those of blocks that were discarded apart.
     pub(super) freed: Vec<u64>,
     pub(super) discarded: Vec<u64>,
+    /// Where the journal is told of each write.
+    pub(super) untold: Option<Untold>,
+}
+
+/// What of it the journal was not told yet.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Untold {
+    pub(super) zeros: Ranges,
+    pub(super) blocks: BTreeSet<u64>,
+    /// Pages that what the journal was told still needs.
+    pub(super) freed: Vec<u64>,
 }
 
 impl Dirty {
+    /// A block has another page now; the one that it had, if nothing needs that any more.
+    pub(super) fn write(&mut self, block: u64, before: Option<u64>) -> Option<u64> {
+        let is_new = self.blocks.insert(block);
+        let untold = self.untold.as_mut().and_then(|untold| untold.blocks.insert(block).then_some(untold));
+        match (before?, untold) {
+            (page, _) if is_new => self.freed.push(page),
+            (page, Some(untold)) => untold.freed.push(page),
+            // Neither a flush nor the journal has seen it.
+            (page, None) => return Some(page),
+        }
+        None
+    }
+
+    /// Blocks are zeros now, of which some had pages; those of them that nothing needs any more.
+    pub(super) fn clear(&mut self, start: u64, end: u64, had: &[(u64, Place)]) -> Vec<u64> {
+        let mut free = Vec::new();
+        for (block, place) in had {
+            let is_flushed = !self.blocks.remove(block);
+            let untold = self.untold.as_mut().and_then(|untold| (!untold.blocks.remove(block)).then_some(untold));
+            match untold {
+                _ if is_flushed => self.discarded.push(place.page),
+                Some(untold) => untold.freed.push(place.page),
+                None => free.push(place.page),
+            }
+        }
+        self.zeros.add(start, end);
+        if let Some(untold) = &mut self.untold {
+            untold.zeros.add(start, end);
+        }
+        free
+    }
+
+    /// All of it; what comes from now on is apart.
+    pub(super) fn take(&mut self) -> Dirty {
+        let untold = self.untold.as_ref().map(|_| Untold::default());
+        std::mem::replace(self, Dirty { untold, ..Dirty::default() })
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.zeros.is_empty() && self.blocks.is_empty()
     }
@@ -84,6 +133,22 @@ impl Dirty {
         self.blocks.extend(earlier.blocks);
         self.freed.extend(earlier.freed);
         self.discarded.extend(earlier.discarded);
+        if let (Some(untold), Some(earlier)) = (&mut self.untold, earlier.untold) {
+            untold.put_back(earlier);
+        }
+    }
+}
+
+impl Untold {
+    pub(super) fn is_empty(&self) -> bool {
+        self.zeros.is_empty() && self.blocks.is_empty()
+    }
+
+    /// What was taken to be told and was not, before what came since.
+    pub(super) fn put_back(&mut self, earlier: Untold) {
+        earlier.zeros.iter().for_each(|(start, end)| self.zeros.add(start, end));
+        self.blocks.extend(earlier.blocks);
+        self.freed.extend(earlier.freed);
     }
 }
 

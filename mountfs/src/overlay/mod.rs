@@ -5,6 +5,7 @@
 //! discard → zeros                          ├ map, and what of it has changed      (map, space)
 //! read → page, zeros, or the restore point ┘
 //! flush → what has changed, as batches of the journal → one fdatasync → the pages that nothing needs are free   (journal)
+//! write → told to the journal at once, where a guest outlives the process (`Unflushed`), and durable no sooner   (journal)
 //! open → head → batches → map; the last flush counts if all of it is there, one before it that is not is damage (recovery)
 //! ```
 //!
@@ -87,6 +88,18 @@ pub type BaseError = Box<dyn std::error::Error + Send + Sync>;
 /// What is under an overlay: fills the buffer from an offset on.
 pub type Base<'a> = dyn Fn(u64, &mut [u8]) -> Result<(), BaseError> + 'a;
 
+/// What becomes of writes that were not flushed when the process ends, and the power does not go.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Unflushed {
+    /// They are lost, as with a power cut.
+    #[default]
+    Lost,
+    /// The journal is told of each write before it is answered, so that whoever opens the overlay next can take them up.
+    Kept,
+    /// The same, and what the process before had kept is taken up: whoever was told by that one that something is written goes on.
+    TakenUp,
+}
+
 /// What is at some bytes of a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layer {
@@ -129,13 +142,36 @@ fn failed(action: &'static str) -> impl Fn(io::Error) -> OverlayError {
 impl<M: Medium> Overlay<M> {
     /// Makes an overlay on an empty medium, which may have at most about `limit` bytes.
     pub fn create(medium: M, key: OverlayKey, facts: Facts, limit: u64) -> Result<Overlay<M>, OverlayError> {
+        Overlay::create_keeping(medium, key, facts, limit, Unflushed::Lost)
+    }
+
+    /// The same, where it matters what becomes of writes that are not flushed.
+    pub fn create_keeping(
+        medium: M,
+        key: OverlayKey,
+        facts: Facts,
+        limit: u64,
+        unflushed: Unflushed,
+    ) -> Result<Overlay<M>, OverlayError> {
         recovery::create(&medium, &key, &facts)?;
-        Overlay::open(medium, key, facts, limit)
+        Overlay::open_keeping(medium, key, facts, limit, unflushed)
     }
 
     /// Opens an overlay, with all that was flushed.
     pub fn open(medium: M, key: OverlayKey, facts: Facts, limit: u64) -> Result<Overlay<M>, OverlayError> {
-        let recovered = recovery::recover(&medium, &key, &facts)?;
+        Overlay::open_keeping(medium, key, facts, limit, Unflushed::Lost)
+    }
+
+    /// The same, where it matters what becomes of writes that are not flushed.
+    pub fn open_keeping(
+        medium: M,
+        key: OverlayKey,
+        facts: Facts,
+        limit: u64,
+        unflushed: Unflushed,
+    ) -> Result<Overlay<M>, OverlayError> {
+        let recovered = recovery::recover(&medium, &key, &facts, unflushed == Unflushed::TakenUp)?;
+        let untold = (unflushed != Unflushed::Lost).then(map::Untold::default);
         let mut space = Space::new(limit / PAGE_U64);
         space.take(0, HEADS);
         let pages = recovered.journal.chunks().chain(recovered.map.blocks().map(|(_, place)| (place.page, 1)));
@@ -152,7 +188,7 @@ impl<M: Medium> Overlay<M> {
             key,
             sessions,
             counter: AtomicU64::new(0),
-            state: RwLock::new(State { map: recovered.map, dirty: Dirty::default(), space }),
+            state: RwLock::new(State { map: recovered.map, dirty: Dirty { untold, ..Dirty::default() }, space }),
             journal: Mutex::new(recovered.journal),
             stripes: (0..STRIPES).map(|_| Mutex::default()).collect(),
             is_broken: AtomicBool::new(false),
@@ -173,6 +209,11 @@ impl<M: Medium> Overlay<M> {
     /// Bytes that it takes.
     pub fn used(&self) -> u64 {
         self.state.read().space.used() * PAGE_U64
+    }
+
+    /// Bytes of the disk that are in it.
+    pub fn written(&self) -> u64 {
+        self.state.read().map.len() as u64 * PAGE_U64
     }
 
     /// Whether it still answers.
@@ -296,7 +337,13 @@ impl<M: Medium> Overlay<M> {
             self.write_run(at, &bytes[done..done + length], base)?;
             done += length;
         }
-        Ok(())
+        self.tell()
+    }
+
+    /// Tells the journal of what was written, if it is to know that before the next flush.
+    fn tell(&self) -> Result<(), OverlayError> {
+        let is_untold = self.state.read().dirty.untold.as_ref().is_some_and(|untold| !untold.is_empty());
+        if is_untold { self.journal.lock().tell(self) } else { Ok(()) }
     }
 
     /// Writes what is within one stretch.
@@ -346,12 +393,8 @@ impl<M: Medium> Overlay<M> {
             for (nth, tag) in (0..).zip(tags) {
                 let place = Place { page: page + nth, session: number, counter: counter + nth, tag };
                 let before = map.put(block + nth, place);
-                let is_new = dirty.blocks.insert(block + nth);
-                match before {
-                    Some(before) if is_new => dirty.freed.push(before.page),
-                    // No flush has seen it.
-                    Some(before) => space.release(before.page, 1),
-                    None => {}
+                if let Some(page) = dirty.write(block + nth, before.map(|before| before.page)) {
+                    space.release(page, 1);
                 }
             }
             block += count;
@@ -393,17 +436,14 @@ impl<M: Medium> Overlay<M> {
         if first >= end {
             return Ok(());
         }
-        let _stripes = self.lock(first, end);
-        let mut state = self.state.write();
-        let State { map, dirty, space } = &mut *state;
-        for (block, place) in map.clear(first, end) {
-            match dirty.blocks.remove(&block) {
-                true => space.release(place.page, 1),
-                false => dirty.discarded.push(place.page),
-            }
+        {
+            let _stripes = self.lock(first, end);
+            let mut state = self.state.write();
+            let State { map, dirty, space } = &mut *state;
+            let had = map.clear(first, end);
+            dirty.clear(first, end, &had).into_iter().for_each(|page| space.release(page, 1));
         }
-        dirty.zeros.add(first, end);
-        Ok(())
+        self.tell()
     }
 
     /// Makes all durable that was written before.

@@ -5,6 +5,8 @@
 //! batches, too, but never of a later flush, for sequences never go back: the flush that is made next begins with the sequence of the one
 //! that was lost.
 
+use std::collections::BTreeMap;
+
 use reseal_format::FormatError;
 use reseal_format::keys::KEY;
 use reseal_format::overlay::{
@@ -54,8 +56,16 @@ pub(super) fn create<M: Medium>(medium: &M, key: &OverlayKey, facts: &Facts) -> 
     let Facts { overlay, point, disk, length } = *facts;
     let (sequence, link) = (1, [0; LINK]);
     let head = Head { overlay, generation: 0, point, disk, length, journal: start, sequence, link };
-    let journal =
-        Journal { head, sequence, link, at: start, chunks: vec![start], ahead: Some(ahead), sessions: vec![random()?] };
+    let journal = Journal {
+        head,
+        sequence,
+        first: sequence,
+        link,
+        at: start,
+        chunks: vec![start],
+        ahead: Some(ahead),
+        sessions: vec![random()?],
+    };
     medium.reserve(0, (ahead + CHUNK_PAGES) * PAGE_U64).map_err(failed("make room in"))?;
     for (page, bytes) in journal.first(key, facts) {
         medium.write_at(page * PAGE_U64, &bytes).map_err(failed("write to"))?;
@@ -71,20 +81,20 @@ pub(super) fn create<M: Medium>(medium: &M, key: &OverlayKey, facts: &Facts) -> 
 
 /// The head that counts, and whether the other copy leads elsewhere, or nowhere.
 fn head<M: Medium>(medium: &M, key: &OverlayKey, facts: &Facts) -> Result<(Head, bool), OverlayError> {
-    let mut found = [None; HEADS as usize];
+    let mut found = Vec::new();
     let mut wrong = FormatError::Malformed("has no head");
-    for (copy, found) in (0..).zip(&mut found) {
+    for copy in 0..HEADS {
         let mut page = [0; PAGE];
         medium.read_at(copy * PAGE_U64, &mut page).map_err(failed("read"))?;
         match Head::open(key, &page) {
-            Ok(head) => *found = Some(head),
+            Ok(head) => found.push(head),
             Err(e) => wrong = e,
         }
     }
-    let best = found.iter().flatten().max_by_key(|head| head.generation);
+    let best = found.iter().max_by_key(|head| head.generation);
     let head = *best.ok_or(OverlayError::Damaged { what: "the head".into(), source: wrong })?;
     let is_same = |other: &Head| Head { generation: head.generation, ..*other } == head;
-    let lacks_head = !found.iter().all(|copy| copy.as_ref().is_some_and(is_same));
+    let lacks_head = found.len() < 2 || !found.iter().all(is_same);
     match head {
         Head { overlay, .. } if overlay != facts.overlay => Err(OverlayError::Another("it has another id")),
         Head { point, .. } if point != facts.point => Err(OverlayError::Another("it is of another restore point")),
@@ -94,12 +104,14 @@ fn head<M: Medium>(medium: &M, key: &OverlayKey, facts: &Facts) -> Result<(Head,
     }
 }
 
-/// The flush that begins at a position; `None` where there is none that is whole.
+/// The flush that begins at a position; `None` where there is none that is whole. One that never ended, but of which something was told,
+/// counts only where `is_any` says so.
 fn read_flush<M: Medium>(
     medium: &M,
     key: &OverlayKey,
     facts: &Facts,
     position: &Position,
+    is_any: bool,
 ) -> Result<Option<Flush>, OverlayError> {
     let pages = medium.length().map_err(failed("read"))? / PAGE_U64;
     let (mut after, mut records) = (position.clone(), Vec::new());
@@ -108,12 +120,13 @@ fn read_flush<M: Medium>(
         let here = pages.saturating_sub(after.at).min(BATCH_PAGES as u64);
         let read = &mut bytes[..usize::try_from(here).unwrap_or(0) * PAGE];
         medium.read_at(after.at * PAGE_U64, read).map_err(failed("read"))?;
-        let Some(start) = read.first_chunk::<BATCH_HEADER>() else { return Ok(None) };
-        let Some((header, length)) = BatchHeader::decode(start) else { return Ok(None) };
-        if (header.sequence, header.link) != (after.sequence, after.link) {
-            return Ok(None);
-        }
-        let Ok((more, link)) = header.open(key, &facts.overlay, read, length) else { return Ok(None) };
+        let decoded = read.first_chunk::<BATCH_HEADER>().and_then(BatchHeader::decode);
+        let next = decoded.filter(|(header, _)| (header.sequence, header.link) == (after.sequence, after.link));
+        let opened =
+            next.and_then(|(header, length)| Some((header, header.open(key, &facts.overlay, read, length).ok()?)));
+        let Some((header, (more, link))) = opened else {
+            return Ok((is_any && after.sequence != position.sequence).then_some(Flush { records, after }));
+        };
         records.extend(more);
         // Authenticated from here on.
         after.ahead = Some(header.ahead);
@@ -164,7 +177,8 @@ fn is_followed<M: Medium>(
     Ok(false)
 }
 
-/// Whether all blocks of a flush are as it says.
+/// Whether all blocks of a flush are as it says. It may tell of one several times; then the last counts, and the pages of the others may
+/// have been used again.
 fn is_whole<M: Medium>(
     medium: &M,
     key: &OverlayKey,
@@ -174,20 +188,26 @@ fn is_whole<M: Medium>(
 ) -> Result<bool, OverlayError> {
     let mut sessions = sessions.to_vec();
     let pages = medium.length().map_err(failed("read"))? / PAGE_U64;
-    let (mut sealed, mut plain) = ([0; PAGE], reseal_vault::wipe::Secret(vec![0; PAGE]));
+    let mut last = BTreeMap::new();
     for record in records {
-        match record {
-            Record::Session { number, salt } => put_session(&mut sessions, *number, *salt)?,
-            Record::Block { block, page, session, counter, tag } => {
-                let salt = usize::try_from(*session).ok().and_then(|session| sessions.get(session));
-                let Some(salt) = salt.filter(|_| *page < pages) else { return Ok(false) };
-                medium.read_at(page * PAGE_U64, &mut sealed).map_err(failed("read"))?;
-                let key = BlockKey::new(key, &facts.overlay, salt);
-                if key.open(*counter, *block, tag, &sealed, &mut plain.0).is_err() {
-                    return Ok(false);
-                }
+        match *record {
+            Record::Block { block, .. } => drop(last.insert(block, record)),
+            Record::Zeros { block, count } => {
+                let mut rest = last.split_off(&block);
+                last.append(&mut rest.split_off(&block.saturating_add(count)));
             }
-            Record::Zeros { .. } => {}
+            Record::Session { number, salt } => put_session(&mut sessions, number, salt)?,
+        }
+    }
+    let (mut sealed, mut plain) = ([0; PAGE], reseal_vault::wipe::Secret(vec![0; PAGE]));
+    for record in last.into_values() {
+        let Record::Block { block, page, session, counter, tag } = *record else { continue };
+        let salt = usize::try_from(session).ok().and_then(|session| sessions.get(session));
+        let Some(salt) = salt.filter(|_| page < pages) else { return Ok(false) };
+        medium.read_at(page * PAGE_U64, &mut sealed).map_err(failed("read"))?;
+        let key = BlockKey::new(key, &facts.overlay, salt);
+        if key.open(counter, block, &tag, &sealed, &mut plain.0).is_err() {
+            return Ok(false);
         }
     }
     Ok(true)
@@ -221,8 +241,13 @@ fn apply(map: &mut Map, sessions: &mut Vec<[u8; KEY]>, records: &[Record], block
     Ok(())
 }
 
-/// Reads what there is.
-pub(super) fn recover<M: Medium>(medium: &M, key: &OverlayKey, facts: &Facts) -> Result<Recovered, OverlayError> {
+/// Reads what there is; and what a process that was killed had told of and not flushed, if that is to be taken up.
+pub(super) fn recover<M: Medium>(
+    medium: &M,
+    key: &OverlayKey,
+    facts: &Facts,
+    takes_up: bool,
+) -> Result<Recovered, OverlayError> {
     let (head, lacks_head) = head(medium, key, facts)?;
     let blocks = facts.length.div_ceil(PAGE_U64);
     let start = Position {
@@ -234,20 +259,28 @@ pub(super) fn recover<M: Medium>(medium: &M, key: &OverlayKey, facts: &Facts) ->
     };
     let (mut map, mut sessions) = (Map::default(), Vec::new());
     // With the first the head was written: it is durable, or nothing is.
-    let Some(first) = read_flush(medium, key, facts, &start)? else {
+    let Some(first) = read_flush(medium, key, facts, &start, false)? else {
         return Err(damaged("the journal", "does not begin as its head says"));
     };
     apply(&mut map, &mut sessions, &first.records, blocks)?;
     let mut position = first.after;
-    let mut next = read_flush(medium, key, facts, &position)?;
+    let mut next = read_flush(medium, key, facts, &position, false)?;
     while let Some(flush) = next {
-        next = read_flush(medium, key, facts, &flush.after)?;
+        next = read_flush(medium, key, facts, &flush.after, false)?;
         // Only the last may have been under way when the power went.
         if next.is_none() && !is_whole(medium, key, facts, &sessions, &flush.records)? {
             break;
         }
         apply(&mut map, &mut sessions, &flush.records, blocks)?;
         position = flush.after;
+    }
+    let first = position.sequence;
+    if takes_up && let Some(told) = read_flush(medium, key, facts, &position, true)? {
+        if !is_whole(medium, key, facts, &sessions, &told.records)? {
+            return Err(damaged("what was written and not flushed", "is not as the journal says"));
+        }
+        apply(&mut map, &mut sessions, &told.records, blocks)?;
+        position = told.after;
     }
     if is_followed(medium, key, facts, &position)? {
         return Err(OverlayError::Lost { sequence: position.sequence });
@@ -256,6 +289,6 @@ pub(super) fn recover<M: Medium>(medium: &M, key: &OverlayKey, facts: &Facts) ->
     medium.sync().map_err(failed("make durable"))?;
     sessions.push(random()?);
     let Position { at, sequence, link, chunks, ahead } = position;
-    let journal = Journal { head, sequence, link, at, chunks, ahead, sessions: sessions.clone() };
+    let journal = Journal { head, sequence, first, link, at, chunks, ahead, sessions: sessions.clone() };
     Ok(Recovered { map, journal, sessions, lacks_head })
 }

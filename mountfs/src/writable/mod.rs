@@ -3,6 +3,7 @@
 //! ```text
 //! folder: overlay.json, lock, a file a disk → the key, from a note of the vault → overlays → disks → exports
 //! (folder, document)                          (key)                 (opened)     (disk)   (exports)
+//!                                                                   overlays → disks of a mount (mounted)
 //! moved → which disks are elsewhere by now, and so are not opened                   (moved)
 //! list → what there is; drop → files and key go                                                     (list)
 //! ```
@@ -16,6 +17,7 @@ mod exports;
 mod folder;
 mod key;
 mod list;
+mod mounted;
 mod moved;
 mod opened;
 
@@ -25,5 +27,6 @@ pub use exports::WritableExports;
 pub use folder::{Folder, FolderError};
 pub use key::drop_key;
 pub use list::{Found, find, found_at, in_state, overlays_folder};
+pub use mounted::{Edges, Under, WrittenDisk};
 pub use moved::{Moved, MovedDisk};
 pub use opened::{LEAST, Opened, OverlayPlace, WritableError};

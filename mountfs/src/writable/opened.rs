@@ -13,9 +13,9 @@ use super::document::{Document, DocumentDisk, VERSION};
 use super::folder::{Folder, FolderError, make, nameless};
 use super::key;
 use super::moved::Moved;
-use crate::overlay::{Facts, Overlay, OverlayError};
+use crate::overlay::{Facts, Overlay, OverlayError, Unflushed};
 
-/// Least that an overlay can do anything with: its heads and its journal take 2 MiB.
+/// Least that an overlay can do anything with: its heads and its journal take 1 MiB.
 pub const LEAST: u64 = 4 << 20;
 
 /// Where overlays are, and for how long.
@@ -100,6 +100,18 @@ impl Opened {
         place: &OverlayPlace,
         limit: u64,
     ) -> Result<Opened, WritableError> {
+        Opened::open_keeping(tenant, point, only, place, limit, Unflushed::Lost)
+    }
+
+    /// The same, where it matters what becomes of writes that are not flushed. Of what nobody keeps it does not.
+    pub fn open_keeping(
+        tenant: Option<&Tenant>,
+        point: &Manifest,
+        only: Option<&DiskName>,
+        place: &OverlayPlace,
+        limit: u64,
+        unflushed: Unflushed,
+    ) -> Result<Opened, WritableError> {
         let is_wanted = |name: &DiskName| only.is_none_or(|only| only == name);
         match (place, tenant) {
             (OverlayPlace::OneTime(folder), _) => one_time(point, is_wanted, folder, limit),
@@ -114,8 +126,8 @@ impl Opened {
                     return Err(WritableError::Moved { folder, disk, target });
                 }
                 match Folder::document(path)? {
-                    Some(document) => go_on(tenant, point, is_left, folder, &document, limit),
-                    None => begin(tenant, point, is_wanted, folder, limit),
+                    Some(document) => go_on(tenant, point, is_left, folder, &document, (limit, unflushed)),
+                    None => begin(tenant, point, is_wanted, folder, (limit, unflushed)),
                 }
             }
         }
@@ -184,7 +196,7 @@ fn begin(
     point: &Manifest,
     is_wanted: impl Fn(&DiskName) -> bool,
     folder: Folder,
-    limit: u64,
+    (limit, unflushed): (u64, Unflushed),
 ) -> Result<Opened, WritableError> {
     folder.clear()?;
     // A folder that was named by an id in the state folder has that one.
@@ -195,7 +207,8 @@ fn begin(
         let named_disk = DocumentDisk { name: disk.name.clone(), length: disk.length, id: random_id()? };
         let failed = |source| in_overlay(folder.path(), disk, source);
         let file = folder.create_file(&named_disk.file_name())?;
-        let overlay = Overlay::create(file, copy(&key), facts(point, nth, disk, named_disk.id), limit);
+        let overlay =
+            Overlay::create_keeping(file, copy(&key), facts(point, nth, disk, named_disk.id), limit, unflushed);
         let overlay = overlay.map_err(failed)?;
         match is_wanted(&disk.name) {
             true => disks.push((disk.name.clone(), overlay)),
@@ -230,7 +243,7 @@ fn go_on(
     is_wanted: impl Fn(&DiskName) -> bool,
     folder: Folder,
     document: &Document,
-    limit: u64,
+    (limit, unflushed): (u64, Unflushed),
 ) -> Result<Opened, WritableError> {
     let path = || folder.path().to_owned();
     let is_same = document.vault_id == tenant.keys().scope().vault
@@ -263,7 +276,8 @@ fn go_on(
         if is_wanted(&disk.name) {
             let failed = |source| in_overlay(folder.path(), disk, source);
             let file = folder.open_file(&named.file_name())?;
-            let overlay = Overlay::open(file, copy(&key), facts(point, nth, disk, named.id), limit).map_err(failed)?;
+            let overlay = Overlay::open_keeping(file, copy(&key), facts(point, nth, disk, named.id), limit, unflushed)
+                .map_err(failed)?;
             disks.push((disk.name.clone(), overlay));
         }
     }

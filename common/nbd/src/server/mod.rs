@@ -50,6 +50,9 @@ use stream::{Receiving, Sending, Stream};
 /// Longest read that is answered, and longest write that is taken.
 pub const MAX_READ: u32 = 32 << 20;
 
+/// Threads for one client at least: more than there may be cores, for some wait for the storage, or for a flush.
+const THREADS: usize = 8;
+
 /// Whether a client that came in the clear gets TLS.
 #[derive(Clone)]
 pub enum StartTls {
@@ -78,7 +81,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Limits {
         Limits {
-            threads: std::thread::available_parallelism().map_or(2, usize::from).max(2),
+            threads: std::thread::available_parallelism().map_or(THREADS, usize::from).max(THREADS),
             max_read: MAX_READ,
             in_flight: 64 << 20,
             handshake: Duration::from_secs(30),

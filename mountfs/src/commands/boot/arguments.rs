@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::Args;
 use reseal_cli::{Failure, Output, Status, parse_size, swap_in_the_clear};
+use reseal_format::ids::OverlayId;
 use reseal_mountfs::boot::{
     AccelChoice, BootError, Bus, Console, Described, Firmware, Forward, Host, MAX_CPUS, Machine, Network, Overrides,
     RunFolder, ScsiModel, Setup, command, host_size,
@@ -157,6 +158,11 @@ impl BootArgs {
     /// The overlay's folder, where it is named.
     pub(super) fn overlay(&self) -> Option<&Path> {
         self.overlay.as_deref()
+    }
+
+    /// The overlay's id, where it is there.
+    pub(super) fn overlay_id(&self) -> Option<OverlayId> {
+        Some(Folder::document(self.overlay()?).ok()??.id)
     }
 
     /// The restore point. The latest, where an overlay is gone on with, is the one that was the latest then.

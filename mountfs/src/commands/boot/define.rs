@@ -12,6 +12,7 @@ use reseal_mountfs::boot::{
     BootError, DomainSetup, DomainState, Host, Machine, RunFolder, Virsh, domain_xml, refuse_network,
 };
 use reseal_mountfs::journal::Journal;
+use reseal_mountfs::overlay::Unflushed;
 use serde::Serialize;
 
 use super::RECONNECT;
@@ -73,7 +74,16 @@ pub(super) fn run(
     let (attended, wanted) = attend(common, arguments, &journal)?;
     let (machine, host) = arguments.machine(&attended.point, output)?;
     let name = name(given, &machine)?;
-    let (served, folder) = Served::start(&attended.opened, &attended.point, arguments, &journal)?;
+    // A guest that still runs was told that things are written.
+    let socket = arguments.overlay_id().map(|id| RunFolder::of(&id).nbd());
+    let lives = match socket {
+        Some(socket) => {
+            Virsh.has(&name, &socket.to_string_lossy()).map_err(|e| failure(&e))? == Some(true) && !is_off(&name)
+        }
+        None => false,
+    };
+    let unflushed = if lives { Unflushed::TakenUp } else { Unflushed::Kept };
+    let (served, folder) = Served::keeping(&attended.opened, &attended.point, arguments, &journal, unflushed)?;
     let defined = xml(arguments, &name, &machine, &host, &folder).and_then(|xml| define(&name, &xml, &folder));
     let resumed = match defined {
         Ok(resumed) => resumed,
@@ -140,6 +150,11 @@ fn admit(folder: &RunFolder, user: Option<(u32, u32)>) -> std::io::Result<()> {
     chown(folder.nbd(), Some(user), Some(group))
 }
 
+/// Whether it does not run; one that nobody can ask counts so.
+fn is_off(name: &str) -> bool {
+    matches!(Virsh.state(name), Ok(DomainState::Off) | Err(_))
+}
+
 /// Serves until somebody wants the end; then the domain is shut down, if it runs.
 fn attend_domain(name: &str, resumed: bool, wanted: &Wanted, journal: &Journal, patience: Duration) {
     let mut resuming = resumed.then(|| Instant::now() + RESUMING);
@@ -155,7 +170,7 @@ fn attend_domain(name: &str, resumed: bool, wanted: &Wanted, journal: &Journal, 
             }
         }
     }
-    let is_off = || matches!(Virsh.state(name), Ok(DomainState::Off) | Err(_));
+    let is_off = || is_off(name);
     if is_off() {
         return;
     }

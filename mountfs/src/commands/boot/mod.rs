@@ -5,14 +5,13 @@ mod define;
 mod promotion;
 mod session;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use reseal_cli::{CommonArgs, Failure, finish, harden};
 use reseal_format::ids::OverlayId;
 use reseal_mountfs::boot::{RunFolder, quoted};
-use reseal_mountfs::writable::Folder;
 use reseal_vault::random;
 use serde::Serialize;
 
@@ -72,9 +71,9 @@ fn print(common: &CommonArgs, arguments: &BootArgs) -> Result<(), Failure> {
     let opened = common.open()?;
     let point = arguments.point(&opened.tenant)?;
     let (machine, host) = arguments.machine(&point, output)?;
-    let there = arguments.overlay().and_then(|folder| Some((folder, Folder::document(folder).ok()??.id)));
+    let there = arguments.overlay_id();
     let id = match there {
-        Some((_, id)) => id,
+        Some(id) => id,
         None => OverlayId::from_bytes(random()?),
     };
     let folder = RunFolder::of(&id);
@@ -92,7 +91,7 @@ fn print(common: &CommonArgs, arguments: &BootArgs) -> Result<(), Failure> {
     output.say(quoted(&command));
     output.json(&Printed {
         point: format!("{}@{}", point.manifest.vm, point.manifest.number),
-        overlay: there.map(|(folder, _)| folder.to_owned()),
+        overlay: there.and_then(|_| arguments.overlay().map(Path::to_owned)),
         run_folder: folder.path().to_owned(),
         exports: machine.disks.iter().map(|disk| disk.export.as_str()).collect(),
         command: command.iter().map(|word| word.to_string_lossy().into_owned()).collect(),

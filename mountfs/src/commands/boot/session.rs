@@ -14,6 +14,7 @@ use reseal_mountfs::boot::{
 };
 use reseal_mountfs::journal::Journal;
 use reseal_mountfs::nbd::{Address, JournalOwner, Listener, NbdServer};
+use reseal_mountfs::overlay::Unflushed;
 use reseal_mountfs::record_watch;
 use reseal_mountfs::signals::StopSignals;
 use reseal_mountfs::writable::Moved;
@@ -131,13 +132,33 @@ impl Served {
         arguments: &BootArgs,
         journal: &Arc<Journal>,
     ) -> Result<(Served, RunFolder), Failure> {
+        // A guest that still runs was told that things are written.
+        let lives = arguments.overlay_id().is_some_and(|id| RunFolder::of(&id).is_held());
+        let unflushed = if lives { Unflushed::TakenUp } else { Unflushed::Kept };
+        Served::keeping(opened, point, arguments, journal, unflushed)
+    }
+
+    /// The same where it is known whether a guest lives.
+    pub(super) fn keeping(
+        opened: &Opened,
+        point: &Point,
+        arguments: &BootArgs,
+        journal: &Arc<Journal>,
+        unflushed: Unflushed,
+    ) -> Result<(Served, RunFolder), Failure> {
         let tenant = &opened.tenant;
         let (vm, number) = (point.manifest.vm.clone(), point.manifest.number);
         let reader = Arc::new(DiskReader::new(tenant.clone(), arguments.cache_size));
         let scope = Scope::Point { vm, number, disk: None };
         let points: Arc<dyn Exports> =
             Arc::new(PointExports::new(tenant.clone(), Some(opened.heads.clone()), reader, scope));
-        let written = arguments.written().open(Some(tenant), &opened.paths.state, &point.manifest, None, &*points)?;
+        let written = arguments.written().keeping(unflushed).open(
+            Some(tenant),
+            &opened.paths.state,
+            &point.manifest,
+            None,
+            &*points,
+        )?;
         let folder = RunFolder::of(&written.id);
         folder.make().map_err(|e| failure(&e))?;
         let listener = Arc::new(Listener::new(&Address::Unix(folder.nbd())).map_err(listen_failure)?);

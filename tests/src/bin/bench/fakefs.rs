@@ -1,5 +1,5 @@
-//! Two file systems of one file each. One serves constant bytes: what remains is the cost of FUSE itself, the limit of
-//! every mount. The other passes reads of an image through and writes down where they were.
+//! File systems of one file each. One serves constant bytes: what remains is the cost of FUSE itself, the limit of
+//! every mount. One passes an image through, to be read and perhaps written. One passes reads through and writes down where they were.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -11,7 +11,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use fuser::{
     Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
     KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry,
-    ReplyOpen, Request,
+    ReplyOpen, ReplyWrite, Request, WriteFlags,
 };
 
 use crate::Result;
@@ -32,6 +32,15 @@ trait Content: Send + Sync + 'static {
     /// Whether the kernel may keep pages and read ahead; otherwise each request arrives as the reader made it.
     const CACHED: bool;
     fn read(&self, offset: u64, length: usize) -> std::io::Result<Vec<u8>>;
+    fn is_writable(&self) -> bool {
+        false
+    }
+    fn write(&self, _offset: u64, _bytes: &[u8]) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+    fn sync(&self) -> std::io::Result<()> {
+        Ok(())
+    }
     fn finish(&self) {}
 }
 
@@ -52,7 +61,11 @@ impl<C: Content> OneFile<C> {
             ctime: UNIX_EPOCH,
             crtime: UNIX_EPOCH,
             kind: if folder { FileType::Directory } else { FileType::RegularFile },
-            perm: if folder { 0o555 } else { 0o444 },
+            perm: match (folder, self.content.is_writable()) {
+                (true, _) => 0o555,
+                (false, true) => 0o600,
+                (false, false) => 0o444,
+            },
             nlink: 1,
             uid: 0,
             gid: 0,
@@ -111,6 +124,31 @@ impl<C: Content> Filesystem for OneFile<C> {
         }
     }
 
+    fn write(
+        &self,
+        _request: &Request,
+        _inode: INodeNo,
+        _handle: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        match (self.content.write(offset, data), u32::try_from(data.len())) {
+            (Ok(()), Ok(written)) => reply.written(written),
+            _ => reply.error(Errno::EIO),
+        }
+    }
+
+    fn fsync(&self, _request: &Request, _inode: INodeNo, _handle: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        match self.content.sync() {
+            Ok(()) => reply.ok(),
+            Err(_) => reply.error(Errno::EIO),
+        }
+    }
+
     fn flush(&self, _request: &Request, _inode: INodeNo, _handle: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
         reply.ok();
     }
@@ -139,7 +177,7 @@ fn serve<C: Content>(content: C, length: u64, mountpoint: &str, threads: usize) 
     let mut config = Config::default();
     config.mount_options = vec![
         MountOption::FSName("bench".to_owned()),
-        MountOption::RO,
+        if content.is_writable() { MountOption::RW } else { MountOption::RO },
         MountOption::NoAtime,
         MountOption::NoDev,
         MountOption::NoSuid,
@@ -166,6 +204,42 @@ impl Content for Constant {
 pub(crate) fn serve_constant(arguments: &[String]) -> Result<()> {
     let [mountpoint, length] = arguments else { return Err("null-fs MOUNTPOINT LENGTH".into()) };
     serve(Constant(vec![0xa5; LARGEST_READ]), length.parse()?, mountpoint, THREADS)
+}
+
+struct Passed {
+    image: File,
+    is_writable: bool,
+}
+
+impl Content for Passed {
+    const CACHED: bool = true;
+
+    fn read(&self, offset: u64, length: usize) -> std::io::Result<Vec<u8>> {
+        let mut bytes = vec![0; length];
+        self.image.read_exact_at(&mut bytes, offset)?;
+        Ok(bytes)
+    }
+
+    fn is_writable(&self) -> bool {
+        self.is_writable
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
+        self.image.write_all_at(bytes, offset)
+    }
+
+    fn sync(&self) -> std::io::Result<()> {
+        self.image.sync_data()
+    }
+}
+
+/// `pass-fs MOUNTPOINT IMAGE ro|rw`
+pub(crate) fn serve_passed(arguments: &[String]) -> Result<()> {
+    let [mountpoint, image, mode] = arguments else { return Err("pass-fs MOUNTPOINT IMAGE ro|rw".into()) };
+    let is_writable = mode == "rw";
+    let image = File::options().read(true).write(is_writable).open(image)?;
+    let length = image.metadata()?.len();
+    serve(Passed { image, is_writable }, length, mountpoint, THREADS)
 }
 
 struct Logged {

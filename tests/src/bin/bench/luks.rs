@@ -15,10 +15,15 @@ pub(crate) struct Luks {
 
 impl Luks {
     pub(crate) fn new(plan: &Plan) -> Self {
-        Self { home: plan.work.join("luks") }
+        Self::at(plan, "luks")
     }
 
-    fn secret() -> String {
+    /// In a folder of its own.
+    pub(crate) fn at(plan: &Plan, home: &str) -> Self {
+        Self { home: plan.work.join(home) }
+    }
+
+    pub(crate) fn secret() -> String {
         format!("secret,id=key,data={PASSPHRASE}")
     }
 
@@ -27,7 +32,7 @@ impl Luks {
     }
 
     /// The image, for a program that takes the options of a block node.
-    fn node(&self) -> String {
+    pub(crate) fn node(&self) -> String {
         format!(
             "driver=qcow2,encrypt.format=luks,encrypt.key-secret=key,file.driver=file,file.filename={}",
             self.image().display()

@@ -5,12 +5,13 @@
 //!     bench rekey [--output FILE]                            measures the rotation of keys again, likewise
 //!     bench remote [--output FILE]                           measures two sites again, likewise
 //!     bench tenants [--output FILE]                          measures many tenants at once again, likewise
+//!     bench recovery [--output FILE]                         measures instant recovery again, likewise
 //!     bench report [--output FILE]                           writes the document again from the last samples
 //!
 //! The modules, in the order of the data's path: `plan` says what to run, `host` finds the machine, disks and programs,
 //! `process` runs a program and weighs it, `contender` is what each tool can do (one module each: `reseal`, `restic`,
 //! `rustic`, `borg`, `luks`, `null`), `round` takes a round's figures with `reads` and `trace`, `memory`,
-//! `live`, `rekey`, `remote` and `tenants` the cases of reseal alone, `samples` keeps them, `targets` judges them, `report` writes them down.
+//! `live`, `rekey`, `remote`, `tenants` and `recovery` the cases of reseal alone, `samples` keeps them, `targets` judges them, `report` writes them down.
 
 mod borg;
 mod contender;
@@ -23,6 +24,7 @@ mod null;
 mod plan;
 mod process;
 mod reads;
+mod recovery;
 mod rekey;
 mod remote;
 mod report;
@@ -51,11 +53,13 @@ fn main() -> ExitCode {
         // The bench starts itself for these: a file system must be a process of its own, as the others are.
         Some("null-fs") => fakefs::serve_constant(&arguments[1..]),
         Some("log-reads") => fakefs::serve_logged(&arguments[1..]),
+        Some("pass-fs") => fakefs::serve_passed(&arguments[1..]),
         Some("nbd-null") => live::read_into_nothing(&arguments[1..]),
         Some("live") => Plan::parse(&arguments[1..]).and_then(|plan| measure_again(&plan, live::take)),
         Some("rekey") => Plan::parse(&arguments[1..]).and_then(|plan| measure_again(&plan, rekey::take)),
         Some("remote") => Plan::parse(&arguments[1..]).and_then(|plan| measure_again(&plan, remote::take)),
         Some("tenants") => Plan::parse(&arguments[1..]).and_then(|plan| measure_again(&plan, tenants::take)),
+        Some("recovery") => Plan::parse(&arguments[1..]).and_then(|plan| measure_again(&plan, recovery::take)),
         Some("report") => {
             Plan::parse(&arguments[1..]).and_then(|plan| report::write(&plan, &Samples::load(&plan.work)?))
         }
@@ -117,14 +121,23 @@ fn measure_all(plan: &Plan) -> Result<Samples> {
     rekey::take(plan, &disks, &mut samples)?;
     remote::take(plan, &disks, &mut samples)?;
     tenants::take(plan, &disks, &mut samples)?;
+    recovery::take(plan, &disks, &mut samples)?;
     Ok(samples)
 }
 
-/// Takes the cases of reseal alone again, and keeps all else that was measured before.
+/// Takes the cases of reseal alone again, and keeps all else that was measured before, if anything was.
 fn measure_again(plan: &Plan, take: fn(&Plan, &Disks, &mut Samples) -> Result<()>) -> Result<()> {
     host::require_root()?;
     let disks = host::prepare(plan)?;
-    let mut samples = Samples::load(&plan.work)?;
+    std::fs::create_dir_all(&plan.work)?;
+    let mut samples = match Samples::load(&plan.work) {
+        Ok(samples) => samples,
+        Err(_) => {
+            let mut samples = Samples::begin(&disks, &trace::Trace::recorded(plan, &disks)?);
+            contender::all(plan, &mut samples);
+            samples
+        }
+    };
     take(plan, &disks, &mut samples)?;
     samples.save(&plan.work)?;
     report::write(plan, &samples)

@@ -59,7 +59,7 @@ impl Contender for Null {
     }
 }
 
-fn raise_readahead(file: &Path) -> Result<()> {
+pub(crate) fn raise_readahead(file: &Path) -> Result<()> {
     let device = rustix::fs::stat(file)?.st_dev;
     let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
     let setting = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");

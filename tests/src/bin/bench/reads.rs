@@ -11,8 +11,8 @@ use crate::{Result, process};
 
 /// The part of the disk that is read: nearly all of it is in use.
 const SEQUENTIAL_MIB: u32 = 1000;
-const RANDOM_MIB: u32 = 1200;
-const RANDOM_SECONDS: u32 = 6;
+pub(crate) const RANDOM_MIB: u32 = 1200;
+pub(crate) const RANDOM_SECONDS: u32 = 6;
 /// Where the test disk's file system begins: a byte that every reader wants first.
 const FIRST_BYTE: u64 = 1 << 20;
 
@@ -57,18 +57,25 @@ pub(crate) fn random(disk: &Path, readers: u32) -> Result<Random> {
         format!("--offset_increment={part}"),
         format!("--runtime={RANDOM_SECONDS}"),
     ]);
-    let text = process::output(&mut command)?;
-    // Notes may come before the document.
-    let document: Value = serde_json::from_str(text.find('{').and_then(|at| text.get(at..)).unwrap_or_default())?;
-    let read = &document["jobs"][0]["read"];
+    let job = fio(&mut command)?;
+    let read = &job["read"];
     let number = |value: &Value| value.as_f64().ok_or("fio's output lacks a figure");
     let percentile = |name: &str| number(&read["clat_ns"]["percentile"][name]).map(|nanoseconds| nanoseconds / 1000.0);
-    if document["jobs"][0]["error"] != 0 {
-        return Err("fio could not read".into());
-    }
     Ok(Random {
         per_second: number(&read["iops"])?,
         p50_us: percentile("50.000000")?,
         p99_us: percentile("99.000000")?,
     })
+}
+
+/// Runs `fio` with `--output-format=json`; what it says of its one job.
+pub(crate) fn fio(command: &mut Command) -> Result<Value> {
+    let text = process::output(command)?;
+    // Notes may come before the document.
+    let mut document: Value = serde_json::from_str(text.find('{').and_then(|at| text.get(at..)).unwrap_or_default())?;
+    let job = document["jobs"][0].take();
+    if job["error"] != 0 {
+        return Err("fio failed".into());
+    }
+    Ok(job)
 }

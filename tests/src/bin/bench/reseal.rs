@@ -9,7 +9,7 @@ use crate::host::Disks;
 use crate::plan::Plan;
 use crate::process::{self, Cost};
 
-const VM: &str = "web01";
+pub(crate) const VM: &str = "web01";
 /// The program that serves a mount, by the name that the kernel shows.
 const SERVER: &str = "reseal-mount";
 
@@ -33,6 +33,16 @@ impl Reseal {
         command.env("RESEAL_REPO", self.repository()).env("RESEAL_KEYRING", self.home.join("keyring.json"));
         command.env("RESEAL_STATE", self.home.join("state"));
         command
+    }
+
+    /// A mount with more arguments, and a disk in it.
+    pub(crate) fn mounted(&self, arguments: &[&str], disk: &str) -> Result<Mount> {
+        let mountpoint = mountpoint(&self.home)?;
+        process::run(self.command().arg("mount").arg(&mountpoint).args(arguments).arg("--background"))?;
+        let mut end = self.command();
+        end.arg("umount").arg(&mountpoint);
+        let file = mountpoint.join(disk);
+        Ok(Mount::background(SERVER, end, mountpoint, file))
     }
 }
 
@@ -72,12 +82,7 @@ impl Contender for Reseal {
     }
 
     fn mount(&mut self, _disks: &Disks) -> Result<Mount> {
-        let mountpoint = mountpoint(&self.home)?;
-        process::run(self.command().arg("mount").arg(&mountpoint).arg("--background"))?;
-        let mut end = self.command();
-        end.arg("umount").arg(&mountpoint);
-        let file = mountpoint.join(VM).join("latest/disk-0.raw");
-        Ok(Mount::background(SERVER, end, mountpoint, file))
+        self.mounted(&[], &format!("{VM}/latest/disk-0.raw"))
     }
 
     fn restore(&mut self, out: &Path) -> Result<Option<(PathBuf, Cost)>> {

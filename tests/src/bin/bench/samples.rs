@@ -93,6 +93,8 @@ pub(crate) struct Samples {
     pub(crate) remote: Vec<Figure>,
     #[serde(default)]
     pub(crate) tenants: Vec<Figure>,
+    #[serde(default)]
+    pub(crate) recovery: Vec<Figure>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -118,6 +120,7 @@ impl Samples {
             rekey: Vec::new(),
             remote: Vec::new(),
             tenants: Vec::new(),
+            recovery: Vec::new(),
         }
     }
 

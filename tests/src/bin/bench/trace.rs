@@ -45,11 +45,19 @@ impl Trace {
         format!("{} reads of {} MB", self.reads.len(), bytes / 1_000_000)
     }
 
+    /// Offset and length of each.
+    pub(crate) fn reads(&self) -> &[(u64, usize)] {
+        &self.reads
+    }
+
+    pub(crate) fn longest(&self) -> usize {
+        self.reads.iter().map(|(_, length)| *length).max().unwrap_or(0)
+    }
+
     /// One read after the other, as fast as they are answered; in seconds.
     pub(crate) fn replay(&self, disk: &Path) -> Result<f64> {
         let disk = File::open(disk)?;
-        let longest = self.reads.iter().map(|(_, length)| *length).max().unwrap_or(0);
-        let mut buffer = vec![0; longest];
+        let mut buffer = vec![0; self.longest()];
         let began = Instant::now();
         for (offset, length) in &self.reads {
             disk.read_exact_at(&mut buffer[..*length], *offset)?;
