@@ -129,11 +129,6 @@ impl RunFolder {
         }
     }
 
-    /// Whether a QEMU runs here.
-    pub fn is_held(&self) -> bool {
-        self.path.exists() && matches!(self.lock(), Ok(None))
-    }
-
     /// What whoever moves disks of this VM holds meanwhile; none while somebody else does.
     pub fn lock_promotion(&self) -> Result<Option<File>, BootError> {
         for _ in 0..TRIES {
@@ -149,6 +144,11 @@ impl RunFolder {
     pub fn is_promoting(&self) -> bool {
         self.path.join(PROMOTION).exists()
             && matches!(self.try_lock(PROMOTION, FlockOperation::NonBlockingLockShared), Ok(None))
+    }
+
+    /// Whether a QEMU runs here.
+    pub fn is_held(&self) -> bool {
+        self.path.exists() && matches!(self.lock(), Ok(None))
     }
 
     /// The QEMU that runs here: as recorded; or, where who started it was killed before it could, as it says itself.

@@ -29,12 +29,12 @@ pub(crate) struct WritableArgs {
     /// Keeps the overlay's key in memory only: what was written is gone with this process
     #[arg(long, requires = "writable")]
     one_time: bool,
-    /// What becomes of writes that are not flushed when this process is killed.
-    #[arg(skip)]
-    unflushed: Unflushed,
     /// Only disks that were not moved elsewhere, instead of none where one was.
     #[arg(skip)]
     left: bool,
+    /// What becomes of writes that are not flushed when this process is killed.
+    #[arg(skip)]
+    unflushed: Unflushed,
 }
 
 pub(crate) fn parse_limit(text: &str) -> Result<u64, String> {
@@ -71,17 +71,18 @@ fn failure(error: &WritableError) -> Failure {
 impl WritableArgs {
     /// What was said by other options.
     pub(crate) fn of(overlay: Option<PathBuf>, overlay_limit: Option<u64>, one_time: bool) -> WritableArgs {
-        WritableArgs { writable: true, overlay, overlay_limit, one_time, unflushed: Unflushed::Lost, left: false }
-    }
-
-    /// The same, for clients that live on when this process is killed.
-    pub(crate) fn keeping(self, unflushed: Unflushed) -> WritableArgs {
-        WritableArgs { unflushed, ..self }
+        let unflushed = Unflushed::Lost;
+        WritableArgs { writable: true, overlay, overlay_limit, one_time, left: false, unflushed }
     }
 
     /// The same, of those disks only that are still on the overlay.
     pub(crate) fn left(self) -> WritableArgs {
         WritableArgs { left: true, ..self }
+    }
+
+    /// The same, for clients that live on when this process is killed.
+    pub(crate) fn keeping(self, unflushed: Unflushed) -> WritableArgs {
+        WritableArgs { unflushed, ..self }
     }
 
     /// Opens the overlays of a point's disks, or of `only` that one, over what `points` has of it. There is a tenant where this
