@@ -41,13 +41,7 @@ impl Model {
         bytes[2 * BLOCK * 100..4 * BLOCK * 100].fill(0);
         // A short hole in data.
         bytes[10 * BLOCK..11 * BLOCK].fill(0);
-        Model {
-            bytes,
-            before: Box::new(|_, _| Ok(())),
-            waits_from: 0,
-            at_once: AtomicU64::new(0),
-            is_written: false,
-        }
+        Model { bytes, before: Box::new(|_, _| Ok(())), waits_from: 0, at_once: AtomicU64::new(0), is_written: false }
     }
 
     pub(crate) fn with(before: impl Fn(u64, usize) -> Result<(), DiskError> + Send + Sync + 'static) -> Model {
