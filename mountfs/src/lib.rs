@@ -11,6 +11,7 @@
 //! nbd: socket → a thread a client → the server of `reseal-nbd`      (nbd)
 //! boot: definition → machine → QEMU on exports of overlays          (boot)
 //! writes: disk → overlay → file in a folder; its key → the vault    (writable, overlay)
+//! boots: reads are recorded → note → fetched ahead at the next          (boot_reads)
 //! ```
 //!
 //! [`errno`] has every way to fail and what the kernel is told; [`journal`] what the administrator is told.
@@ -40,6 +41,8 @@ pub mod record_watch;
 pub mod signals;
 pub mod umount;
 
+pub mod boot_check;
+pub mod boot_reads;
 pub mod overlay;
 pub mod writable;
 

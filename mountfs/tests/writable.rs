@@ -23,7 +23,8 @@ use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use support::faults::{Faulty, Mood};
 use support::{Model, Numbers, Vault, disk_bytes, journal};
 
-const DEADLINE: Duration = Duration::from_millis(500);
+/// Short, so that the tests are, and long enough for what must be done meanwhile on a machine that is busy.
+const DEADLINE: Duration = Duration::from_secs(1);
 const NO_LIMIT: u64 = 1 << 40;
 const KEPT: FallocateFlags = FallocateFlags::KEEP_SIZE;
 
@@ -299,7 +300,7 @@ fn a_write_that_was_refused_for_a_store_that_hangs_never_happens_and_all_that_ne
     // Parts of blocks of the restore point. The kernel sends writes to one file one by one.
     let writer = thread::spawn({
         let root = root.try_clone().unwrap();
-        move || [15, 16, 17].map(|cluster| errno(root.write_at(&[0xEE; 100], cluster * CLUSTER_U64 + 50)))
+        move || [15, 16].map(|cluster| errno(root.write_at(&[0xEE; 100], cluster * CLUSTER_U64 + 50)))
     });
     thread::sleep(DEADLINE / 10);
     // Meanwhile: whole blocks, parts of those that were written, and all of that durable; reads of the same disk, too.
@@ -312,8 +313,8 @@ fn a_write_that_was_refused_for_a_store_that_hangs_never_happens_and_all_that_ne
     data.read_exact_at(&mut found, 10 * CLUSTER_U64).unwrap();
     assert!(found[..50] == [2; 50] && found[50..150] == [4; 100] && found[150..] == [2; 8042]);
     assert!(began.elapsed() < DEADLINE, "{:?}", began.elapsed());
-    assert_eq!(writer.join().unwrap(), [libc::EIO; 3]);
-    assert!(began.elapsed() < 8 * DEADLINE, "{:?}", began.elapsed());
+    assert_eq!(writer.join().unwrap(), [libc::EIO; 2]);
+    assert!(began.elapsed() < 6 * DEADLINE, "{:?}", began.elapsed());
     store.set(Mood::Answers);
     // What hung has its answer now; had it gone on to write, that would be seen.
     thread::sleep(DEADLINE);
@@ -328,7 +329,7 @@ fn a_write_that_was_refused_for_a_store_that_hangs_never_happens_and_all_that_ne
         mount
     };
     let mount = check(mount);
-    assert!(mount.lines.lock().iter().any(|line| line.contains("did not answer within 0.5 s")));
+    assert!(mount.lines.lock().iter().any(|line| line.contains("did not answer within 1 s")));
     mount.end();
     check(mount_or_skip!(vault)).end();
 }

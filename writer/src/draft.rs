@@ -11,9 +11,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use reseal_format::ids::{Digest, PointId, VmId};
 use reseal_format::keys::Kind;
 use reseal_format::layout::MAX_NUMBER;
-use reseal_format::manifest::{Claim, Disk, MAX_TEXT, Manifest, Parent, Stats, Tracking};
+use reseal_format::manifest::{Claim, Disk, MAX_TEXT, Manifest, Parent, Stats, Tracking, method};
 use reseal_format::names::VmName;
 use reseal_format::time::Timestamp;
+use reseal_nbd::server::SinceDisk;
 use reseal_store::Lease;
 use reseal_vault::heads::Heads;
 use reseal_vault::{Holder, PackFile, Packs, Points, Quota, Tenant, Tree, VaultError, random};
@@ -215,9 +216,14 @@ impl Draft {
         let Asked { method, id, since } = asked;
         let newest = self.position.newest.as_ref();
         let older = match (since, newest) {
-            (Some(number), Some(newest)) if *number != newest.number => {
-                Some(self.tenant.point(&self.vm, *number)?.manifest)
-            }
+            (Some(number), Some(newest)) if *number != newest.number => match self.tenant.point(&self.vm, *number) {
+                Ok(point) => Some(point.manifest),
+                // It may lie over a point of another VM, which nobody claimed to be of this one.
+                Err(VaultError::NoPoint { .. }) if *method == method::OVERLAY => {
+                    return Ok(Err(format!("it lies over a restore point {number} that {} does not have", self.vm)));
+                }
+                Err(e) => return Err(e.into()),
+            },
             _ => None,
         };
         let Some(point) = older.as_ref().or(newest) else { return Ok(Err("there is no restore point yet".into())) };
@@ -225,6 +231,10 @@ impl Draft {
         let Some(base) = point.disks.iter().find(|disk| disk.name == facts.name) else {
             return Ok(Err(format!("{known} has no such disk")));
         };
+        let is_over = |over: SinceDisk| (over.point, &over.disk) == (point.point_id, &base.name);
+        if *method == method::OVERLAY && !SinceDisk::parse(id).is_some_and(is_over) {
+            return Ok(Err(format!("it lies over another disk than {} of {known}", base.name)));
+        }
         let tracked = |tracking: &Tracking| tracking.method == *method && tracking.id == *id;
         if since.is_none() && !base.tracking.as_ref().is_some_and(tracked) {
             let recorded = match &base.tracking {

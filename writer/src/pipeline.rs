@@ -87,6 +87,9 @@ impl Drop for CountDown<'_> {
     }
 }
 
+/// All of any disk.
+static WHOLE: Range<u64> = 0..u64::MAX;
+
 impl Job<'_> {
     /// The disk's extents as they are to be read.
     fn extents<'s>(&'s self, outbox: &Outbox, serving: &'s AtomicUsize) -> Box<dyn Extents + 's> {
@@ -98,7 +101,8 @@ impl Job<'_> {
             (Source::File(file), _) => Box::new(file.extents()),
         };
         match self.told {
-            None => extents,
+            // Whatever a bitmap of the export says: nobody believes it.
+            None => Box::new(Marked::also(extents, std::slice::from_ref(&WHOLE))),
             Some(Told { areas: None, always, .. }) => Box::new(Marked::also(extents, always)),
             Some(Told { areas: Some(areas), always, .. }) => {
                 Box::new(Marked::also(Marked::only(extents, areas), always))

@@ -15,6 +15,8 @@
 //! takes bytes that may come from an attacker: it checks each length against a hard limit before it allocates.
 //! `docs/FORMAT.md` has the byte tables.
 
+pub mod boot_reads;
+pub mod dated_note;
 mod fields;
 pub mod frames;
 pub mod geometry;
@@ -32,6 +34,7 @@ pub mod seal;
 pub mod tenant;
 pub mod time;
 pub mod vaultfile;
+pub mod verdict_note;
 
 /// Version of everything described here. A reader refuses any other.
 pub const FORMAT_VERSION: u16 = 1;

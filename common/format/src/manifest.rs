@@ -96,6 +96,8 @@ pub mod method {
     pub const VMWARE_CHANGE_ID: &str = "vmware-change-id";
     /// A bitmap that the user named.
     pub const USER_BITMAP: &str = "user-bitmap";
+    /// What was written over a restore point that was made writable: its name says over which.
+    pub const OVERLAY: &str = "overlay";
 }
 
 /// What was taken as changed, so that the rest needed no reading.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use reseal_proto::nbd::handshake::{ClientHandshake, HandshakeError, Opened, Refusal, Step, Wanted};
-use reseal_proto::nbd::{BASE_ALLOCATION, BlockSize, Command, CommandFlags, DIRTY_BITMAP, Request};
+use reseal_proto::nbd::{BASE_ALLOCATION, BlockSize, CHANGED_SINCE, Command, CommandFlags, DIRTY_BITMAP, Request};
 
 use crate::patience::Patience;
 use crate::socket::Socket;
@@ -21,8 +21,10 @@ pub(crate) struct Target {
     /// The URI as shown to people, or what stands for it.
     pub(crate) name: Arc<str>,
     pub(crate) tls: Option<Tls>,
-    /// Name of the context that tells what changed.
+    /// Name of the context that tells what changed. It must be there.
     pub(crate) bitmap: Option<String>,
+    /// Asks whether there is one that tells what changed since a restore point.
+    pub(crate) asks_since: bool,
 }
 
 /// A connection whose export is open.
@@ -32,6 +34,8 @@ pub(crate) struct Connection {
     /// Numbers that this connection knows the contexts by.
     pub(crate) allocation: Option<u32>,
     pub(crate) dirty: Option<u32>,
+    /// Name of the context that tells what changed since a restore point, where that was asked.
+    pub(crate) since: Option<String>,
 }
 
 /// What must be the same for every connection to an export.
@@ -48,7 +52,7 @@ impl Target {
     pub(crate) fn new(uri: &NbdUri, tls: Option<Tls>, bitmap: Option<&str>) -> Target {
         let bitmap = bitmap.map(|name| format!("{DIRTY_BITMAP}{name}"));
         let (place, export) = (uri.place.clone(), uri.export.clone());
-        Target { place, export, name: uri.to_string().into(), tls, bitmap }
+        Target { place, export, name: uri.to_string().into(), tls, bitmap, asks_since: false }
     }
 
     /// One where TLS comes first.
@@ -57,7 +61,7 @@ impl Target {
         let place = host_and_port(&address).map_err(|wrong| NbdError::Usage(format!("{address}: {wrong}")))?;
         let name = format!("{export} at {address}").into();
         let tls = Tls { config, server, starts: Starts::First, has_certificate: true };
-        Ok(Target { place, export, name, tls: Some(tls), bitmap: None })
+        Ok(Target { place, export, name, tls: Some(tls), bitmap: None, asks_since: false })
     }
 
     fn starts(&self) -> Option<Starts> {
@@ -128,6 +132,7 @@ impl Target {
     fn wanted(&self) -> Wanted {
         let mut contexts = vec![(BASE_ALLOCATION.to_owned(), false)];
         contexts.extend(self.bitmap.iter().map(|name| (name.clone(), true)));
+        contexts.extend(self.asks_since.then(|| (CHANGED_SINCE.to_owned(), false)));
         Wanted { export: self.export.clone(), tls: self.starts() == Some(Starts::Asked), contexts }
     }
 
@@ -149,7 +154,9 @@ impl Target {
             multi: opened.flags.contains(reseal_proto::nbd::ExportFlags::CAN_MULTI_CONN),
             allocation: allocation.is_some(),
         };
-        Ok(Connection { wire, facts, allocation, dirty: self.bitmap.as_deref().and_then(id) })
+        let since = opened.contexts.iter().find(|(_, name)| self.asks_since && name.starts_with(CHANGED_SINCE));
+        let dirty = self.bitmap.as_deref().and_then(id).or(since.map(|(id, _)| *id));
+        Ok(Connection { wire, facts, allocation, dirty, since: since.map(|(_, name)| name.clone()) })
     }
 }
 

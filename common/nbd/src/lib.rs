@@ -148,13 +148,25 @@ impl Export {
         Export::open_target(Target::new(uri, tls, bitmap), options)
     }
 
+    /// The same without a bitmap, but where the server can tell what changed since a restore point, it is asked to:
+    /// [`Export::changed_since`].
+    pub fn open_asking_since(uri: &NbdUri, options: &Options) -> Result<Export, NbdError> {
+        let tls = Tls::of(uri, &options.tls)?;
+        let mut target = Target::new(uri, tls, None);
+        target.asks_since = true;
+        Export::open_target(target, options)
+    }
+
     /// The same where TLS comes first; the files for TLS of the options are not used.
     pub fn open_tls(first: &TlsFirst, options: &Options) -> Result<Export, NbdError> {
         Export::open_target(Target::tls_first(first)?, options)
     }
 
-    fn open_target(target: Target, options: &Options) -> Result<Export, NbdError> {
-        let first = target.connect(options.timeout, &|| false)?;
+    fn open_target(mut target: Target, options: &Options) -> Result<Export, NbdError> {
+        let mut first = target.connect(options.timeout, &|| false)?;
+        // Every further connection must have this same context.
+        target.asks_since = false;
+        target.bitmap = first.since.take().or(target.bitmap);
         let facts = first.facts;
         Ok(Export {
             target,
@@ -180,6 +192,16 @@ impl Export {
     /// Whether holes can be told from data.
     pub fn has_allocation(&self) -> bool {
         self.facts.allocation
+    }
+
+    /// Whether what changed can be told from what did not.
+    pub fn tells_changes(&self) -> bool {
+        self.target.bitmap.is_some()
+    }
+
+    /// Since when, if the server said so itself, in reseal's words.
+    pub fn changed_since(&self) -> Option<&str> {
+        self.target.bitmap.as_deref()?.strip_prefix(reseal_proto::nbd::CHANGED_SINCE)
     }
 
     /// How many pumps are worth having.

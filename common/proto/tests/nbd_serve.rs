@@ -11,14 +11,18 @@ use reseal_proto::nbd::serve::{
 };
 use reseal_proto::nbd::*;
 
+/// Since when the export `written` tells its changes.
+const SINCE: &str = "07/vm@1/disk";
+
 fn facts(name: &str) -> Result<Facts, Refused> {
     match name {
-        "disk" | "" => Ok(Facts {
+        "disk" | "" | "written" => Ok(Facts {
             name: "disk".into(),
             description: Some("for people".into()),
             size: 0x1234,
             flags: ExportFlags::HAS_FLAGS.with(ExportFlags::READ_ONLY).with(ExportFlags::SEND_DF),
             block_size: BlockSize { minimum: 1, preferred: 65536, maximum: 32 << 20 },
+            changed_since: (name == "written").then(|| SINCE.to_owned()),
         }),
         _ => Err(Refused { error: OptionError::Unknown, text: "only disk".into() }),
     }
@@ -91,7 +95,7 @@ fn what_is_answered_is_so_to_the_last_byte() {
         0003e889045565a9 00000007 00000001 00000000"
     ));
     let (sent, end) = dialogue(TlsTerms::Absent, &said);
-    assert_eq!(end, End::Done(Agreed { structured: true, allocation: true }));
+    assert_eq!(end, End::Done(Agreed { structured: true, allocation: true, changes: false }));
     assert_eq!(sent, answered);
 }
 
@@ -102,7 +106,7 @@ fn the_export_name_alone_opens_too() {
         let (sent, end) = dialogue(TlsTerms::Absent, &[hex(flags), name.clone()].concat());
         // Without chunks there is no word about keeping one whole.
         let expected = [hex(GREETING), hex("0000000000001234 0003"), vec![0; zeroes]].concat();
-        assert_eq!((sent, end), (expected, End::Done(Agreed { structured: false, allocation: false })));
+        assert_eq!((sent, end), (expected, End::Done(Agreed { structured: false, allocation: false, changes: false })));
     }
     let other = OptionRequest::ExportName("other".into()).encode();
     assert_eq!(dialogue(TlsTerms::Absent, &[hex("00000003"), other].concat()), (hex(GREETING), End::Left));
@@ -183,7 +187,7 @@ fn what_was_agreed_to_in_the_clear_is_forgotten_with_tls() {
     ];
     let go = OptionRequest::Go(InfoRequest { export: "disk".into(), wanted: vec![] });
     let (_, end) = replies(TlsTerms::Offered, &before, &go);
-    assert_eq!(end, End::Done(Agreed { structured: false, allocation: false }));
+    assert_eq!(end, End::Done(Agreed { structured: false, allocation: false, changes: false }));
 }
 
 #[test]
@@ -198,6 +202,24 @@ fn contexts_are_listed_selected_and_belong_to_one_export() {
         assert_eq!(listed(queries), found, "{queries:?}");
     }
     let set = |export, queries: &[&str]| OptionRequest::SetMetaContext(query(export, queries));
+    let own = format!("{CHANGED_SINCE}{SINCE}");
+    let names = |option: &OptionRequest| -> Vec<String> {
+        let name = |reply| if let OptionReply::MetaContext { name, .. } = reply { Some(name) } else { None };
+        replies(TlsTerms::Absent, &chunks, option).0.into_iter().filter_map(name).collect()
+    };
+    let list = |queries| OptionRequest::ListMetaContext(query("written", queries));
+    for (queries, found) in [
+        (&[][..], vec![BASE_ALLOCATION, &*own]),
+        (&["reseal:"], vec![&*own]),
+        (&[CHANGED_SINCE], vec![&*own]),
+        (&["reseal:x", "base:"], vec![BASE_ALLOCATION]),
+    ] {
+        assert_eq!(names(&list(queries)), found, "{queries:?}");
+    }
+    assert_eq!(names(&set("written", &[&own])), vec![own.clone()]);
+    // Another moment is none that it knows, and neither is a namespace.
+    let other = format!("{CHANGED_SINCE}08/vm@1/disk");
+    assert_eq!(names(&set("written", &[&other, "reseal:"])), Vec::<String>::new());
     for (queries, found) in [(&[][..], 1), (&["base:"], 1), (&["x:y", "base:allocation", "base:allocation"], 2)] {
         assert_eq!(replies(TlsTerms::Absent, &chunks, &set("disk", queries)).0.len(), found, "{queries:?}");
     }
@@ -216,7 +238,7 @@ fn contexts_are_listed_selected_and_belong_to_one_export() {
     ] {
         let before = [&chunks[..], &before].concat();
         let (_, end) = replies(TlsTerms::Absent, &before, &go(export));
-        assert_eq!(end, End::Done(Agreed { structured: true, allocation }), "{before:?}");
+        assert_eq!(end, End::Done(Agreed { structured: true, allocation, changes: false }), "{before:?}");
     }
 }
 
@@ -319,9 +341,20 @@ fn our_client_and_our_server_understand_each_other() {
         let opened = opened.unwrap();
         assert_eq!((opened.size, opened.structured, opened.block_size.preferred), (0x1234, true, 65536));
         assert_eq!(opened.contexts, [(serve::ALLOCATION_ID, BASE_ALLOCATION.to_owned())]);
-        assert_eq!(agreed, Some(Agreed { structured: true, allocation: true }));
+        assert_eq!(agreed, Some(Agreed { structured: true, allocation: true, changes: false }));
         assert!(talk(wanted("other", tls), terms).0.is_err());
     }
+    // Whoever asks since when is told, in full, where anything is known.
+    let asking = |export: &str| Wanted {
+        contexts: vec![(BASE_ALLOCATION.into(), false), (CHANGED_SINCE.into(), false)],
+        ..wanted(export, false)
+    };
+    let (opened, agreed) = talk(asking("written"), TlsTerms::Absent);
+    let both =
+        [(serve::ALLOCATION_ID, BASE_ALLOCATION.to_owned()), (serve::CHANGES_ID, format!("{CHANGED_SINCE}{SINCE}"))];
+    assert_eq!(opened.unwrap().contexts, both);
+    assert_eq!(agreed, Some(Agreed { structured: true, allocation: true, changes: true }));
+    assert_eq!(talk(asking("disk"), TlsTerms::Absent).0.unwrap().contexts, both[..1]);
     assert!(talk(wanted("disk", true), TlsTerms::Absent).0.is_err());
     assert!(talk(wanted("disk", false), TlsTerms::Demanded).0.is_err());
 }

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use reseal_cli::{CommonArgs, DEFAULT_TENANT, Failure, Opened, Status};
-use reseal_vault::Points;
 use reseal_vault::heads::Heads;
+use reseal_vault::{Points, Tenant};
 
 use crate::{Enrolment, SiteReader};
 
@@ -37,6 +37,14 @@ impl Reading {
         match self {
             Reading::Here(opened) => opened.tenant.clone(),
             Reading::There(reader, _) => reader.clone(),
+        }
+    }
+
+    /// The tenant, where this process has its keys.
+    pub fn tenant(&self) -> Option<&Tenant> {
+        match self {
+            Reading::Here(opened) => Some(&opened.tenant),
+            Reading::There(..) => None,
         }
     }
 

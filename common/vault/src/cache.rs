@@ -60,6 +60,11 @@ impl<K: Hash + Eq, V: Weigh + Clone> Cache<K, V> {
         self.shards.iter().for_each(|shard| shard.lock().trim(limit / SHARDS));
     }
 
+    /// Bytes that it keeps at most.
+    pub fn limit(&self) -> usize {
+        self.shard_limit.load(Ordering::Relaxed) * SHARDS
+    }
+
     fn shard(&self, key: &K) -> &Mutex<Shard<K, V>> {
         let hash = self.hasher.hash_one(key);
         // The low bits choose the bucket within a shard's own table, which hashes differently anyway.

@@ -12,17 +12,17 @@ use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::{Packs, Tenant, Tree, VaultError, Wait};
+use crate::{PackHandle, Packs, Tenant, Tree, VaultError, Wait};
 use reseal_format::FormatError;
-use reseal_format::frames::{FrameDecoder, Frames};
+use reseal_format::frames::{FrameDecoder, FrameShift, Frames};
 use reseal_format::geometry::{CLUSTER, CLUSTER_U64, ClusterIndex, cluster_count};
 use reseal_format::index::{BlobRef, IndexNode};
 use reseal_format::keys::Kind;
 use reseal_format::manifest::Disk;
 use reseal_format::pack::MAX_SEALED;
 
-use crate::frame_cache::{Frame, FrameCache};
-use crate::wipe::Buffer;
+use crate::frame_cache::{Frame, FrameCache, OVERHEAD};
+use crate::wipe::{Buffer, Secret};
 
 /// What a thread needs to open blobs: a decompressor, and the buffer that a blob is read and opened in.
 pub struct Tools {
@@ -58,9 +58,33 @@ pub fn with_scratch<T>(length: usize, run: impl FnOnce(&mut Tools, &mut [u8]) ->
 /// wanted together; reading this much takes little longer than seeking to it.
 const AROUND: u64 = 512 * 1024;
 
+/// Most that is fetched in one go for [`DiskReader::fetch`].
+const FETCHED: usize = 1 << 20;
+/// What lies between two blobs that are fetched in one go may be as large as this: reading it takes less long than asking again.
+const GAP: u64 = 128 * 1024;
+
 /// Names what is wrong inside a blob that was authenticated.
 fn damaged(blob: BlobRef) -> impl Fn(FormatError) -> VaultError {
     move |source| VaultError::Damaged { object: format!("pack {} blob {}", blob.pack, blob.ordinal), source }
+}
+
+/// Where a blob is, as far as is known.
+struct Place {
+    blob: BlobRef,
+    handle: Arc<PackHandle>,
+    offset: u64,
+    length: usize,
+}
+
+impl Place {
+    fn end(&self) -> u64 {
+        self.offset + self.length as u64
+    }
+
+    /// Whether another one, which comes after it, is worth fetching with it: so is not one of another generation of the pack.
+    fn is_near(&self, next: &Place) -> bool {
+        self.handle.key() == next.handle.key() && next.offset.saturating_sub(self.end()) <= GAP
+    }
 }
 
 /// Reads the disks of one tenant. All that it keeps stays within the bytes that it was given.
@@ -189,6 +213,86 @@ impl DiskReader {
         Frames::parse(sealed.vector()).map_err(damaged(blob))
     }
 
+    /// Bytes of opened frames that it keeps at most.
+    pub fn frame_bytes(&self) -> usize {
+        self.frames.limit()
+    }
+
+    /// What of the frame cache an opened cluster takes, whatever the size of its frames.
+    pub const CLUSTER_WEIGHT: usize = CLUSTER + 4 * OVERHEAD;
+
+    /// Opens clusters, which are wanted soon, and keeps all their frames; those that lie side by side in the store are fetched in
+    /// one go. How many were opened. What can't be is left out: whoever reads it is told why.
+    pub fn fetch(&self, disk: &Disk, clusters: &[u64], tools: &mut Tools) -> usize {
+        let on_disk = clusters.iter().filter(|cluster| **cluster < cluster_count(disk.length));
+        let missing = |&cluster: &u64| self.missing(disk, ClusterIndex(cluster)).ok().flatten();
+        let mut wanted: Vec<Place> = on_disk.filter_map(missing).collect();
+        wanted.sort_unstable_by_key(|place| (place.blob.pack, place.offset));
+        // Clusters that are alike have one blob.
+        wanted.dedup_by_key(|place| (place.blob.pack, place.blob.ordinal));
+        let mut opened = 0;
+        for near in wanted.chunk_by(Place::is_near) {
+            let mut rest = near;
+            while let Some(first) = rest.first() {
+                let fits = |place: &&Place| place.end() - first.offset <= FETCHED as u64;
+                let (now, then) = rest.split_at(rest.iter().take_while(fits).count().max(1));
+                rest = then;
+                opened += self.fetch_together(now, tools);
+            }
+        }
+        opened
+    }
+
+    /// Where a cluster is that is no hole, and of which not all is at hand.
+    fn missing(&self, disk: &Disk, cluster: ClusterIndex) -> Result<Option<Place>, VaultError> {
+        let Some(blob) = self.tree.blob(disk, cluster, Wait::May)? else { return Ok(None) };
+        let is_there = |at| self.frames.covering(blob, at).is_some();
+        if (0..CLUSTER).step_by(FrameShift::K16.bytes()).all(is_there) {
+            return Ok(None);
+        }
+        let Some((handle, offset)) = self.tree.packs().place(blob, Wait::May)? else { return Ok(None) };
+        let length = handle.lengths().place(blob.ordinal).map_or(0, |(_, length)| length);
+        Ok(Some(Place { blob, handle, offset, length }))
+    }
+
+    /// Reads blobs of one pack, and all between them, and opens each; how many could be.
+    fn fetch_together(&self, places: &[Place], tools: &mut Tools) -> usize {
+        let [first, .., last] = places else {
+            let alone = |place: &Place| {
+                let Tools { decoder, sealed } = &mut *tools;
+                let frames = self.frames_of(place.blob, Wait::May, sealed)?;
+                self.keep(place.blob, &frames, decoder)
+            };
+            return places.iter().map(alone).filter(Result::is_ok).count();
+        };
+        let length = usize::try_from(last.end() - first.offset).unwrap_or(FETCHED);
+        let mut bytes = Secret(vec![0; length]);
+        let store = self.tree.packs().tenant().store();
+        if store.read_at(first.handle.key(), first.offset, &mut bytes.0).is_err() {
+            return 0;
+        }
+        let mut opened = 0;
+        for place in places {
+            let from = usize::try_from(place.offset - first.offset).unwrap_or(length);
+            let Some(sealed) = bytes.0.get_mut(from..from + place.length) else { continue };
+            let Ok(content) = place.handle.open(place.blob.ordinal, sealed) else { continue };
+            let Ok(frames) = Frames::parse(content) else { continue };
+            opened += usize::from(self.keep(place.blob, &frames, &mut tools.decoder).is_ok());
+        }
+        opened
+    }
+
+    /// Decodes all frames of a blob, and keeps them.
+    fn keep(&self, blob: BlobRef, frames: &Frames<'_>, decoder: &mut FrameDecoder) -> Result<(), VaultError> {
+        let size = frames.shift().bytes();
+        for nth in 0..frames.shift().count() {
+            let mut frame = Frame::new(nth * size, size);
+            decoder.decode_frame(frames, nth, frame.bytes_mut()).map_err(damaged(blob))?;
+            self.frames.put(blob, frame);
+        }
+        Ok(())
+    }
+
     /// Opens a cluster and keeps all its frames, for a stream that is about to want them. One that is there in part counts
     /// as there.
     fn prefetch(&self, disk: &Disk, cluster: ClusterIndex, tools: &mut Tools) -> Result<(), VaultError> {
@@ -198,13 +302,7 @@ impl DiskReader {
         }
         let Tools { decoder, sealed } = tools;
         let frames = self.frames_of(blob, Wait::May, sealed)?;
-        let size = frames.shift().bytes();
-        for nth in 0..frames.shift().count() {
-            let mut frame = Frame::new(nth * size, size);
-            decoder.decode_frame(&frames, nth, frame.bytes_mut()).map_err(damaged(blob))?;
-            self.frames.put(blob, frame);
-        }
-        Ok(())
+        self.keep(blob, &frames, decoder)
     }
 
     /// Prepares for clusters that will be wanted soon: has the store fetch what they are in, or, where a store can't do that

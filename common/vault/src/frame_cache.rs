@@ -11,7 +11,7 @@ use reseal_format::index::BlobRef;
 use crate::wipe::wipe;
 
 /// What a frame costs beside its bytes: the entry in the map and in the list, the allocation's own header.
-const OVERHEAD: usize = 160;
+pub(crate) const OVERHEAD: usize = 160;
 
 /// Which frame: a pack's generations hold the same plaintext, so the generation does not matter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -103,6 +103,11 @@ impl FrameCache {
     /// Keeps at most about so many bytes from now on.
     pub(crate) fn resize(&self, bytes: usize) {
         self.0.resize(bytes);
+    }
+
+    /// Bytes that it keeps at most.
+    pub(crate) fn limit(&self) -> usize {
+        self.0.limit()
     }
 
     fn key(blob: BlobRef, start: usize) -> FrameKey {

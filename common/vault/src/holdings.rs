@@ -7,6 +7,7 @@ use reseal_format::names::{TenantName, VmName};
 use reseal_store::{Store, StoreError};
 
 use crate::leases::{Holder, exclusive, holders};
+use crate::notes::NoteNames;
 use crate::quota::used;
 use crate::record::Record;
 use crate::{PackFile, VaultError};
@@ -41,6 +42,8 @@ pub struct VmHoldings {
     pub name: VmName,
     pub points: usize,
     pub forgotten: usize,
+    /// Its notes of which the latest counts.
+    pub notes: NoteNames,
 }
 
 impl Holdings {
@@ -59,11 +62,11 @@ impl Holdings {
                     None => {}
                 }
             }
-            for (_, length) in holdings.add_all(store, &layout::notes(tenant, &name))? {
-                holdings.bytes += length;
-            }
+            let noted = holdings.add_all(store, &layout::notes(tenant, &name))?;
+            holdings.bytes += noted.iter().map(|(_, length)| length).sum::<u64>();
+            let notes = NoteNames::of(noted.iter().map(|(object, _)| object.as_str()));
             points.retain(|number| !forgotten.contains(number));
-            holdings.vms.push(VmHoldings { name, points: points.len(), forgotten: forgotten.len() });
+            holdings.vms.push(VmHoldings { name, points: points.len(), forgotten: forgotten.len(), notes });
         }
         let mut counted = Vec::new();
         let packs = layout::packs(tenant);

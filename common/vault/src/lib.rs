@@ -8,6 +8,7 @@
 //!         who is at work, and what is sealed under which DEK                    (leases, epochs)
 //!         record replaced → unwrap again, in processes that go on               (refresh)
 //! escrow: recovery kit → master → keys; or wrap it anew → replace the record    (escrow)
+//! notes:  listing → the latest of a kind → opened                               (notes)
 //! tidy:   what a tenant has, and may have; removing one that has nothing        (holdings, quota, objectives)
 //! ```
 //!
@@ -45,6 +46,7 @@ pub use erase::Erased;
 pub use error::{Class, VaultError};
 pub use holdings::{Holdings, VmHoldings, tenants};
 pub use leases::{Held, Holder, holders};
+pub use notes::{Booted, NoteNames};
 pub use pack_writer::{FinishingPack, PackWriter};
 pub use packs::{PackFile, PackHandle, Packs, Wait, Window};
 pub use points::{Chain, Point, PointSpec, Points, Shown, State, Which};

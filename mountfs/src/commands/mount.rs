@@ -19,7 +19,7 @@ use reseal_site::Reading;
 use reseal_vault::{Holder, Point, PointSpec, Points, VaultError};
 
 use super::background::detached;
-use super::writable::WritableArgs;
+use super::writable::{WritableArgs, WrittenFiles};
 use crate::PROGRAM;
 
 #[derive(Args)]
@@ -120,7 +120,11 @@ fn serve(common: &CommonArgs, arguments: &MountArgs, detach: Option<Detach>) -> 
     };
     let files = written.as_ref().map(|written| written.disks.clone()).unwrap_or_default();
     let mounted = Mounted::writable(points, disks, Some(heads.clone()), at, &options, journal.clone(), files);
-    let mounted = mounted.map_err(mount_failure)?;
+    let mounted = mounted.map_err(|error| {
+        // It is not what could not be mounted that failed.
+        let _ = written.as_ref().map(WrittenFiles::close);
+        mount_failure(error)
+    })?;
     signals.on_signal(mounted.stopper()).map_err(failed)?;
     // What another site does with its keys is seen there: it ends the reading.
     if let Reading::Here(opened) = &reading {

@@ -39,7 +39,8 @@ impl Owner for Counter {
 /// Restores a disk. What was made for it is removed if that fails.
 pub(super) fn restore(disks: &Disks, planned: &PlannedDisk<'_>, watch: &Watch<'_>) -> Result<(), RestoreError> {
     watch.go_on()?;
-    let created = planned.target.create_at(planned.place, planned.disk.disk().length);
+    let length = planned.disk.disk().length;
+    let created = planned.target.create_at(planned.place, length, &|| watch.go_on().is_ok());
     // Whoever interrupts from a terminal interrupts `qemu-img` too.
     let created = created.map_err(|e| watch.go_on().err().unwrap_or(e.into()))?;
     let disk = Arc::new(ServedDisk::new(disks, planned.disk));

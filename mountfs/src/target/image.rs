@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use reseal_qemu::{secret, tool};
 use serde_json::{Value, json};
@@ -38,7 +38,7 @@ pub(super) fn name(path: &Path) -> Result<String, TargetError> {
 }
 
 /// Has `qemu-img` make it, in the file or on the device that is there.
-pub(super) fn create(spec: &TargetSpec, name: &str, length: u64) -> Result<(), TargetError> {
+pub(super) fn create(spec: &TargetSpec, name: &str, length: u64, go_on: &dyn Fn() -> bool) -> Result<(), TargetError> {
     let path = || spec.path.clone();
     let failed = |source| TargetError::Io { path: path(), action: "make", source };
     let (format, options) = match (spec.format, spec.is_clear()) {
@@ -60,10 +60,12 @@ pub(super) fn create(spec: &TargetSpec, name: &str, length: u64) -> Result<(), T
     }
     command.arg(name).arg(sectors(length).to_string());
     tool::bind(&mut command, inherited).map_err(failed)?;
-    let said = match tool::run(command, LIMIT).map_err(failed)? {
+    let began = Instant::now();
+    let ended = tool::run_while(command, &|| began.elapsed() < LIMIT && go_on());
+    let said = match ended.map_err(failed)? {
         Some(ended) if ended.status.success() => return Ok(()),
         Some(ended) => tool::shorten(&ended.stderr, name, name),
-        None => format!("it took longer than {} s", LIMIT.as_secs()),
+        None => format!("it was ended after {} s", began.elapsed().as_secs()),
     };
     Err(TargetError::NotMade { path: path(), said })
 }

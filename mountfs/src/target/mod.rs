@@ -205,16 +205,21 @@ impl TargetSpec {
 
     /// Makes it, empty, for a disk of that length.
     pub fn create(&self, length: u64, force: bool) -> Result<Created, TargetError> {
-        self.create_at(self.check(length, force)?, length)
+        self.create_at(self.check(length, force)?, length, &|| true)
     }
 
-    /// The same where that was found at its path.
-    pub(crate) fn create_at(&self, place: Place, length: u64) -> Result<Created, TargetError> {
+    /// The same where that was found at its path, for as long as `go_on` says so.
+    pub(crate) fn create_at(
+        &self,
+        place: Place,
+        length: u64,
+        go_on: &dyn Fn() -> bool,
+    ) -> Result<Created, TargetError> {
         let name = image::name(&self.path)?;
         let open = place.open(&self.path, self.bytes(length))?;
         match self.is_plain() {
             true => open.set_length(image::sectors(length))?,
-            false => image::create(self, &name, length)?,
+            false => image::create(self, &name, length, go_on)?,
         }
         Ok(Created { spec: self.clone(), name, length, open })
     }

@@ -3,8 +3,9 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use reseal_format::ids::PointId;
 use reseal_format::names::DiskName;
-use reseal_nbd::server::{Disk, DiskError, Errno, Stretch};
+use reseal_nbd::server::{Change, Disk, DiskError, Errno, Stretch};
 
 use crate::overlay::{Layer, Overlay, OverlayError};
 
@@ -128,6 +129,24 @@ impl Disk for OverlayDisk {
                     at = border;
                 }
             }
+        }
+        Ok(found)
+    }
+
+    fn changed_since(&self) -> Option<String> {
+        let point = PointId::from_bytes(self.overlay.facts().point);
+        Some(format!("{point}/{}", self.base.name()))
+    }
+
+    /// All that was written, whether or not it is still as it was.
+    fn changes(&self, offset: u64, length: u64, most: usize) -> Result<Vec<Change>, DiskError> {
+        self.overlay.check().map_err(failed)?;
+        let (mut at, end) = (offset, offset + length);
+        let mut found = Vec::new();
+        while at < end && found.len() < most {
+            let (layer, border) = self.overlay.layer(at, end);
+            found.push(Change { length: border - at, changed: layer != Layer::Base });
+            at = border;
         }
         Ok(found)
     }

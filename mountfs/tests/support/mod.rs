@@ -1,6 +1,7 @@
 //! What the tests share: small vaults, model disks, and a store that fails on command.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+pub mod far;
 pub mod faults;
 pub mod servers;
 

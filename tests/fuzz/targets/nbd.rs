@@ -26,6 +26,7 @@ fn serve(mut bytes: &[u8]) {
                 size: 1 << 20,
                 flags: ExportFlags::HAS_FLAGS,
                 block_size: BlockSize::DEFAULT,
+                changed_since: Some("07/vm@1/disk".into()),
             })),
             Ok(Step::List) => machine.listed(Ok(vec![Listed { name: "disk".into(), description: String::new() }])),
             Ok(Step::Done(_) | Step::End) | Err(_) => return,

@@ -5,6 +5,7 @@ use reseal_format::manifest::Disk;
 use reseal_format::names::VmName;
 use reseal_site::Reading;
 use reseal_vault::{Class, Point, Points, State, VaultError};
+use reseal_writer::status::boot as boot_report;
 
 use super::{PointJson, point_name};
 
@@ -40,7 +41,9 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
         }
     };
     let mut shown = 0;
-    let header = format!("{:<24} {:<24} {:>10} {:>10} {:>10}", "POINT", "TIME", "SIZE", "USED", "ADDED");
+    // Another site does not tell of boots.
+    let boot = if reading.tenant().is_some() { "BOOT" } else { "" };
+    let header = format!("{:<24} {:<24} {:>10} {:>10} {:>10}  {boot}", "POINT", "TIME", "SIZE", "USED", "ADDED");
     for vm in vms {
         let (chain, rollback) = heads.chain(&*points, &vm)?;
         if chain.last() == 0 && args.vm.is_some() && rollback.is_none() {
@@ -50,6 +53,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
             damage(e.into());
         }
         let mut authenticated = 0;
+        let notes = reading.tenant().map(|tenant| tenant.note_names(&vm)).transpose()?;
         let numbers: Vec<_> = chain.numbers().collect();
         for (number, found) in numbers.chunks(TOGETHER).flat_map(|some| together(&*points, &vm, some)) {
             // One damaged point must not hide the others.
@@ -67,21 +71,33 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
                 }
             };
             if shown == 0 {
-                output.say(&header);
+                output.say(header.trim_end());
             }
             shown += 1;
             authenticated = number;
             let manifest = &point.manifest;
-            output.json(&PointJson::new(manifest));
-            output.say(format!(
-                "{:<24} {:<24} {:>10} {:>10} {:>10}{}",
+            let (boot, booted) = match reading.tenant().zip(notes.as_ref()) {
+                None => (String::new(), None),
+                Some((tenant, notes)) => match tenant.boot_of(manifest, notes) {
+                    Ok(None) => ("-".to_owned(), None),
+                    Ok(Some(booted)) => (boot_report::brief(&booted), Some(booted)),
+                    Err(e) => {
+                        damage(e.into());
+                        ("damaged".to_owned(), None)
+                    }
+                },
+            };
+            output.json(&PointJson::new(manifest, booted.as_ref()));
+            let line = format!(
+                "{:<24} {:<24} {:>10} {:>10} {:>10}  {boot:<31}{}",
                 point_name(&point),
                 manifest.created.to_string(),
                 human_bytes(manifest.disks.iter().map(|disk| disk.length).sum()),
                 human_bytes(manifest.disks.iter().map(Disk::used).sum()),
                 human_bytes(manifest.stats.stored),
                 if manifest.warnings.is_empty() { "" } else { "  see `reseal show`" },
-            ));
+            );
+            output.say(line.trim_end());
         }
         heads.remember(reading.record_generation(), &[(vm, authenticated)])?;
     }

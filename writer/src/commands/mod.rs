@@ -23,8 +23,10 @@ use std::thread::available_parallelism;
 
 use reseal_format::manifest::{Claim, Disk, Manifest, Stats, Tracking};
 use reseal_format::names::{DiskName, VmName};
-use reseal_vault::Point;
+use reseal_vault::{Booted, Point};
+use reseal_writer::status::boot;
 use serde::Serialize;
+use serde_json::Value;
 
 /// Threads for work that keeps a core busy.
 pub(crate) fn cores() -> usize {
@@ -43,6 +45,8 @@ pub(crate) struct PointJson<'a> {
     definition: Option<&'a str>,
     stats: Stats,
     warnings: &'a [String],
+    /// What became of the last boot that was tried; none where another site has the keys.
+    boot: Option<Value>,
 }
 
 #[derive(Serialize)]
@@ -58,7 +62,7 @@ struct DiskJson<'a> {
 }
 
 impl<'a> PointJson<'a> {
-    pub(crate) fn new(manifest: &'a Manifest) -> PointJson<'a> {
+    pub(crate) fn new(manifest: &'a Manifest, booted: Option<&Booted>) -> PointJson<'a> {
         let disk = |disk: &'a Disk| DiskJson {
             name: &disk.name,
             length: disk.length,
@@ -77,6 +81,7 @@ impl<'a> PointJson<'a> {
             definition: manifest.definition.as_ref().map(|definition| definition.file_name.as_str()),
             stats: manifest.stats,
             warnings: &manifest.warnings,
+            boot: booted.map(boot::json),
         }
     }
 }

@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use reseal_cli::{CommonArgs, Failure, human_bytes, human_duration};
+use reseal_format::manifest::Manifest;
 use reseal_site::Reading;
-use reseal_vault::PointSpec;
+use reseal_vault::{Booted, PointSpec, Tenant, VaultError};
+use reseal_writer::status::boot;
 
 use super::{PointJson, point_name};
 
@@ -23,7 +25,13 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     reading.heads().whole_chain(&*points, &spec.vm)?;
     let point = points.resolve(&spec)?;
     let manifest = &point.manifest;
-    output.json(&PointJson::new(manifest));
+    // A note that is damaged does not hide the point.
+    let (booted, damaged) = match reading.tenant().map(|tenant| boot_of(tenant, manifest)) {
+        None => (None, None),
+        Some(Ok(booted)) => (booted, None),
+        Some(Err(e)) => (None, Some(e)),
+    };
+    output.json(&PointJson::new(manifest, booted.as_ref()));
     output.say(format!("point       {}", point_name(&point)));
     output.say(format!("time        {}", manifest.created));
     output.say(format!("id          {}", manifest.point_id));
@@ -50,8 +58,15 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     output.say(format!("new         {}", human_bytes(stats.new)));
     output.say(format!("stored      {}", human_bytes(stats.stored)));
     output.say(format!("took        {}", human_duration(Duration::from_millis(stats.duration_ms))));
+    if let Some(booted) = &booted {
+        output.say(format!("boot        {}", boot::whole(booted)));
+    }
     for warning in &manifest.warnings {
         output.say(format!("warning     {warning}"));
     }
-    Ok(())
+    damaged.map_or(Ok(()), |e| Err(e.into()))
+}
+
+fn boot_of(tenant: &Tenant, point: &Manifest) -> Result<Option<Booted>, VaultError> {
+    tenant.boot_of(point, &tenant.note_names(&point.vm)?)
 }

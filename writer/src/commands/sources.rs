@@ -197,6 +197,12 @@ impl SourceArgs {
                 said = Some(Said { method: method.into(), id, since, changes: Some(list), check_percent });
             }
             let source = self.source(&name, &place, bitmap.as_deref())?;
+            // Whether it is so, and since which restore point, is looked up before anything is made of it.
+            if let (None, Some(since)) = (&said, source.changed_since()) {
+                let (method, id) = (method::OVERLAY.into(), since.to_string());
+                let (since, check_percent) = (Since::Number(since.number), self.check_unchanged.unwrap_or(0.0));
+                said = Some(Said { method, id, since, changes: None, check_percent });
+            }
             inputs.push(Input { name, source, said, tracking });
         }
         Ok(inputs)
@@ -207,8 +213,11 @@ impl SourceArgs {
             let text = place.to_str();
             let text = text.ok_or_else(|| Failure::new(Status::Usage, format!("{name}: the URI is not UTF-8")))?;
             let uri: NbdUri = text.parse().map_err(BackupError::Nbd)?;
-            let source = NbdSource::open(&uri, &self.options(), bitmap).map_err(BackupError::Nbd)?;
-            return Ok(Source::Nbd(Box::new(source)));
+            let source = match bitmap {
+                Some(_) => NbdSource::open(&uri, &self.options(), bitmap),
+                None => NbdSource::open_asking_since(&uri, &self.options()),
+            };
+            return Ok(Source::Nbd(Box::new(source.map_err(BackupError::Nbd)?)));
         }
         let path = Path::new(place);
         let format = match self.raw {

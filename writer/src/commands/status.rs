@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use reseal_cli::{CommonArgs, DEFAULT_TENANT, Failure, Found, Output, Status, human_bytes, of_tenant};
 use reseal_format::names::{TenantName, VmName};
 use reseal_format::time::Timestamp;
-use reseal_vault::{Record, VaultError, tenants};
+use reseal_vault::{Booted, Record, VaultError, tenants};
 use reseal_writer::span;
-use reseal_writer::status::{Attempt, RekeyState, Report, SiteReport, TenantReport, Verdict, VmReport, metrics};
+use reseal_writer::status::{Attempt, RekeyState, Report, SiteReport, TenantReport, Verdict, VmReport, age, metrics};
 use std::time::Duration;
 
 /// Arguments of `status`.
@@ -39,8 +39,9 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
         Some(path) if path == Path::new("-") => print!("{}", metrics::text(&report)),
         Some(path) => write(path, &metrics::text(&report))?,
         None => {
+            let report_time = report.time;
             output.json(&report.json());
-            report.tenants.iter().for_each(|report| show_tenant(output, report));
+            report.tenants.iter().for_each(|report| show_tenant(output, report, report_time));
             report.site.iter().for_each(|report| show_site(output, report));
         }
     }
@@ -161,7 +162,7 @@ fn of_one(common: &CommonArgs, name: &TenantName, now: Timestamp) -> Result<Tena
     }
 }
 
-fn show_tenant(output: Output, report: &TenantReport) {
+fn show_tenant(output: Output, report: &TenantReport, now: Timestamp) {
     output.say(format!("tenant {}", report.tenant));
     if let Some(when) = report.erased {
         return output.say(format!("  erased at {}", when.to_rfc3339()));
@@ -191,26 +192,27 @@ fn show_tenant(output: Output, report: &TenantReport) {
         output.say(format!("  at work  {who}"));
     }
     if report.closed.is_none() && !report.vms.is_empty() {
-        let header = ["VM", "POINT", "AGE", "OBJECTIVE", "LAST RESULT", "VERIFIED"];
+        let header = ["VM", "POINT", "AGE", "OBJECTIVE", "LAST RESULT", "VERIFIED", "BOOT"];
         output.say(row(header.map(str::to_owned)));
-        report.vms.iter().for_each(|vm| output.say(vm_row(vm)));
+        report.vms.iter().for_each(|vm| output.say(vm_row(vm, now)));
     }
 }
 
-fn row([vm, point, age, objective, last, verified]: [String; 6]) -> String {
-    format!("  {vm:<24} {point:>8} {age:>10} {objective:>10}  {last:<32} {verified}").trim_end().to_owned()
+fn row([vm, point, age, objective, last, verified, boot]: [String; 7]) -> String {
+    format!("  {vm:<24} {point:>8} {age:>10} {objective:>10}  {last:<32} {verified:<35} {boot}").trim_end().to_owned()
 }
 
 fn show_span(seconds: Option<u64>) -> String {
     seconds.map_or_else(|| "-".to_owned(), |seconds| span::show(Duration::from_secs(seconds)))
 }
 
-fn vm_row(report: &VmReport) -> String {
+fn vm_row(report: &VmReport, now: Timestamp) -> String {
     let number = report.newest.map_or_else(|| "none".to_owned(), |newest| newest.number.to_string());
     let age = show_span(report.newest.map(|newest| newest.age));
     let last = show_attempt(report.last.as_ref());
     let verified = show_verdict(report.verified.as_ref());
-    row([report.vm.to_string(), number, age, show_span(report.objective), last, verified])
+    let boot = show_boot(report.boot.as_ref(), now);
+    row([report.vm.to_string(), number, age, show_span(report.objective), last, verified, boot])
 }
 
 fn show_attempt(attempt: Option<&Attempt>) -> String {
@@ -229,19 +231,34 @@ fn show_verdict(verdict: Option<&Verdict>) -> String {
     }
 }
 
+fn show_boot(booted: Option<&Booted>, now: Timestamp) -> String {
+    let Some(booted) = booted else { return "-".to_owned() };
+    let ago = span::show(Duration::from_secs(age(booted.time, now)));
+    let word = if booted.verdict.passed { "passed" } else { "FAILED" };
+    format!("{word} of {}, {ago} ago", booted.number)
+}
+
 fn show_site(output: Output, report: &SiteReport) {
     output.say(format!("tenant {} at {}", report.tenant, report.address));
     output.say(format!("  server   {}", if report.server.is_ok() { "answers" } else { "does not take us" }));
     let days = report.seconds_left / 86_400;
     output.say(format!("  expires  {} ({days} days)", report.certificate.expires.to_rfc3339()));
     if !report.vms.is_empty() {
-        let header = ["VM", "POINT", "AGE", "OBJECTIVE", "LAST RESULT", ""];
+        let header = ["VM", "POINT", "AGE", "OBJECTIVE", "LAST RESULT", "", ""];
         output.say(row(header.map(str::to_owned)));
     }
     for vm in &report.vms {
         let number = vm.done.as_ref().and_then(|done| done.number);
         let number = number.map_or_else(|| "none".to_owned(), |number| number.to_string());
         let last = show_attempt(vm.last.as_ref());
-        output.say(row([vm.vm.to_string(), number, show_span(vm.age), show_span(vm.objective), last, String::new()]));
+        output.say(row([
+            vm.vm.to_string(),
+            number,
+            show_span(vm.age),
+            show_span(vm.objective),
+            last,
+            String::new(),
+            String::new(),
+        ]));
     }
 }

@@ -87,7 +87,7 @@ mod tests {
         assert!(left.exists());
         let folder = RunFolder::within(&base, &own).unwrap();
         assert!(!left.exists());
-        assert_eq!(folder.path().metadata().unwrap().mode() & 0o777, 0o700);
+        assert_eq!(folder.path().metadata().unwrap().permissions().mode() & 0o777, 0o700);
         folder.listen().unwrap();
         drop(folder);
         assert_eq!(std::fs::read_dir(&base).unwrap().count(), 0);

@@ -10,6 +10,8 @@ pub(crate) use extents::{Class, Extent, Extents, Marked, Run, Runs};
 pub use file::FileSource;
 pub use nbd::NbdSource;
 
+use reseal_nbd::server::SinceDisk;
+
 use crate::BackupError;
 
 /// A disk to back up.
@@ -47,6 +49,14 @@ impl Source {
         match self {
             Source::File(file) => file.expected(),
             Source::Nbd(nbd) => nbd.export().length(),
+        }
+    }
+
+    /// Since which disk of a restore point it tells what changed, if it says so itself.
+    pub fn changed_since(&self) -> Option<SinceDisk> {
+        match self {
+            Source::File(_) => None,
+            Source::Nbd(nbd) => nbd.export().changed_since().and_then(SinceDisk::parse),
         }
     }
 

@@ -23,7 +23,6 @@ type Answer = Result<Vec<reseal_nbd::Extent>, NbdError>;
 pub struct NbdSource {
     export: Export,
     name: String,
-    has_bitmap: bool,
     /// Kept until the disk was read: a server that was started for it.
     _server: Option<Box<dyn Any + Send + Sync>>,
 }
@@ -31,9 +30,17 @@ pub struct NbdSource {
 impl NbdSource {
     /// Opens an export, with the dirty bitmap of that name if one is given.
     pub fn open(uri: &NbdUri, options: &Options, bitmap: Option<&str>) -> Result<NbdSource, NbdError> {
-        let export = Export::open(uri, options, bitmap)?;
+        Ok(NbdSource::of(Export::open(uri, options, bitmap)?))
+    }
+
+    /// Opens an export that may tell what changed since a restore point.
+    pub fn open_asking_since(uri: &NbdUri, options: &Options) -> Result<NbdSource, NbdError> {
+        Ok(NbdSource::of(Export::open_asking_since(uri, options)?))
+    }
+
+    fn of(export: Export) -> NbdSource {
         let name = export.name().to_owned();
-        Ok(NbdSource { export, name, has_bitmap: bitmap.is_some(), _server: None })
+        NbdSource { export, name, _server: None }
     }
 
     /// The same under a name that says more to people.
@@ -59,7 +66,7 @@ impl NbdSource {
     /// Its extents, asked for through the channel that its connections serve.
     /// `serving` counts these connections.
     pub(crate) fn extents<'a, T>(&self, requests: Sender<Request<T>>, serving: &'a AtomicUsize) -> NbdExtents<'a, T> {
-        let known = self.export.has_allocation() || self.has_bitmap;
+        let known = self.export.has_allocation() || self.export.tells_changes();
         let requests = known.then_some(requests);
         NbdExtents { length: self.export.length(), requests, serving, queue: VecDeque::new() }
     }

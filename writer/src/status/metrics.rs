@@ -109,6 +109,17 @@ fn vm(families: &mut Families, tenant: (&str, &str), report: &VmReport) {
         let help = "Whether the last verification found damage that hurts the VM.";
         families.add("reseal_verify_damaged", help, labels, u8::from(verdict.damaged > 0));
     }
+    if let Some(booted) = &report.boot {
+        let help = "Whether the last boot that was checked passed.";
+        families.add("reseal_boot_check_passed", help, labels, u8::from(booted.verdict.passed));
+        let help = "When a boot was checked last.";
+        families.add("reseal_boot_check_timestamp_seconds", help, labels, seconds(booted.time));
+        let help = "Number of the restore point whose boot was checked last.";
+        families.add("reseal_boot_check_restore_point_number", help, labels, booted.number);
+        let help = "How long the last boot that was checked took.";
+        let took = booted.verdict.took_ms as f64 / 1000.0;
+        families.add("reseal_boot_check_duration_seconds", help, labels, took);
+    }
 }
 
 fn age(families: &mut Families, labels: &[(&str, &str)], age: Option<u64>, objective: Option<u64>, late: bool) {

@@ -6,9 +6,10 @@ use reseal_cli::{Failure, Status};
 use reseal_format::time::Timestamp;
 use serde_json::{Value, json};
 
+use super::boot;
 use super::results::Attempt;
 use super::site::{SiteReport, SiteVm};
-use super::tenant::{RekeyState, TenantReport, VmReport};
+use super::tenant::{RekeyState, TenantReport, VmReport, age};
 use super::verdicts::Verdict;
 use reseal_site::certificate::now;
 
@@ -79,7 +80,7 @@ impl Report {
             "time": self.time.to_rfc3339(),
             "status": self.status().map_or(0, |status| status as u8),
             "problems": self.problems().iter().map(problem).collect::<Vec<_>>(),
-            "tenants": self.tenants.iter().map(tenant).collect::<Vec<_>>(),
+            "tenants": self.tenants.iter().map(|report| tenant(report, self.time)).collect::<Vec<_>>(),
             "site": self.site.as_ref().map(site),
         })
     }
@@ -95,7 +96,7 @@ pub(crate) fn severity(status: Status) -> u8 {
     }
 }
 
-fn tenant(report: &TenantReport) -> Value {
+fn tenant(report: &TenantReport, now: Timestamp) -> Value {
     json!({
         "tenant": report.tenant,
         "opened": report.closed.is_none() && report.erased.is_none(),
@@ -117,7 +118,7 @@ fn tenant(report: &TenantReport) -> Value {
         "points": report.points,
         "at_work": report.at_work,
         "verified": report.verified.as_ref().map(verdict),
-        "vms": report.vms.iter().map(vm).collect::<Vec<_>>(),
+        "vms": report.vms.iter().map(|report| vm(report, now)).collect::<Vec<_>>(),
     })
 }
 
@@ -130,7 +131,7 @@ pub(super) fn kms_answers(report: &TenantReport) -> Option<bool> {
     }
 }
 
-fn vm(report: &VmReport) -> Value {
+fn vm(report: &VmReport, now: Timestamp) -> Value {
     json!({
         "vm": report.vm,
         "points": report.points,
@@ -146,6 +147,11 @@ fn vm(report: &VmReport) -> Value {
         "late": report.late,
         "last": report.last.as_ref().map(attempt),
         "verified": report.verified.as_ref().map(verdict),
+        "boot": report.boot.as_ref().map(|booted| {
+            let mut boot = boot::json(booted);
+            boot["age"] = json!(age(booted.time, now));
+            boot
+        }),
     })
 }
 

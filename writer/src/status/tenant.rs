@@ -13,11 +13,11 @@ use reseal_format::tenant::KmsRef;
 use reseal_format::time::Timestamp;
 use reseal_store::Store;
 use reseal_vault::heads::Heads;
-use reseal_vault::{Holdings, Points, State, Tenant, VaultError, holders};
+use reseal_vault::{Booted, Holdings, NoteNames, Points, State, Tenant, VaultError, holders};
 
 use super::results::{Results, VmResults};
 use super::verdicts::{Verdict, Verdicts};
-use super::{Attempt, Problem};
+use super::{Attempt, Problem, boot};
 
 /// A tenant.
 #[derive(Debug, Clone)]
@@ -69,6 +69,10 @@ pub struct VmReport {
     pub late: bool,
     pub last: Option<Attempt>,
     pub verified: Option<Verdict>,
+    /// What became of the last boot that was tried.
+    pub boot: Option<Booted>,
+    /// Where to look for that.
+    notes: NoteNames,
     pub problems: Vec<Problem>,
 }
 
@@ -85,7 +89,7 @@ pub struct Newest {
 }
 
 /// Seconds from a moment until now; none where it lies ahead.
-pub(super) fn age(created: Timestamp, now: Timestamp) -> u64 {
+pub fn age(created: Timestamp, now: Timestamp) -> u64 {
     u64::try_from((now.0 - created.0) / 1000).unwrap_or(0)
 }
 
@@ -130,12 +134,10 @@ impl TenantReport {
         let vm = |vm: &VmName| {
             let held = holdings.vms.iter().find(|held| held.name == *vm);
             let verified = verdicts.as_ref().and_then(|verdicts| verdicts.of_vm(vm, verified.as_ref()));
-            VmReport::new(
-                vm,
-                held.map_or(0, |held| held.points),
-                results.iter().find(|known| known.vm == *vm),
-                verified,
-            )
+            let known = results.iter().find(|known| known.vm == *vm);
+            let mut report = VmReport::new(vm, held.map_or(0, |held| held.points), known, verified);
+            report.notes = held.map(|held| held.notes.clone()).unwrap_or_default();
+            report
         };
         let vms = names.into_iter().map(vm).collect();
         let at_work = holders(store, tenant)?.iter().map(ToString::to_string).collect();
@@ -267,7 +269,18 @@ impl VmReport {
             problems.push(Problem::new(Status::Damaged, what));
         }
         let objective = results.and_then(VmResults::objective);
-        VmReport { vm: vm.clone(), points, newest: None, objective, late: false, last, verified, problems }
+        VmReport {
+            vm: vm.clone(),
+            points,
+            newest: None,
+            objective,
+            late: false,
+            last,
+            verified,
+            boot: None,
+            notes: NoteNames::default(),
+            problems,
+        }
     }
 
     /// Looks at its chain, and opens its newest point.
@@ -290,6 +303,9 @@ impl VmReport {
             read: manifest.stats.read,
             stored: manifest.stats.stored,
         });
+        let live: BTreeSet<u32> = chain.live().collect();
+        self.boot = tenant.last_boot(&manifest, &self.notes, |number| live.contains(&number))?;
+        self.problems.extend(self.boot.as_ref().and_then(|booted| boot::problem(&vm, booted)));
         Ok(())
     }
 }

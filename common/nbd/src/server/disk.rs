@@ -14,6 +14,14 @@ pub struct Stretch {
     pub hole: bool,
 }
 
+/// A stretch of a disk that changed since a restore point, or did not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Change {
+    /// At least one byte.
+    pub length: u64,
+    pub changed: bool,
+}
+
 /// A request that can't be met.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{reason}")]
@@ -90,6 +98,18 @@ pub trait Disk: Send + Sync {
     /// Which parts of a range are holes, from its start on: at least one stretch and at most `most`, which together may be
     /// less than the range but not more.
     fn stretches(&self, offset: u64, length: u64, most: usize) -> Result<Vec<Stretch>, DiskError>;
+
+    /// Since when it can tell what changed, if it can: the disk of a restore point, in the words of a [`SinceDisk`].
+    ///
+    /// [`SinceDisk`]: super::SinceDisk
+    fn changed_since(&self) -> Option<String> {
+        None
+    }
+
+    /// What changed since then, as [`Disk::stretches`] tells holes.
+    fn changes(&self, _offset: u64, _length: u64, _most: usize) -> Result<Vec<Change>, DiskError> {
+        Err(DiskError { errno: Errno::INVAL, reason: "nothing is known of its changes".into() })
+    }
 
     /// A range that will be read soon.
     fn cache(&self, _offset: u64, _length: u64) -> Result<(), DiskError> {

@@ -33,10 +33,10 @@ use std::time::Duration;
 
 use rustls::{ServerConfig, ServerConnection};
 
-pub use disk::{Disk, DiskError, Exports, NotOpened, Owner, Stretch};
+pub use disk::{Change, Disk, DiskError, Exports, NotOpened, Owner, Stretch};
 pub use error::ServeError;
 pub use point_exports::{PointExports, Scope};
-pub use point_name::{PointDisk, export_name};
+pub use point_name::{PointDisk, SinceDisk, export_name};
 pub use reseal_proto::nbd::Errno;
 pub use reseal_proto::nbd::serve::Listed;
 pub use tls::ServerTls;

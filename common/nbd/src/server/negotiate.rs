@@ -109,6 +109,7 @@ fn facts(disk: &dyn Disk, max_read: u32) -> Facts {
         size: disk.length(),
         flags,
         block_size: BlockSize { minimum: 1, preferred: PREFERRED, maximum: max_read },
+        changed_since: disk.changed_since(),
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use reseal_proto::nbd::serve::ALLOCATION_ID;
+use reseal_proto::nbd::serve::{ALLOCATION_ID, CHANGES_ID};
 use reseal_proto::nbd::{
     BlockStatus, CHUNK_LENGTH, Chunk, ChunkKind, Command, CommandFlags, Descriptor, Errno, ErrorChunk, HOLE_LENGTH,
     Hole, OFFSET_LENGTH, REQUEST_LENGTH, Reply, Request, SIMPLE_LENGTH, Violation, state,
@@ -20,7 +20,7 @@ use reseal_vault::wipe::Buffer;
 use super::budget::{Budget, Share};
 use super::negotiate::Opened;
 use super::stream::{Receiving, Sending, Stream};
-use super::{DiskError, MAX_READ, Owner, ServeError, Service, Stretch};
+use super::{Change, DiskError, MAX_READ, Owner, ServeError, Service, Stretch};
 
 /// Most stretches of one answer about holes. A client asks again for the rest.
 const MAX_STRETCHES: usize = 4096;
@@ -255,7 +255,7 @@ impl<'a> Session<'a> {
             Command::Write | Command::WriteZeroes if !is_inside => return Err(Errno::NOSPC),
             Command::Write | Command::WriteZeroes => true,
             Command::Cache | Command::Trim => is_inside,
-            Command::BlockStatus => agreed.allocation && request.length > 0 && is_inside,
+            Command::BlockStatus => (agreed.allocation || agreed.changes) && request.length > 0 && is_inside,
             Command::Flush => true,
             Command::Disconnect | Command::Other(_) => false,
         };
@@ -336,16 +336,37 @@ impl<'a> Session<'a> {
 
     fn block_status(&self, request: &Request) -> Result<(), ServeError> {
         let most = if request.flags.contains(CommandFlags::REQ_ONE) { 1 } else { MAX_STRETCHES };
-        let found = match self.opened.disk.stretches(request.offset, request.length.into(), most) {
-            Ok(found) => found,
-            Err(e) => return self.fail(request, "find the holes of", &e),
-        };
-        let descriptors = descriptors(&found, request.length, most);
-        if descriptors.is_empty() {
-            return self.fail(request, "find the holes of", &DiskError::io("nothing is known of them"));
+        let (agreed, disk) = (self.opened.agreed, &*self.opened.disk);
+        let (offset, length) = (request.offset, u64::from(request.length));
+        let mut known = Vec::with_capacity(2);
+        if agreed.allocation {
+            match disk.stretches(offset, length, most) {
+                Ok(found) => {
+                    known.push((ALLOCATION_ID, descriptors(found.iter().map(allocation), request.length, most)))
+                }
+                Err(e) => return self.fail(request, "find the holes of", &e),
+            }
         }
-        let status = BlockStatus { context: ALLOCATION_ID, descriptors };
-        self.chunk(request, ChunkKind::BlockStatus, &status.encode())
+        if agreed.changes {
+            match disk.changes(offset, length, most) {
+                Ok(found) => known.push((CHANGES_ID, descriptors(found.iter().map(change), request.length, most))),
+                Err(e) => return self.fail(request, "find the changes of", &e),
+            }
+        }
+        if known.iter().any(|(_, descriptors)| descriptors.is_empty()) {
+            return self.fail(request, "look at", &DiskError::io("nothing is known of what is there"));
+        }
+        // All chunks at once, so that no other reply comes between them.
+        let mut reply = Vec::new();
+        let last = known.len() - 1;
+        for (nth, (context, descriptors)) in known.into_iter().enumerate() {
+            let payload = BlockStatus { context, descriptors }.encode();
+            let (kind, cookie) = (ChunkKind::BlockStatus, request.cookie);
+            let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
+            reply.extend(Reply::Chunk(Chunk { done: nth == last, kind, cookie, length }).encode());
+            reply.extend(payload);
+        }
+        self.send(&reply)
     }
 
     /// Tells the client that it failed, and the owner why.
@@ -391,13 +412,20 @@ fn is_all_hole(found: &[Stretch], length: u32) -> bool {
     matches!(found, [Stretch { length: found, hole: true }, ..] if *found >= u64::from(length))
 }
 
-/// Neighbours that are alike become one, and nothing reaches beyond what was asked for.
-fn descriptors(found: &[Stretch], length: u32, most: usize) -> Vec<Descriptor> {
+fn allocation(stretch: &Stretch) -> (u64, u32) {
+    (stretch.length, if stretch.hole { state::HOLE | state::ZERO } else { 0 })
+}
+
+fn change(change: &Change) -> (u64, u32) {
+    (change.length, if change.changed { state::DIRTY } else { 0 })
+}
+
+/// Lengths and flags as descriptors: neighbours that are alike become one, and nothing reaches beyond what was asked for.
+fn descriptors(found: impl Iterator<Item = (u64, u32)>, length: u32, most: usize) -> Vec<Descriptor> {
     let mut descriptors: Vec<Descriptor> = Vec::new();
     let mut left = length;
-    for stretch in found {
-        let length = u32::try_from(stretch.length).unwrap_or(u32::MAX).min(left);
-        let flags = if stretch.hole { state::HOLE | state::ZERO } else { 0 };
+    for (length, flags) in found {
+        let length = u32::try_from(length).unwrap_or(u32::MAX).min(left);
         left -= length;
         let is_full = descriptors.len() == most;
         match descriptors.last_mut() {
@@ -420,6 +448,7 @@ mod tests {
         let found = [stretch(4, true), stretch(4, true), stretch(2, false), stretch(1 << 40, true)];
         let zero = state::HOLE | state::ZERO;
         let of = |length, flags| Descriptor { length, flags };
+        let descriptors = |found: &[Stretch], length, most| descriptors(found.iter().map(allocation), length, most);
         assert_eq!(descriptors(&found, 100, 10), [of(8, zero), of(2, 0), of(90, zero)]);
         assert_eq!(descriptors(&found, 100, 1), [of(8, zero)]);
         assert_eq!(descriptors(&found, 6, 10), [of(6, zero)]);

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, unbounded};
 use parking_lot::Mutex;
 use reseal_nbd::server::{
-    Connection, Disk, DiskError, Exports, Limits, Listed, NotOpened, Owner, ServeError, Service, StartTls, Stopper,
-    Stretch,
+    Change, Connection, Disk, DiskError, Exports, Limits, Listed, NotOpened, Owner, ServeError, Service, StartTls,
+    Stopper, Stretch,
 };
 use reseal_proto::nbd::*;
 
@@ -29,6 +29,8 @@ pub(crate) struct Model {
     /// From which byte on nothing can be read at once, and how often something was.
     pub(crate) waits_from: u64,
     pub(crate) at_once: AtomicU64,
+    /// It tells its changes.
+    pub(crate) is_written: bool,
 }
 
 impl Model {
@@ -39,7 +41,7 @@ impl Model {
         bytes[2 * BLOCK * 100..4 * BLOCK * 100].fill(0);
         // A short hole in data.
         bytes[10 * BLOCK..11 * BLOCK].fill(0);
-        Model { bytes, before: Box::new(|_, _| Ok(())), waits_from: 0, at_once: AtomicU64::new(0) }
+        Model { bytes, before: Box::new(|_, _| Ok(())), waits_from: 0, at_once: AtomicU64::new(0), is_written: false }
     }
 
     pub(crate) fn with(before: impl Fn(u64, usize) -> Result<(), DiskError> + Send + Sync + 'static) -> Model {
@@ -79,6 +81,21 @@ impl Disk for Model {
         Some(self.read(offset, out))
     }
 
+    fn changed_since(&self) -> Option<String> {
+        self.is_written.then(|| SINCE.to_owned())
+    }
+
+    fn changes(&self, offset: u64, length: u64, most: usize) -> Result<Vec<Change>, DiskError> {
+        let (mut at, end, mut found) = (offset, offset + length, Vec::new());
+        while at < end && found.len() < most {
+            let block = at / BLOCK as u64;
+            let next = ((block + 1) * BLOCK as u64).min(end);
+            found.push(Change { length: next - at, changed: block % 2 == 1 });
+            at = next;
+        }
+        Ok(found)
+    }
+
     fn stretches(&self, offset: u64, length: u64, most: usize) -> Result<Vec<Stretch>, DiskError> {
         let end = offset + length;
         let (mut at, mut found) = (offset, Vec::<Stretch>::new());
@@ -98,6 +115,9 @@ impl Disk for Model {
         Ok(found)
     }
 }
+
+/// What the model says of its changes: the disk of a point, and that each other block was written.
+pub(crate) const SINCE: &str = "07070707070707070707070707070707/vm@3/model";
 
 /// One export, `model`, which is also the default.
 pub(crate) struct One(pub(crate) Arc<Model>);

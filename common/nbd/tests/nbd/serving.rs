@@ -12,7 +12,7 @@ use reseal_nbd::{Export, NbdError, NbdUri, Options, Refusal};
 use reseal_proto::nbd::*;
 
 use crate::reading::{extents, read_all};
-use crate::served::{Answer, Heard, Model, One, Served, Talker, errno, wait_until};
+use crate::served::{Answer, BLOCK, Heard, Model, One, SINCE, Served, Talker, errno, wait_until};
 use crate::server::run;
 use crate::tls::Fixture;
 
@@ -236,6 +236,33 @@ fn holes_are_told_and_not_sent() {
     let one = talker.request(Command::BlockStatus, CommandFlags::REQ_ONE, 1_000_000, 1000);
     let Answer::Chunk(7, ChunkKind::BlockStatus, payload) = one else { panic!("{one:?}") };
     assert_eq!(BlockStatus::decode(&payload).unwrap().descriptors, [of(1000, zero)]);
+}
+
+#[test]
+fn what_changed_since_a_restore_point_is_told_beside_the_holes_to_those_who_ask() {
+    let served = Served::new(Model { is_written: true, ..Model::new() });
+    let export = Export::open_asking_since(&served.place.uri("model"), &Options::default()).unwrap();
+    assert_eq!((export.changed_since(), export.tells_changes()), (Some(SINCE), true));
+    let (mut at, length) = (0, export.length());
+    for extent in extents(&export, 0, length).unwrap() {
+        for block in at / BLOCK as u64..(at + extent.length).div_ceil(BLOCK as u64) {
+            assert_eq!(extent.dirty, block % 2 == 1, "block {block}");
+            let is_hole = block == 10 || (200..400).contains(&block);
+            assert_eq!(extent.zero, is_hole, "block {block}");
+        }
+        at += extent.length;
+    }
+    assert_eq!(at, length);
+    // Other clients know it by its name, and those that don't ask see all as it was.
+    let name = format!("{CHANGED_SINCE}{SINCE}");
+    let map = output("nbdinfo", &[&format!("--map={name}"), &served.place.uri("model").to_string()]);
+    assert_eq!(map.lines().count(), 601, "{map}");
+    let plain = Export::open(&served.place.uri("model"), &Options::default(), None).unwrap();
+    assert_eq!((plain.changed_since(), plain.tells_changes()), (None, false));
+    // A server that knows of no changes is one as any.
+    let other = Served::new(Model::new());
+    let export = Export::open_asking_since(&other.place.uri("model"), &Options::default()).unwrap();
+    assert_eq!((export.changed_since(), export.tells_changes(), export.has_allocation()), (None, false, true));
 }
 
 #[test]

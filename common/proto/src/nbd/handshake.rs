@@ -24,7 +24,8 @@ const MAX_OFFERED: usize = 32;
 pub struct Wanted {
     pub export: String,
     pub tls: bool,
-    /// Meta contexts by their full names, and whether it must have them.
+    /// Meta contexts by their full names, and whether it must have them. A name that ends in a colon stands for any that begins
+    /// so.
     pub contexts: Vec<(String, bool)>,
 }
 
@@ -274,7 +275,9 @@ impl ClientHandshake {
     }
 
     fn context(&mut self, id: u32, name: String) -> Result<(), Violation> {
-        let wanted = self.wanted.contexts.iter().any(|(wanted, _)| *wanted == name);
+        let is_meant =
+            |wanted: &String| *wanted == name || (wanted.ends_with(':') && name.starts_with(wanted.as_str()));
+        let wanted = self.wanted.contexts.iter().any(|(wanted, _)| is_meant(wanted));
         if !wanted || self.contexts.iter().any(|(_, known)| *known == name) {
             return Err(Violation::WrongContext { name });
         }

@@ -51,3 +51,6 @@ pub const MAX_DESCRIPTORS: usize = 1 << 20;
 pub const BASE_ALLOCATION: &str = "base:allocation";
 /// What the contexts of QEMU's dirty bitmaps begin with.
 pub const DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
+/// What reseal's own context begins with, which tells what changed since a restore point and says which. Its flags are those
+/// of QEMU's bitmaps. A query of just this asks for whichever there is.
+pub const CHANGED_SINCE: &str = "reseal:changed-since:";

@@ -13,7 +13,7 @@
 use super::greeting::{CLIENT_FLAGS_LENGTH, ClientFlags, Greeting};
 use super::option_reply::{Info, OptionError, OptionReply};
 use super::{
-    BASE_ALLOCATION, BlockSize, ExportFlags, InfoRequest, MAX_OPTION_REPLIES, MAX_STRING, MetaQuery,
+    BASE_ALLOCATION, BlockSize, CHANGED_SINCE, ExportFlags, InfoRequest, MAX_OPTION_REPLIES, MAX_STRING, MetaQuery,
     OPTION_HEADER_LENGTH, OptionHeader, OptionKind, OptionRequest, Violation, info,
 };
 
@@ -21,10 +21,14 @@ use super::{
 pub const MAX_OPTIONS: usize = 1024;
 /// The number by which clients know `base:allocation`.
 pub const ALLOCATION_ID: u32 = 1;
+/// The number by which they know what changed since a restore point.
+pub const CHANGES_ID: u32 = 2;
 /// Exports that are listed; the end of the list is a reply too.
 pub const MAX_LISTED: usize = MAX_OPTION_REPLIES - 1;
 /// What `base:allocation` and its like begin with.
 const BASE: &str = "base:";
+/// The same of our own.
+const OWN: &str = "reseal:";
 /// What follows the answer to `EXPORT_NAME`, unless the client can do without.
 const ZEROES: usize = 124;
 
@@ -51,6 +55,15 @@ pub struct Facts {
     pub size: u64,
     pub flags: ExportFlags,
     pub block_size: BlockSize,
+    /// Since when its changes can be told: what follows [`CHANGED_SINCE`].
+    pub changed_since: Option<String>,
+}
+
+impl Facts {
+    /// The context that tells its changes.
+    fn changes(&self) -> Option<String> {
+        self.changed_since.as_ref().map(|since| cut(format!("{CHANGED_SINCE}{since}")))
+    }
 }
 
 /// Why an export is not opened, in words that the client may see.
@@ -74,6 +87,8 @@ pub struct Agreed {
     pub structured: bool,
     /// The client may ask for `base:allocation`.
     pub allocation: bool,
+    /// It may ask what changed since a restore point.
+    pub changes: bool,
 }
 
 /// What to do next.
@@ -132,6 +147,8 @@ pub struct ServerHandshake {
     structured: bool,
     /// The export for which `base:allocation` was selected.
     allocation: Option<String>,
+    /// The same of what changed.
+    changes: Option<String>,
     agreed: Agreed,
 }
 
@@ -145,7 +162,8 @@ impl ServerHandshake {
             flags: ClientFlags { fixed_newstyle: false, no_zeroes: false },
             structured: false,
             allocation: None,
-            agreed: Agreed { structured: false, allocation: false },
+            changes: None,
+            agreed: Agreed { structured: false, allocation: false, changes: false },
         }
     }
 
@@ -170,8 +188,8 @@ impl ServerHandshake {
                 Step::Send(infos(OptionKind::Info, &request, Facts { flags, ..facts }))
             }
             (Purpose::Go(request), Ok(facts)) => self.go(&request, facts),
-            (Purpose::ListContexts(query), Ok(_)) => Step::Send(list_contexts(&query)),
-            (Purpose::SetContexts(query), Ok(_)) => Step::Send(self.set_contexts(query)),
+            (Purpose::ListContexts(query), Ok(facts)) => Step::Send(list_contexts(&query, &facts)),
+            (Purpose::SetContexts(query), Ok(facts)) => Step::Send(self.set_contexts(query, &facts)),
             (Purpose::Info(_), Err(refused)) => Step::Send(refusal(OptionKind::Info, refused)),
             (Purpose::Go(_), Err(refused)) => Step::Send(refusal(OptionKind::Go, refused)),
             (Purpose::ListContexts(_), Err(refused)) => Step::Send(refusal(OptionKind::ListMetaContext, refused)),
@@ -284,6 +302,7 @@ impl ServerHandshake {
             OptionRequest::SetMetaContext(query) => {
                 // Whatever comes of it, what was selected before is not any more.
                 self.allocation = None;
+                self.changes = None;
                 self.open(query.export.clone(), Purpose::SetContexts(query))
             }
             OptionRequest::Other(_) => error(kind, OptionError::Unsupported),
@@ -309,6 +328,7 @@ impl ServerHandshake {
                 // What was agreed to in the clear may have been somebody else's doing.
                 self.structured = false;
                 self.allocation = None;
+                self.changes = None;
                 self.state = State::TlsAgreed;
                 Step::Send(OptionReply::Ack.encode(OptionKind::StartTls))
             }
@@ -317,7 +337,7 @@ impl ServerHandshake {
 
     fn by_export_name(&mut self, facts: &Facts) -> Step {
         // Contexts are given up: they need a client that knows GO.
-        self.agree(false);
+        self.agree(false, false);
         let mut out = Vec::with_capacity(10 + ZEROES);
         out.extend(facts.size.to_be_bytes());
         out.extend(self.flags_of(facts).0.to_be_bytes());
@@ -328,8 +348,8 @@ impl ServerHandshake {
     }
 
     fn go(&mut self, request: &InfoRequest, facts: Facts) -> Step {
-        let allocation = self.allocation.as_deref() == Some(request.export.as_str());
-        self.agree(allocation);
+        let selected = |context: &Option<String>| context.as_deref() == Some(request.export.as_str());
+        self.agree(selected(&self.allocation), selected(&self.changes));
         let flags = self.flags_of(&facts);
         Step::Send(infos(OptionKind::Go, request, Facts { flags, ..facts }))
     }
@@ -339,17 +359,23 @@ impl ServerHandshake {
         if self.structured { facts.flags } else { facts.flags.without(ExportFlags::SEND_DF) }
     }
 
-    fn agree(&mut self, allocation: bool) {
-        self.agreed = Agreed { structured: self.structured, allocation };
+    fn agree(&mut self, allocation: bool, changes: bool) {
+        self.agreed = Agreed { structured: self.structured, allocation, changes };
         self.state = State::Opened;
     }
 
-    fn set_contexts(&mut self, query: MetaQuery) -> Vec<u8> {
+    fn set_contexts(&mut self, query: MetaQuery, facts: &Facts) -> Vec<u8> {
         let kind = OptionKind::SetMetaContext;
         let mut out = Vec::new();
         if query.queries.iter().any(|query| query == BASE_ALLOCATION) {
             out.extend(allocation(ALLOCATION_ID).encode(kind));
-            self.allocation = Some(query.export);
+            self.allocation = Some(query.export.clone());
+        }
+        if let Some(name) = facts.changes()
+            && query.queries.iter().any(|query| query == CHANGED_SINCE || *query == name)
+        {
+            out.extend(OptionReply::MetaContext { id: CHANGES_ID, name }.encode(kind));
+            self.changes = Some(query.export);
         }
         out.extend(OptionReply::Ack.encode(kind));
         out
@@ -365,13 +391,19 @@ fn allocation(id: u32) -> OptionReply {
     OptionReply::MetaContext { id, name: BASE_ALLOCATION.to_owned() }
 }
 
-fn list_contexts(query: &MetaQuery) -> Vec<u8> {
+fn list_contexts(query: &MetaQuery, facts: &Facts) -> Vec<u8> {
     let kind = OptionKind::ListMetaContext;
     let wanted = |query: &String| query == BASE || query == BASE_ALLOCATION;
     let mut out = Vec::new();
     if query.queries.is_empty() || query.queries.iter().any(wanted) {
         // A list selects nothing, so there is no number yet.
         out.extend(allocation(0).encode(kind));
+    }
+    if let Some(name) = facts.changes() {
+        let wanted = |query: &String| query == OWN || query == CHANGED_SINCE || *query == name;
+        if query.queries.is_empty() || query.queries.iter().any(wanted) {
+            out.extend(OptionReply::MetaContext { id: 0, name }.encode(kind));
+        }
     }
     out.extend(OptionReply::Ack.encode(kind));
     out

@@ -14,6 +14,7 @@ use reseal_mountfs::boot::{
 use reseal_mountfs::writable::Folder;
 use reseal_vault::{Point, PointSpec, Points, Tenant, Which};
 
+use super::check::CheckArgs;
 use super::promotion::PromoteArgs;
 use crate::commands::mount;
 use crate::commands::writable::{WritableArgs, parse_limit};
@@ -71,9 +72,11 @@ pub(crate) struct BootArgs {
     /// How long the guest may take to shut down when this is ended, before it is switched off
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(0..=86_400))]
     shutdown_timeout: u32,
-    /// Memory for opened data, such as 256M or 1G
-    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = mount::parse_size)]
+    /// Memory for opened data, such as 256M or 1G. What the last boot read is fetched ahead into three eighths of it
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = mount::parse_size)]
     pub(super) cache_size: usize,
+    #[command(flatten)]
+    pub(super) check: CheckArgs,
     #[command(flatten)]
     pub(super) promote: PromoteArgs,
     /// Further arguments of QEMU
@@ -114,12 +117,12 @@ pub(super) fn failure(error: &BootError) -> Failure {
 
 impl BootArgs {
     /// Refuses what makes no sense together.
-    pub(super) fn check(&self, output: Output) -> Result<(), Failure> {
+    pub(super) fn refuse(&self, output: Output) -> Result<(), Failure> {
         let refused = |what: &str| Err(Failure::new(Status::Usage, what));
         match (&self.console, &self.network) {
-            _ if self.promote.is_wanted() && (self.print || self.define.is_some()) => {
-                refused("--promote moves disks of a VM that runs here: it takes neither --print nor --define")
-            }
+            _ if self.promote.is_wanted() && (self.print || self.define.is_some() || self.check.check) => refused(
+                "--promote moves disks of a VM that runs here: it takes neither --print nor --define nor --check",
+            ),
             _ if self.define.is_some() && self.one_time => refused(
                 "--define needs an overlay that is kept: a domain may outlive this process, and --one-time does not",
             ),
@@ -152,7 +155,8 @@ impl BootArgs {
 
     /// The overlay's options.
     pub(super) fn written(&self) -> WritableArgs {
-        WritableArgs::of(self.overlay.clone(), self.overlay_limit, self.one_time).left()
+        let one_time = self.one_time || self.check.check;
+        WritableArgs::of(self.overlay.clone(), self.overlay_limit, one_time).left()
     }
 
     /// The overlay's folder, where it is named.
@@ -196,16 +200,18 @@ impl BootArgs {
         folder: &RunFolder,
         allow_swap: bool,
     ) -> Result<Vec<OsString>, BootError> {
+        let (isolated, forwards) = self.check.network();
         let setup = Setup {
             machine,
             host,
             folder,
-            network: &self.network,
-            forwards: &self.forward,
+            network: if self.check.check { &isolated } else { &self.network },
+            forwards: if self.check.check { &forwards } else { &self.forward },
             console: &self.console,
             reconnect: super::RECONNECT,
             lock_memory: !allow_swap && swap_in_the_clear().is_some(),
-            paused: false,
+            // Until somebody watches.
+            paused: self.check.check,
             extra: &self.extra,
         };
         command(&setup)

@@ -1,6 +1,7 @@
 //! `boot`: a restore point runs, on an overlay that this process serves.
 
 mod arguments;
+mod check;
 mod define;
 mod promotion;
 mod session;
@@ -37,11 +38,14 @@ struct Printed<'a> {
 
 /// Boots, and serves until the guest is off.
 pub(crate) fn boot(common: &CommonArgs, arguments: &BootArgs) -> ExitCode {
-    if let Err(failure) = arguments.check(common.output()) {
+    if let Err(failure) = arguments.refuse(common.output()) {
         return finish(PROGRAM, Err(failure));
     }
     if arguments.print {
         return finish(PROGRAM, print(common, arguments));
+    }
+    if arguments.check.check {
+        return finish(PROGRAM, check::run(common, arguments));
     }
     match promotion::served_elsewhere(arguments) {
         Ok(None) => {}

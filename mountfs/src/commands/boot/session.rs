@@ -12,6 +12,7 @@ use reseal_mountfs::boot::{
     BootError, Console, DiskAt, Happened, Host, Machine, Qemu, RECORD_VERSION, Record, RecordDisk, RunFolder, RunState,
     Tie, device, node,
 };
+use reseal_mountfs::boot_reads::BootReading;
 use reseal_mountfs::journal::Journal;
 use reseal_mountfs::nbd::{Address, JournalOwner, Listener, NbdServer};
 use reseal_mountfs::overlay::Unflushed;
@@ -115,6 +116,8 @@ pub(super) struct Attended {
 /// Disks that are served.
 pub(super) struct Served {
     pub(super) written: Written,
+    /// What the guest reads of the restore point.
+    pub(super) reading: BootReading,
     listener: Arc<Listener>,
     server: Box<dyn Fn() + Send>,
     thread: JoinHandle<std::io::Result<()>>,
@@ -151,7 +154,9 @@ impl Served {
         let reader = Arc::new(DiskReader::new(tenant.clone(), arguments.cache_size));
         let scope = Scope::Point { vm, number, disk: None };
         let points: Arc<dyn Exports> =
-            Arc::new(PointExports::new(tenant.clone(), Some(opened.heads.clone()), reader, scope));
+            Arc::new(PointExports::new(tenant.clone(), Some(opened.heads.clone()), reader.clone(), scope));
+        let reading = BootReading::begin(tenant, &reader, &Arc::new(point.clone()), journal);
+        let points = reading.exports(points);
         let written = arguments.written().keeping(unflushed).open(
             Some(tenant),
             &opened.paths.state,
@@ -174,11 +179,12 @@ impl Served {
             let listener = listener.clone();
             thread::Builder::new().name("serve".into()).spawn(move || server.run(&listener)).map_err(failed)?
         };
-        Ok((Served { written, listener, server: stopper, thread }, folder))
+        Ok((Served { written, reading, listener, server: stopper, thread }, folder))
     }
 
     /// Ends it, with all durable.
     pub(super) fn end(self) -> Result<(), Failure> {
+        self.reading.end();
         (self.server)();
         // A thread that hangs in a dead store is left behind.
         let _ = self.thread.join();
@@ -227,7 +233,7 @@ pub(super) fn run(common: &CommonArgs, arguments: &BootArgs, detach: Option<Deta
     let Attended { opened, point, .. } = &attended;
     let (machine, host) = arguments.machine(point, output)?;
     arguments.promote.check(&point.manifest)?;
-    let (served, folder) = Served::start(opened, point, arguments, &journal)?;
+    let (mut served, folder) = Served::start(opened, point, arguments, &journal)?;
     let begun = begin(common, arguments, &machine, &host, &point.manifest, &served.written, &folder);
     let (mut qemu, is_found) = match begun {
         Ok(begun) => begun,
@@ -257,6 +263,7 @@ pub(super) fn run(common: &CommonArgs, arguments: &BootArgs, detach: Option<Deta
         moving: Moving::new(&folder, started, is_tied),
         agent: None,
         qemu: &mut qemu,
+        reading: &mut served.reading,
         wanted: &wanted,
         journal: &journal,
         output,
@@ -264,6 +271,7 @@ pub(super) fn run(common: &CommonArgs, arguments: &BootArgs, detach: Option<Deta
         resuming: None,
     };
     if is_found {
+        watch.reading.forget();
         watch.resuming = Some(Instant::now() + RESUMING);
     }
     let end = watch.until_end(arguments.patience());
@@ -380,6 +388,7 @@ fn announce(
 /// Whoever looks after a VM that runs.
 struct Watch<'a> {
     qemu: &'a mut Qemu,
+    reading: &'a mut BootReading,
     wanted: &'a Wanted,
     journal: &'a Journal,
     output: Output,
@@ -408,6 +417,7 @@ impl Watch<'_> {
                 return End::Erased;
             }
             self.resume();
+            self.reading.look();
             if self.moving.look(self.qemu, self.journal, self.output) {
                 return End::Moved;
             }
