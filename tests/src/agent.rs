@@ -8,14 +8,14 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-/// How long one answer may take before it is asked again: an agent that does not run yet never answers.
-const ANSWER: Duration = Duration::from_secs(5);
-/// The same where it can't be asked again, of an agent that is known to run.
-const ONLY_ANSWER: Duration = Duration::from_secs(120);
+/// How long a sign of life may take before it is asked again: an agent that does not run yet never answers.
+const SIGN: Duration = Duration::from_secs(5);
+/// How long one that runs may take.
+const ANSWER: Duration = Duration::from_secs(60);
 
-fn ask(socket: &Path, command: &str, arguments: &Value, limit: Duration) -> Option<Value> {
+fn ask(socket: &Path, command: &str, arguments: &Value, within: Duration) -> Option<Value> {
     let mut stream = UnixStream::connect(socket).ok()?;
-    stream.set_read_timeout(Some(limit)).unwrap();
+    stream.set_read_timeout(Some(within)).unwrap();
     let mut lines = BufReader::new(stream.try_clone().unwrap());
     // What earlier clients did not wait for comes first.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
@@ -48,12 +48,12 @@ fn ask(socket: &Path, command: &str, arguments: &Value, limit: Duration) -> Opti
 pub fn start_in_guest(socket: &Path, program: &str, arguments: &[&str], limit: Duration) -> u64 {
     let until = Instant::now() + limit;
     // Asking for the program itself until somebody answers could start it more than once.
-    while ask(socket, "guest-ping", &json!({}), ANSWER).is_none() {
+    while ask(socket, "guest-ping", &json!({}), SIGN).is_none() {
         assert!(Instant::now() < until, "the guest's agent does not answer");
         sleep(Duration::from_millis(200));
     }
     let words = json!({ "path": program, "arg": arguments, "capture-output": true });
-    ask(socket, "guest-exec", &words, ONLY_ANSWER).expect("the agent answers")["pid"].as_u64().unwrap()
+    ask(socket, "guest-exec", &words, ANSWER).expect("the agent answers")["pid"].as_u64().unwrap()
 }
 
 /// Runs one to its end, which must be a good one.
