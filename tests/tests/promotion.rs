@@ -221,8 +221,9 @@ fn disks_move_while_they_are_written_to_and_their_targets_have_all_before_it_is_
     let write = |_| {
         let nth = written.replace(written.get() + 1);
         if nth < 12 {
-            vm.write(nth % 2, DATA.start + nth * 300_000 / 512 * 512, 1536, 1 + nth as u8);
-            vm.write(nth % 2, 30 * MIB + nth * 65536, 65536, 100 + nth as u8);
+            let byte = u8::try_from(nth).unwrap();
+            vm.write(nth % 2, DATA.start + nth * 300_000 / 512 * 512, 1536, 1 + byte);
+            vm.write(nth % 2, 30 * MIB + nth * 65536, 65536, 100 + byte);
         }
     };
     let record = |moves: &[&Move]| {

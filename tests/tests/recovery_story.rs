@@ -150,14 +150,14 @@ fn a_vm_is_recovered_killed_recovered_again_and_moved_to_production_without_losi
     let luks = ["--promote-format", "qcow2", "--luks-secret", text(&secret)];
     let full = format!("system={}", small.0.join("system.qcow2").display());
     let on = ["--overlay", text(&overlay), "--promote"];
-    let words = [&on[..], &[&full, "--promote", &data_to], &luks].concat();
+    let words = [&on[..], &[&full, "--promote", &data_to]].concat();
     fails(&site, &words, None, &console, "No space left on device");
     assert_eq!(fs::read_dir(&small.0).unwrap().count(), 0);
     drop(small);
     let production = [site.path("system.qcow2"), site.path("data.qcow2")];
     let system_to = format!("system={}", production[0].display());
     let words = [&on[..], &[&system_to, "--promote", &data_to], &luks].concat();
-    let slowly = [&words[..], &["--limit-rate", "8M"]].concat();
+    let slowly = [&on[..], &[&system_to, "--promote", &data_to, "--limit-rate", "8M"]].concat();
     fails(&site, &slowly, Some(&production[0]), &console, "interrupted");
     assert!(!production.iter().any(|image| image.exists()));
 

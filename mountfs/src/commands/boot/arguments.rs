@@ -120,9 +120,9 @@ impl BootArgs {
     pub(super) fn refuse(&self, output: Output) -> Result<(), Failure> {
         let refused = |what: &str| Err(Failure::new(Status::Usage, what));
         match (&self.console, &self.network) {
-            _ if self.promote.is_wanted() && (self.print || self.define.is_some()) => {
-                refused("--promote moves disks of a VM that runs here: it takes neither --print nor --define")
-            }
+            _ if self.promote.is_wanted() && (self.print || self.define.is_some() || self.check.check) => refused(
+                "--promote moves disks of a VM that runs here: it takes neither --print nor --define nor --check",
+            ),
             _ if self.define.is_some() && self.one_time => refused(
                 "--define needs an overlay that is kept: a domain may outlive this process, and --one-time does not",
             ),
@@ -155,7 +155,8 @@ impl BootArgs {
 
     /// The overlay's options.
     pub(super) fn written(&self) -> WritableArgs {
-        WritableArgs::of(self.overlay.clone(), self.overlay_limit, self.one_time || self.check.check).left()
+        let one_time = self.one_time || self.check.check;
+        WritableArgs::of(self.overlay.clone(), self.overlay_limit, one_time).left()
     }
 
     /// The overlay's folder, where it is named.

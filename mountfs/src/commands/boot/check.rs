@@ -28,7 +28,6 @@ pub(crate) struct CheckArgs {
         long,
         conflicts_with_all = [
             "overlay", "one_time", "network", "forward", "console", "define", "print", "background", "shutdown_timeout",
-            "promote",
         ]
     )]
     pub(super) check: bool,

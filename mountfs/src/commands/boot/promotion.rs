@@ -421,3 +421,31 @@ pub(super) fn say_free(output: Output, record: &Record, folder: &RunFolder) {
             .say(format!("nothing needs the overlay any more: `reseal overlay drop {}` removes it", overlay.display()));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn targets(promote: &[&str], disks: &[&str]) -> Result<Vec<(usize, PathBuf)>, Failure> {
+        let disks: Vec<DiskName> = disks.iter().map(|name| DiskName::new(name).unwrap()).collect();
+        let arguments = PromoteArgs {
+            promote: promote.iter().map(|text| (*text).to_owned()).collect(),
+            promote_format: Format::Raw,
+            luks_secret: None,
+            force: false,
+            limit_rate: None,
+        };
+        arguments.targets(&disks.iter().collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn each_disk_has_one_target_and_an_only_one_needs_no_name() {
+        assert_eq!(targets(&["/t"], &["a"]).unwrap(), [(0, "/t".into())]);
+        assert_eq!(targets(&["/x=y"], &["a"]).unwrap(), [(0, "/x=y".into())]);
+        assert_eq!(targets(&["a=/x=y"], &["a"]).unwrap(), [(0, "/x=y".into())]);
+        assert_eq!(targets(&["b=/t", "a=/u"], &["a", "b"]).unwrap(), [(1, "/t".into()), (0, "/u".into())]);
+        for bad in [&["/t"][..], &["c=/t"], &["a=/t", "a=/u"], &["a=/t", "b=/t"], &["a="]] {
+            assert!(targets(bad, &["a", "b"]).is_err(), "{bad:?}");
+        }
+    }
+}
