@@ -88,7 +88,8 @@ fn everything_that_the_readme_shows_works_in_that_order() {
     let mut names: Vec<_> =
         fs::read_dir(mountpoint.join("db01/latest/")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     names.sort();
-    assert_eq!(names, ["data.raw", "db01.xml", "root.raw", "vm.json"]);
+    let files = ["data.raw", "data.vhd", "data.vmdk", "db01.xml", "root.raw", "root.vhd", "root.vmdk", "vm.json"];
+    assert_eq!(names, files);
     assert_eq!(fs::read(mountpoint.join("db01/latest/data.raw")).unwrap(), Random::new(2).bytes(1 << 20));
 
     let old = site.path("web01-old.raw");
