@@ -145,6 +145,11 @@ impl Drop for Booted {
         }
         if self.qemu != 0 && runs(self.qemu) && record(&self.run).is_some_and(|r| r["qemu"]["pid"] == self.qemu) {
             signal(self.qemu, libc::SIGKILL);
+            let began = Instant::now();
+            while runs(self.qemu) && began.elapsed() < NOTICED {
+                sleep(Duration::from_millis(5));
+            }
+            let _ = fs::remove_dir_all(&self.run);
         }
     }
 }

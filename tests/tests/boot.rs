@@ -181,11 +181,17 @@ fn a_vm_that_was_started_by_who_died_before_it_could_say_so_is_found() {
     let (site, overlay) = empty_disk();
     let mut booted = Booted::start(&site, "vm@1", &overlay, &SMALL);
     booted.kill_server();
+    // Nobody else gets the overlay under a guest that lives.
+    let (folder, socket) = (overlay.to_str().unwrap(), site.path("a.sock"));
+    let words = ["nbd", "vm@1", "--writable", "--overlay", folder, "--socket", socket.to_str().unwrap()];
+    site.reseal(words).fails(1, &["a VM that still runs"]);
+    site.reseal(["overlay", "drop", folder]).fails(1, &["a VM that still runs"]);
     fs::remove_file(booted.run.join("boot.json")).unwrap();
     let again = Booted::start(&site, "vm@1", &overlay, &SMALL);
     assert_eq!(again.qemu, booted.qemu, "never two on one overlay");
     assert_eq!(record(&again.run).unwrap()["qemu"]["pid"], again.qemu);
     again.stop().ok();
+    site.reseal(["overlay", "drop", folder]).ok();
 }
 
 #[test]

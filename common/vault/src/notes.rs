@@ -207,7 +207,7 @@ mod tests {
             format!("{number:08}-{}.note", kind.id(Timestamp(ms), [random; 6]))
         };
         let [verdict, reads] = [DatedKind::BootVerdict, DatedKind::BootReads];
-        let mut objects = vec![
+        let mut objects = [
             name(verdict, 1, 300, 1),
             name(verdict, 2, 100, 2),
             name(verdict, 2, 200, 3),

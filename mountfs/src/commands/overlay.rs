@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use reseal_cli::{CommonArgs, Failure, Output, Status, harden, human_bytes};
 use reseal_format::ids::{OverlayId, PointId, VaultId};
 use reseal_format::names::{DiskName, TenantName, VmName};
-use reseal_mountfs::writable::{Folder, FolderError, Found, drop_key, find, found_at, in_state};
+use reseal_mountfs::writable::{Folder, FolderError, Found, Moved, drop_key, find, found_at, has_vm, in_state};
 use serde::Serialize;
 
 #[derive(Args)]
@@ -62,7 +62,7 @@ pub(crate) fn overlay(common: &CommonArgs, arguments: &OverlayArgs) -> Result<()
 
 fn failure(error: &FolderError) -> Failure {
     let status = match error {
-        FolderError::Io { .. } | FolderError::InUse(_) => Status::Failed,
+        FolderError::Io { .. } | FolderError::InUse(_) | FolderError::Vm(_) => Status::Failed,
         FolderError::Foreign(_) | FolderError::Nothing(_) => Status::Usage,
         FolderError::Malformed { .. } => Status::Damaged,
     };
@@ -137,6 +137,11 @@ fn drop_overlay(common: &CommonArgs, named: &std::path::Path) -> Result<(), Fail
     let folder = Folder::existing(&path).map_err(|e| failure(&e))?;
     // One that can't be understood may go all the same; then nobody knows where its key is.
     let document = Folder::document(&path);
+    if let Ok(Some(document)) = &document
+        && Moved::read(&path).is_ok_and(|moved| has_vm(document, &moved))
+    {
+        return Err(failure(&FolderError::Vm(path)));
+    }
     // The key first: without it, copies of the files are worth nothing.
     let key = match &document {
         Err(e) => Err(e.to_string()),

@@ -28,6 +28,11 @@ pub enum FolderError {
     Io { action: &'static str, path: PathBuf, source: io::Error },
     #[error("the overlay in {} is in use by another process; end that, or choose another folder", .0.display())]
     InUse(PathBuf),
+    #[error(
+        "a VM that still runs needs the overlay in {}, whoever serves it or not: `reseal boot` with --overlay takes it up again; end it first",
+        .0.display()
+    )]
+    Vm(PathBuf),
     #[error("{} holds other things than an overlay; choose an empty folder, or one that does not exist yet", .0.display())]
     Foreign(PathBuf),
     #[error("{} holds no overlay", .0.display())]

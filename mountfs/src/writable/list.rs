@@ -11,6 +11,7 @@ use reseal_vault::heads::tenant_folder;
 
 use super::document::{Document, FILE};
 use super::folder::{Folder, FolderError};
+use super::moved::{Moved, has_vm};
 
 /// The folder's name in a tenant's state folder.
 const OVERLAYS: &str = "overlays";
@@ -62,7 +63,7 @@ pub fn found_at(folder: &Path) -> Result<Found, FolderError> {
             changed = changed.max(Some(data.mtime() * 1000 + data.mtime_nsec() / 1_000_000));
         }
     }
-    let is_in_use = Folder::is_in_use(folder);
+    let is_in_use = Folder::is_in_use(folder) || has_vm(&document, &Moved::read(folder)?);
     Ok(Found { folder: folder.to_owned(), document, used, changed: changed.map(Timestamp), is_in_use })
 }
 

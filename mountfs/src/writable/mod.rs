@@ -28,5 +28,5 @@ pub use folder::{Folder, FolderError};
 pub use key::drop_key;
 pub use list::{Found, find, found_at, in_state, overlays_folder};
 pub use mounted::{Edges, Under, WrittenDisk};
-pub use moved::{Moved, MovedDisk};
+pub use moved::{Moved, MovedDisk, has_vm};
 pub use opened::{LEAST, Opened, OverlayPlace, WritableError};

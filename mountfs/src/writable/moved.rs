@@ -10,7 +10,9 @@ use reseal_format::manifest::MAX_DISKS;
 use reseal_format::names::DiskName;
 use serde::{Deserialize, Serialize};
 
+use super::document::Document;
 use super::folder::{FolderError, failed, sync_folder};
+use crate::boot::RunFolder;
 
 /// The file.
 pub(super) const MOVED: &str = "moved.json";
@@ -40,6 +42,11 @@ impl Default for Moved {
     fn default() -> Moved {
         Moved { version: VERSION, disks: Vec::new() }
     }
+}
+
+/// Whether a VM runs that has disks on an overlay, even if nobody serves them now.
+pub fn has_vm(document: &Document, moved: &Moved) -> bool {
+    document.disks.iter().any(|disk| moved.target(&disk.name).is_none()) && RunFolder::of(&document.id).is_held()
 }
 
 impl Moved {

@@ -12,7 +12,7 @@ use reseal_vault::{Class, Tenant, VaultError, random};
 use super::document::{Document, DocumentDisk, VERSION};
 use super::folder::{Folder, FolderError, make, nameless};
 use super::key;
-use super::moved::Moved;
+use super::moved::{Moved, has_vm};
 use crate::overlay::{Facts, Overlay, OverlayError, Unflushed};
 
 /// Least that an overlay can do anything with: its heads and its journal take 1 MiB.
@@ -62,7 +62,7 @@ impl WritableError {
     /// What a caller does about it.
     pub fn class(&self) -> Class {
         match self {
-            WritableError::Folder(FolderError::Io { .. } | FolderError::InUse(_)) => Class::Failed,
+            WritableError::Folder(FolderError::Io { .. } | FolderError::InUse(_) | FolderError::Vm(_)) => Class::Failed,
             WritableError::Folder(FolderError::Foreign(_) | FolderError::Nothing(_)) => Class::Usage,
             WritableError::Folder(FolderError::Malformed { .. }) | WritableError::OtherDisks { .. } => Class::Damaged,
             WritableError::Another { .. }
@@ -126,6 +126,10 @@ impl Opened {
                     return Err(WritableError::Moved { folder, disk, target });
                 }
                 match Folder::document(path)? {
+                    // What a guest was told is written must not be lost under it.
+                    Some(document) if unflushed != Unflushed::TakenUp && has_vm(&document, &moved) => {
+                        Err(FolderError::Vm(path.clone()).into())
+                    }
                     Some(document) => go_on(tenant, point, is_left, folder, &document, (limit, unflushed)),
                     None => begin(tenant, point, is_wanted, folder, (limit, unflushed)),
                 }

@@ -71,7 +71,7 @@ fn owner_of(name: &str) -> Option<ProcessId> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
 
