@@ -27,7 +27,7 @@ fn text(path: &Path) -> &str {
 
 /// Whether a file has a marker that a guest has written many times; quick also where it is long.
 fn has(file: &Path, marker: &Marker) -> bool {
-    run(Command::new("grep").args(["-q", "-a", "-F", marker.piece()]).arg(file)).expect(&[0, 1]).status == Some(0)
+    run(Command::new("grep").args(["-q", "-a", "-z", "-F", marker.piece()]).arg(file)).expect(&[0, 1]).status == Some(0)
 }
 
 /// A QEMU that lives on without who started it, but not without this test.
