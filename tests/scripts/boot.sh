@@ -1,7 +1,7 @@
 #!/bin/bash
 # boot.sh IMAGE [QEMU-OPTION...]: boots a disk image with emulation alone, without writing to it, until it asks for a
 # login on the serial port and has reached multi-user; then switches it off. Exit 0 if it did within RESEAL_BOOT_LIMIT
-# seconds (120). A guest that is slow asks for the login first, and systemd says nothing on a console that has one: it gets
+# seconds (300). A guest that is slow asks for the login first, and systemd says nothing on a console that has one: it gets
 # ten more seconds for what is still starting.
 #
 # RESEAL_BOOT_LOG names a file that is to keep the console's output.
@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 [ $# -ge 1 ] || die "usage: boot.sh IMAGE [QEMU-OPTION...]"
 image="$(realpath "$1")"
 shift
-limit="${RESEAL_BOOT_LIMIT:-120}"
+limit="${RESEAL_BOOT_LIMIT:-300}"
 
 # What the guest writes lands in an unnamed file in TMPDIR, in the clear: so in memory only.
 export TMPDIR=/dev/shm
