@@ -134,7 +134,10 @@ fn what_a_restore_certificate_lists_shows_and_reads_is_what_the_vault_has() {
     for words in [&["list", "--json"][..], &["list", "web01", "--json"], &["list"], &["show", "web01@latest", "--json"]]
     {
         let (here, there) = (sites.target.reseal(words).ok(), with(&sites, &file, words).ok());
-        assert_eq!((here.stdout, there.stderr), (there.stdout, String::new()), "{words:?}");
+        // What became of boots is not told to another site.
+        let boot = |line: &str| line.trim_end_matches("  BOOT").trim_end_matches("  -").to_owned() + "\n";
+        let here: String = here.stdout.lines().map(boot).collect();
+        assert_eq!((here, there.stderr), (there.stdout, String::new()), "{words:?}");
     }
     for point in ["web01@1", "db ä@latest"] {
         let words = ["show", point];
