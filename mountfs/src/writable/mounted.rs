@@ -6,11 +6,11 @@
 use std::cell::RefCell;
 use std::fs::File;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use reseal_format::names::DiskName;
 use reseal_format::overlay::PAGE_U64;
 use reseal_format::time::Timestamp;
+use reseal_site::certificate::now;
 use reseal_vault::disk::Tools;
 use reseal_vault::wipe::Secret;
 use reseal_vault::{VaultError, Wait};
@@ -63,11 +63,6 @@ pub struct WrittenDisk {
     changed: AtomicI64,
 }
 
-fn now() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
-}
-
 fn fault(error: OverlayError) -> Fault {
     match error {
         OverlayError::Base(under) => match under.downcast::<VaultError>() {
@@ -81,7 +76,7 @@ fn fault(error: OverlayError) -> Fault {
 impl WrittenDisk {
     /// What is written to the disk of that name goes to its overlay.
     pub fn new(name: DiskName, overlay: Overlay<File>) -> WrittenDisk {
-        WrittenDisk { name, overlay, changed: AtomicI64::new(now()) }
+        WrittenDisk { name, overlay, changed: AtomicI64::new(now().0) }
     }
 
     /// Its name in the restore point.
@@ -162,7 +157,7 @@ impl WrittenDisk {
     /// If the range reaches past the end of the disk.
     pub fn write(&self, offset: u64, bytes: &[u8], edges: &Edges) -> Result<(), Fault> {
         self.overlay.write(offset, bytes, &|at, out| edges.read(at, out)).map_err(fault)?;
-        self.changed.store(now(), Ordering::Relaxed);
+        self.changed.store(now().0, Ordering::Relaxed);
         Ok(())
     }
 
@@ -172,7 +167,7 @@ impl WrittenDisk {
     /// If the range reaches past the end of the disk.
     pub fn zero(&self, offset: u64, length: u64, edges: &Edges) -> Result<(), Fault> {
         self.overlay.zero(offset, length, &|at, out| edges.read(at, out)).map_err(fault)?;
-        self.changed.store(now(), Ordering::Relaxed);
+        self.changed.store(now().0, Ordering::Relaxed);
         Ok(())
     }
 
