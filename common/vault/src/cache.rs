@@ -41,6 +41,7 @@ pub struct Cache<K, V> {
     shards: Vec<Mutex<Shard<K, V>>>,
     hasher: RandomState,
     shard_limit: AtomicUsize,
+    bytes: AtomicUsize,
 }
 
 impl<K: Hash + Eq, V: Weigh + Clone> Cache<K, V> {
@@ -51,18 +52,32 @@ impl<K: Hash + Eq, V: Weigh + Clone> Cache<K, V> {
             shards: (0..SHARDS).map(|_| shard()).collect(),
             hasher: RandomState::new(),
             shard_limit: AtomicUsize::new(limit / SHARDS),
+            bytes: AtomicUsize::new(0),
         }
     }
 
     /// Changes the limit; what is too much goes.
     pub fn resize(&self, limit: usize) {
-        self.shard_limit.store(limit / SHARDS, Ordering::Relaxed);
-        self.shards.iter().for_each(|shard| shard.lock().trim(limit / SHARDS));
+        self.limit(limit);
+        self.shards.iter().for_each(|shard| self.change(shard, |shard| shard.trim(limit / SHARDS)));
     }
 
-    /// Bytes that it keeps at most.
-    pub fn limit(&self) -> usize {
-        self.shard_limit.load(Ordering::Relaxed) * SHARDS
+    /// Changes the limit; what is too much in a shard goes when the next value comes to it.
+    pub(crate) fn limit(&self, limit: usize) {
+        self.shard_limit.store(limit / SHARDS, Ordering::Relaxed);
+    }
+
+    /// Bytes that it keeps now.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    fn change(&self, shard: &Mutex<Shard<K, V>>, change: impl FnOnce(&mut Shard<K, V>)) {
+        let mut shard = shard.lock();
+        let before = shard.bytes;
+        change(&mut shard);
+        // What is less is added as well: it wraps around.
+        self.bytes.fetch_add(shard.bytes.wrapping_sub(before), Ordering::Relaxed);
     }
 
     fn shard(&self, key: &K) -> &Mutex<Shard<K, V>> {
@@ -78,21 +93,22 @@ impl<K: Hash + Eq, V: Weigh + Clone> Cache<K, V> {
 
     /// Adds or replaces a value.
     pub fn put(&self, key: K, value: V) {
-        let mut guard = self.shard(&key).lock();
-        let shard = &mut *guard;
-        shard.bytes += value.weight();
-        if let Some((_, old)) = shard.entries.push(key, value) {
-            shard.bytes -= old.weight();
-        }
-        shard.trim(self.shard_limit.load(Ordering::Relaxed));
+        self.change(self.shard(&key), |shard| {
+            shard.bytes += value.weight();
+            if let Some((_, old)) = shard.entries.push(key, value) {
+                shard.bytes -= old.weight();
+            }
+            shard.trim(self.shard_limit.load(Ordering::Relaxed));
+        });
     }
 
     /// Forgets a value.
     pub fn remove(&self, key: &K) {
-        let mut shard = self.shard(key).lock();
-        if let Some(old) = shard.entries.pop(key) {
-            shard.bytes -= old.weight();
-        }
+        self.change(self.shard(key), |shard| {
+            if let Some(old) = shard.entries.pop(key) {
+                shard.bytes -= old.weight();
+            }
+        });
     }
 }
 
@@ -119,11 +135,18 @@ mod tests {
         let bytes: usize = cache.shards.iter().map(|shard| shard.lock().bytes).sum();
         let kept: usize = cache.shards.iter().map(|shard| shard.lock().entries.len()).sum();
         assert!(bytes <= 16_000 && bytes == kept * 90, "{bytes} bytes in {kept} entries");
+        assert_eq!(cache.bytes(), bytes);
         assert!(cache.get(&9_999).is_some());
         cache.resize(8_000);
         let bytes: usize = cache.shards.iter().map(|shard| shard.lock().bytes).sum();
         assert!(bytes <= 8_000 && cache.get(&9_999).is_some(), "{bytes} bytes");
         cache.remove(&9_999);
         assert!(cache.get(&9_999).is_none());
+        let bytes: usize = cache.shards.iter().map(|shard| shard.lock().bytes).sum();
+        assert_eq!(cache.bytes(), bytes);
+        // Each shard keeps one.
+        cache.limit(0);
+        (0..1_000).for_each(|key| cache.put(key, Bytes(90)));
+        assert_eq!(cache.bytes(), SHARDS * 90);
     }
 }

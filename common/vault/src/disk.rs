@@ -11,6 +11,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::{PackHandle, Packs, Tenant, Tree, VaultError, Wait};
 use reseal_format::FormatError;
@@ -91,16 +92,21 @@ impl Place {
 pub struct DiskReader {
     tree: Tree,
     frames: FrameCache,
+    cache_bytes: AtomicUsize,
 }
 
 impl DiskReader {
     /// A reader that keeps at most about so many bytes of frames, index nodes and pack tables.
     pub fn new(tenant: Arc<Tenant>, cache_bytes: usize) -> DiskReader {
-        // Half for frames; a quarter each for nodes and tables, which are what a random read needs first. `Packs` halves
-        // its part again for tables of ids, which no reader asks for: so it is told twice as much.
+        // A quarter each for nodes and tables, which are what a random read needs first, if they need so much; the rest is for
+        // frames. `Packs` halves its part again for tables of ids, which no reader asks for: so it is told twice as much.
         let quarter = cache_bytes / 4;
         let packs = Arc::new(Packs::new(tenant, quarter * 2));
-        DiskReader { tree: Tree::new(packs, quarter), frames: FrameCache::new(quarter * 2) }
+        DiskReader {
+            tree: Tree::new(packs, quarter),
+            frames: FrameCache::new(),
+            cache_bytes: AtomicUsize::new(cache_bytes),
+        }
     }
 
     /// Keeps at most about so many bytes from now on.
@@ -108,7 +114,19 @@ impl DiskReader {
         let quarter = cache_bytes / 4;
         self.tree.packs().resize_cache(quarter * 2);
         self.tree.resize_cache(quarter);
-        self.frames.resize(quarter * 2);
+        self.cache_bytes.store(cache_bytes, Ordering::Relaxed);
+        self.frames.resize(self.room());
+    }
+
+    /// Bytes of frames that it may keep now: what nodes and tables leave.
+    fn room(&self) -> usize {
+        let others = self.tree.cached_bytes() + self.tree.packs().cached_bytes();
+        let all = self.cache_bytes.load(Ordering::Relaxed);
+        all.saturating_sub(others).max(all / 2)
+    }
+
+    fn put(&self, blob: BlobRef, frame: Frame) -> Arc<Frame> {
+        self.frames.put(blob, frame, self.room())
     }
 
     /// How many of `length` bytes from `offset` on the disk has.
@@ -201,7 +219,7 @@ impl DiskReader {
             } else {
                 let mut frame = Frame::new(nth * size, size);
                 decoder.decode_frame(&frames, nth, frame.bytes_mut()).map_err(damaged(blob))?;
-                done += self.frames.put(blob, frame).copy_to(at + done, &mut out[done..]);
+                done += self.put(blob, frame).copy_to(at + done, &mut out[done..]);
             }
         }
         Ok(())
@@ -213,9 +231,9 @@ impl DiskReader {
         Frames::parse(sealed.vector()).map_err(damaged(blob))
     }
 
-    /// Bytes of opened frames that it keeps at most.
+    /// Bytes of opened frames for which there is room in any case.
     pub fn frame_bytes(&self) -> usize {
-        self.frames.limit()
+        self.cache_bytes.load(Ordering::Relaxed) / 2
     }
 
     /// What of the frame cache an opened cluster takes, whatever the size of its frames.
@@ -288,7 +306,7 @@ impl DiskReader {
         for nth in 0..frames.shift().count() {
             let mut frame = Frame::new(nth * size, size);
             decoder.decode_frame(frames, nth, frame.bytes_mut()).map_err(damaged(blob))?;
-            self.frames.put(blob, frame);
+            self.put(blob, frame);
         }
         Ok(())
     }

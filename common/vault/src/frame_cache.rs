@@ -95,19 +95,14 @@ impl Weigh for Frame {
 pub(crate) struct FrameCache(Cache<FrameKey, Arc<Frame>>);
 
 impl FrameCache {
-    /// A cache of at most about so many bytes.
-    pub(crate) fn new(bytes: usize) -> FrameCache {
-        FrameCache(Cache::new(bytes))
+    /// An empty cache.
+    pub(crate) fn new() -> FrameCache {
+        FrameCache(Cache::new(0))
     }
 
     /// Keeps at most about so many bytes from now on.
     pub(crate) fn resize(&self, bytes: usize) {
         self.0.resize(bytes);
-    }
-
-    /// Bytes that it keeps at most.
-    pub(crate) fn limit(&self) -> usize {
-        self.0.limit()
     }
 
     fn key(blob: BlobRef, start: usize) -> FrameKey {
@@ -124,9 +119,10 @@ impl FrameCache {
         })
     }
 
-    /// Keeps a frame.
-    pub(crate) fn put(&self, blob: BlobRef, frame: Frame) -> Arc<Frame> {
+    /// Keeps a frame, if all together take no more than about so many bytes.
+    pub(crate) fn put(&self, blob: BlobRef, frame: Frame, bytes: usize) -> Arc<Frame> {
         let frame = Arc::new(frame);
+        self.0.limit(bytes);
         self.0.put(Self::key(blob, frame.start), frame.clone());
         frame
     }
@@ -139,11 +135,11 @@ mod tests {
     #[test]
     fn frames_of_every_size_are_found_by_any_of_their_bytes() {
         let blob = |ordinal| BlobRef { pack: PackId::from_bytes([1; 16]), generation: 0, ordinal };
-        let cache = FrameCache::new(16 << 20);
+        let cache = FrameCache::new();
         for (ordinal, shift) in [FrameShift::K16, FrameShift::K32, FrameShift::K64].into_iter().enumerate() {
             let blob = blob(u32::try_from(ordinal).unwrap());
             let start = 65_536 - shift.bytes();
-            cache.put(blob, Frame::new(start, shift.bytes()));
+            cache.put(blob, Frame::new(start, shift.bytes()), 16 << 20);
             for at in (0..65_536).step_by(4096) {
                 assert_eq!(cache.covering(blob, at).is_some(), at >= start, "{shift:?} at {at}");
             }

@@ -147,6 +147,11 @@ impl Packs {
         self.ids.resize(bytes / 2);
     }
 
+    /// Bytes of tables that it keeps now.
+    pub(crate) fn cached_bytes(&self) -> usize {
+        self.handles.bytes() + self.ids.bytes()
+    }
+
     /// Forgets what is kept of a pack, such as one that is gone.
     pub fn forget(&self, id: PackId) {
         self.handles.remove(&id);

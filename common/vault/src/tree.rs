@@ -38,6 +38,11 @@ impl Tree {
         self.nodes.resize(bytes);
     }
 
+    /// Bytes of nodes that it keeps now.
+    pub(crate) fn cached_bytes(&self) -> usize {
+        self.nodes.bytes()
+    }
+
     /// The packs that it reads from.
     pub fn packs(&self) -> &Arc<Packs> {
         &self.packs

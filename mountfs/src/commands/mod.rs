@@ -2,6 +2,7 @@
 
 mod background;
 pub(crate) mod boot;
+pub(crate) mod cache_size;
 pub(crate) mod mount;
 pub(crate) mod nbd;
 pub(crate) mod overlay;

@@ -19,6 +19,7 @@ use reseal_site::Reading;
 use reseal_vault::{Holder, Point, PointSpec, Points, VaultError};
 
 use super::background::detached;
+use super::cache_size;
 use super::writable::{WritableArgs, WrittenFiles};
 use crate::PROGRAM;
 
@@ -39,7 +40,7 @@ pub(crate) struct MountArgs {
     #[arg(long)]
     allow_other: bool,
     /// Memory for opened data, such as 256M or 1G
-    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", default_value = cache_size::MOUNT, value_parser = cache_size::parse)]
     cache_size: usize,
     /// Threads that serve requests
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
@@ -49,20 +50,6 @@ pub(crate) struct MountArgs {
     io_timeout: u32,
     #[command(flatten)]
     written: WritableArgs,
-}
-
-pub(crate) fn parse_size(text: &str) -> Result<usize, String> {
-    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (digits, unit) = text.split_at(split);
-    let shift = match unit {
-        "" => 0,
-        "K" | "k" | "KiB" => 10,
-        "M" | "m" | "MiB" => 20,
-        "G" | "g" | "GiB" => 30,
-        _ => return Err(format!("{unit:?} is no unit; use K, M or G")),
-    };
-    let number: usize = digits.parse().map_err(|_| "it starts with a number".to_owned())?;
-    number.checked_mul(1 << shift).ok_or_else(|| "it is too large".to_owned())
 }
 
 /// Mounts and serves until it is unmounted.
@@ -175,19 +162,4 @@ fn mount_failure(error: MountError) -> Failure {
 /// Ends a mount.
 pub(crate) fn unmount(mountpoint: &Path) -> Result<(), Failure> {
     umount::umount(mountpoint).map_err(|error| Failure::of(Status::Failed, &error))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_parsed() {
-        assert_eq!(parse_size("256M"), Ok(256 << 20));
-        assert_eq!(parse_size("1GiB"), Ok(1 << 30));
-        assert_eq!(parse_size("4096"), Ok(4096));
-        for bad in ["", "M", "12T", "-1", "99999999999999999999", "99999999999G"] {
-            assert!(parse_size(bad).is_err(), "{bad}");
-        }
-    }
 }

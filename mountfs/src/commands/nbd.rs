@@ -19,7 +19,7 @@ use reseal_vault::{Holder, Point, PointSpec, Points, Tenant, VaultError};
 use serde::Serialize;
 
 use super::background::detached;
-use super::mount::parse_size;
+use super::cache_size::CacheArgs;
 use super::writable::{WritableArgs, Written};
 use crate::PROGRAM;
 
@@ -56,9 +56,8 @@ pub(crate) struct NbdArgs {
     /// Where a server in the background says what went wrong
     #[arg(long, value_name = "FILE", requires = "background")]
     log: Option<PathBuf>,
-    /// Memory for opened data, such as 256M or 1G
-    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
-    cache_size: usize,
+    #[command(flatten)]
+    cache: CacheArgs,
     /// Requests that are worked on at once, of each client
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     threads: Option<u16>,
@@ -113,7 +112,7 @@ fn serve(common: &CommonArgs, arguments: &NbdArgs, detach: Option<Detach>) -> Re
     let listener = Arc::new(Listener::new(&address).map_err(listen_failure)?);
     let base = uri(&listener.address().map_err(failed)?, arguments.tls_cert.is_some());
     let _lease = tenant.reader_lease(&Holder::this_process(format!("NBD server at {}", base(""))));
-    let reader = Arc::new(DiskReader::new(tenant.clone(), arguments.cache_size));
+    let reader = Arc::new(DiskReader::new(tenant.clone(), arguments.cache.bytes()));
     let mut limits = Limits::default();
     limits.threads = arguments.threads.map_or(limits.threads, usize::from);
     let points: Arc<dyn Exports> =

@@ -16,7 +16,7 @@ use reseal_vault::{Point, PointSpec, Points, Tenant, Which};
 
 use super::check::CheckArgs;
 use super::promotion::PromoteArgs;
-use crate::commands::mount;
+use crate::commands::cache_size::CacheArgs;
 use crate::commands::writable::{WritableArgs, parse_limit};
 
 #[derive(Args)]
@@ -72,9 +72,9 @@ pub(crate) struct BootArgs {
     /// How long the guest may take to shut down when this is ended, before it is switched off
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(0..=86_400))]
     shutdown_timeout: u32,
-    /// Memory for opened data, such as 256M or 1G. What the last boot read is fetched ahead into three eighths of it
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = mount::parse_size)]
-    pub(super) cache_size: usize,
+    // What the last boot read is fetched ahead into three eighths of it.
+    #[command(flatten)]
+    pub(super) cache: CacheArgs,
     #[command(flatten)]
     pub(super) check: CheckArgs,
     #[command(flatten)]

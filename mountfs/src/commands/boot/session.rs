@@ -151,7 +151,7 @@ impl Served {
     ) -> Result<(Served, RunFolder), Failure> {
         let tenant = &opened.tenant;
         let (vm, number) = (point.manifest.vm.clone(), point.manifest.number);
-        let reader = Arc::new(DiskReader::new(tenant.clone(), arguments.cache_size));
+        let reader = Arc::new(DiskReader::new(tenant.clone(), arguments.cache.bytes()));
         let scope = Scope::Point { vm, number, disk: None };
         let points: Arc<dyn Exports> =
             Arc::new(PointExports::new(tenant.clone(), Some(opened.heads.clone()), reader.clone(), scope));
