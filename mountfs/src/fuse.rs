@@ -121,6 +121,8 @@ impl Filesystem for ResealFs {
             InitFlags::FUSE_DO_READDIRPLUS,
             InitFlags::FUSE_READDIRPLUS_AUTO,
             InitFlags::FUSE_ASYNC_DIO,
+            // No file has a privilege that a write must take away. Without this the kernel asks for one before each write.
+            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
         ] {
             let _ = config.add_capabilities(capability);
         }
