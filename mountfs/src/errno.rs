@@ -96,24 +96,12 @@ pub fn errno(fault: &Fault) -> Errno {
         Fault::BadHandle => Errno::EBADF,
         Fault::NoAttribute => Errno::ENODATA,
         Fault::TooSmall => Errno::ERANGE,
-        Fault::Overlay(error) => overlay_errno(error),
+        Fault::Overlay(error) if error.is_full() => Errno::ENOSPC,
+        Fault::Overlay(_) => Errno::EIO,
         Fault::ReadOnly => Errno::EROFS,
         Fault::Fixed => Errno::EPERM,
         Fault::PastEnd => Errno::EFBIG,
         Fault::NoSuchAllocation => Errno::EOPNOTSUPP,
-    }
-}
-
-fn overlay_errno(error: &OverlayError) -> Errno {
-    match error {
-        OverlayError::Full => Errno::ENOSPC,
-        OverlayError::Base(_)
-        | OverlayError::Random(_)
-        | OverlayError::Io { .. }
-        | OverlayError::Damaged { .. }
-        | OverlayError::Lost { .. }
-        | OverlayError::Another(_)
-        | OverlayError::Broken => Errno::EIO,
     }
 }
 

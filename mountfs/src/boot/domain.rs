@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use reseal_qemu::xml::escape;
+
 use super::host::{Accel, Host};
 use super::machine::{Bus, Chipset, Firmware, Machine, MachineDisk, ScsiModel};
 use super::network::Network;
@@ -17,22 +19,6 @@ pub struct DomainSetup<'a> {
     pub socket: &'a Path,
     /// Seconds that the guest waits for an export that is gone, before it is paused.
     pub reconnect: u64,
-}
-
-/// Text as it stands in an element or between single quotes.
-fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '\'' => escaped.push_str("&apos;"),
-            '"' => escaped.push_str("&quot;"),
-            _ => escaped.push(c),
-        }
-    }
-    escaped
 }
 
 /// The name of the n-th disk on a bus: a, b, … z, aa, …

@@ -71,6 +71,22 @@ pub enum OverlayError {
     Broken,
 }
 
+impl OverlayError {
+    /// Whether there is only no room, which the guest can be told and may do something about.
+    pub fn is_full(&self) -> bool {
+        match self {
+            OverlayError::Full => true,
+            OverlayError::Base(_)
+            | OverlayError::Random(_)
+            | OverlayError::Io { .. }
+            | OverlayError::Damaged { .. }
+            | OverlayError::Lost { .. }
+            | OverlayError::Another(_)
+            | OverlayError::Broken => false,
+        }
+    }
+}
+
 /// Whose overlay it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Facts {

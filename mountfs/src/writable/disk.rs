@@ -17,16 +17,7 @@ pub struct OverlayDisk {
 }
 
 fn failed(error: OverlayError) -> DiskError {
-    let errno = match &error {
-        OverlayError::Full => Errno::NOSPC,
-        OverlayError::Base(_)
-        | OverlayError::Random(_)
-        | OverlayError::Io { .. }
-        | OverlayError::Damaged { .. }
-        | OverlayError::Lost { .. }
-        | OverlayError::Another(_)
-        | OverlayError::Broken => Errno::IO,
-    };
+    let errno = if error.is_full() { Errno::NOSPC } else { Errno::IO };
     DiskError { errno, reason: error.to_string() }
 }
 

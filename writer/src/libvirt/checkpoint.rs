@@ -7,11 +7,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use reseal_format::ids::PointId;
 use reseal_format::manifest::{Manifest, Tracking, method};
+use reseal_qemu::xml::escape;
 
 use super::LibvirtError;
 use super::command::Virsh;
 use super::domain::{Domain, DomainDisk};
-use super::xml::escape;
 
 /// What the names of reseal's own checkpoints start with. The rest is the restore point's id.
 const PREFIX: &str = "reseal-";

@@ -4,10 +4,12 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use reseal_qemu::xml::escape;
+
 use super::LibvirtError;
 use super::command::Virsh;
 use super::domain::Domain;
-use super::xml::{child, escape, read};
+use super::xml::{child, read};
 
 /// Name of the bitmap of changes in each export.
 pub(super) const BITMAP: &str = "reseal-changes";

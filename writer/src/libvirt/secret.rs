@@ -3,13 +3,13 @@
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
+use reseal_qemu::xml::escape;
 use zeroize::Zeroizing;
 
 use super::LibvirtError;
 use super::command::Virsh;
 use super::domain::is_uuid;
 use super::scratch;
-use super::xml::escape;
 
 /// Random bytes of a passphrase: as many as the key has that it protects.
 const LENGTH: usize = 32;

@@ -30,26 +30,10 @@ pub(super) fn child_text<'a>(node: Node<'a, '_>, name: &str) -> Option<&'a str> 
     child(node, name)?.text().map(str::trim).filter(|text| !text.is_empty())
 }
 
-/// Text as it stands in an element or between single quotes. What XML can't say, such as control characters, is refused
-/// by its reader.
-pub(super) fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '\'' => escaped.push_str("&apos;"),
-            '"' => escaped.push_str("&quot;"),
-            '\t' | '\n' | '\r' => escaped.push_str(&format!("&#{};", u32::from(c))),
-            _ => escaped.push(c),
-        }
-    }
-    escaped
-}
-
 #[cfg(test)]
 mod tests {
+    use reseal_qemu::xml::escape;
+
     use super::*;
 
     #[test]
