@@ -6,28 +6,27 @@
 #   day2.raw  after 2,000 random updates in that database                              (not with --small)
 #
 # --small makes a minimal system on a smaller disk, whose day 1 is one changed file, for what must be quick.
-# --guest makes a minimal system that is backed up while it runs: with the guest agent, and a service that counts across
-# both of its disks (guest/counter.c). Instead of days it has a second disk, data.raw, an ext4 file system without partitions.
+# --guest makes a minimal system that is backed up while it runs: with the guest agent, a service that counts across both of its
+# disks (guest/counter.c), and one that greets at TCP port 7 of the address that QEMU's own network expects. Instead of days it has a second disk, data.raw, an ext4 file system without partitions.
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-# To be raised whenever the images would come out otherwise: an older set is then made anew.
-recipe=1
 partition_start=1048576
 root_uuid=6f1c8a52-3b7e-4d09-9a61-5e2f84c07d13
 data_uuid=0d5a1c6e-8f42-4b7b-b1d9-77c3a9e2f016
 here="$workspace/tests/scripts"
 
+# `recipe` is to be raised whenever the images would come out otherwise: an older set is then made anew.
 if [ "${1:-}" = --guest ]; then
     shift
-    kind=guest disk_mib=2048 variant=minbase days=(base)
+    kind=guest recipe=2 disk_mib=2048 variant=minbase days=(base)
     packages=(linux-image-cloud-amd64 systemd-sysv udev qemu-guest-agent)
 elif [ "${1:-}" = --small ]; then
     shift
-    kind=small disk_mib=2048 variant=minbase days=(base day1)
+    kind=small recipe=1 disk_mib=2048 variant=minbase days=(base day1)
     # The kernel for virtual machines has a tenth of the modules.
     packages=(linux-image-cloud-amd64 systemd-sysv udev)
 else
-    kind=full disk_mib=8192 variant= days=(base day1 day2)
+    kind=full recipe=1 disk_mib=8192 variant= days=(base day1 day2)
     packages=(linux-image-amd64 openssh-server postgresql git gcc libc6-dev make perl python3 python3-setuptools
         man-db manpages manpages-dev tmux curl rsync strace sqlite3 locales)
 fi
@@ -97,6 +96,10 @@ configure_guest() {
     gcc -O2 -Wall -Werror -static -o "$tree/usr/local/sbin/counter" "$here/guest/counter.c"
     cp "$here/guest/counter.service" "$tree/etc/systemd/system/"
     in_tree systemctl -q enable counter.service
+    cp "$here/guest/"greeter{.socket,@.service} "$tree/etc/systemd/system/"
+    cp "$here/guest/user.network" "$tree/etc/systemd/network/"
+    in_tree systemctl -q enable greeter.socket systemd-networkd.service
+    in_tree systemctl -q mask systemd-networkd-wait-online.service
     mkdir "$tree/data"
     echo "UUID=$data_uuid /data ext4 errors=remount-ro 0 2" >>"$tree/etc/fstab"
     # What wakes up by itself would make the deltas of a test differ from run to run.

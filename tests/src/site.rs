@@ -9,6 +9,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::process::{Run, Running, program, run, start};
+use crate::random::Random;
 
 /// Everything that the programs know of the world lies in this folder, and goes with it.
 pub struct Site {
@@ -27,6 +28,19 @@ impl Site {
         let site = Site::bare();
         site.reseal(["init", "--no-recovery"]).ok();
         site
+    }
+
+    /// A site with one restore point, `vm@1`, of these disks, each of the same bytes, which are given; 8 MiB of them are zeros.
+    pub fn with_point(disks: &[&str], length: usize) -> (Site, Vec<u8>) {
+        let site = Site::new();
+        let mut content = Random::new(5).bytes(length);
+        content[4 << 20..12 << 20].fill(0);
+        let named: Vec<(String, PathBuf)> = disks.iter().map(|name| ((*name).to_owned(), site.disk(name))).collect();
+        for (_, path) in &named {
+            fs::write(path, &content).unwrap();
+        }
+        site.backup_disks("vm", &named);
+        (site, content)
     }
 
     /// A site where nothing was made yet.

@@ -130,10 +130,15 @@ fn a_guest_that_boots_passes_and_the_next_check_has_its_reads_at_hand() {
     assert_eq!(host.boot()["expected"], "agent");
     host.site.reseal(["status"]).ok();
 
-    // Beside the three notes, of which one of reads took another's place, nothing was added or changed.
+    // A service of the guest, in a network that leads nowhere.
+    let run = host.check(&["--expect", "tcp:7", "--timeout", BOOT]).ok();
+    assert!(run.stdout.contains(&format!("{} boots: tcp:7 after ", host.point())), "{run:#?}");
+    host.assert_nothing_left();
+
+    // Beside the notes, of which one of reads took another's place, nothing was added or changed.
     let after = host.site.contents();
     let added: Vec<_> = after.keys().filter(|key| !before.contains_key(*key)).collect();
-    assert!(added.len() == 3 && added.iter().all(|key| key.contains("/notes/")), "{added:?}");
+    assert!(added.len() == 4 && added.iter().all(|key| key.contains("/notes/")), "{added:?}");
     assert!(before.iter().all(|(key, bytes)| after.get(key) == Some(bytes)));
     host.site.verify();
 }

@@ -19,17 +19,8 @@ use serde_json::{Value, json};
 /// No whole number of blocks, of clusters, or of any geometry's cylinders.
 const LENGTH: usize = (24 << 20) + 4096 + 512;
 
-/// A site with one restore point of these disks, each of the same bytes.
 fn site(disks: &[&str]) -> (Site, Vec<u8>) {
-    let site = Site::new();
-    let mut content = Random::new(5).bytes(LENGTH);
-    content[4 << 20..12 << 20].fill(0);
-    let named: Vec<(String, PathBuf)> = disks.iter().map(|name| ((*name).to_owned(), site.disk(name))).collect();
-    for (_, path) in &named {
-        fs::write(path, &content).unwrap();
-    }
-    site.backup_disks("vm", &named);
-    (site, content)
+    Site::with_point(disks, LENGTH)
 }
 
 /// Mounts `vm@1` so that it can be written to.

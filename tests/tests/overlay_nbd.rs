@@ -21,17 +21,8 @@ use serde_json::{Value, json};
 
 const LENGTH: usize = (24 << 20) + 4096 + 512;
 
-/// A site with one restore point of one disk, or more of each.
 fn site(disks: &[&str]) -> (Site, Vec<u8>) {
-    let site = Site::new();
-    let mut content = Random::new(5).bytes(LENGTH);
-    content[4 << 20..12 << 20].fill(0);
-    let named: Vec<(String, PathBuf)> = disks.iter().map(|name| ((*name).to_owned(), site.disk(name))).collect();
-    for (_, path) in &named {
-        fs::write(path, &content).unwrap();
-    }
-    site.backup_disks("vm", &named);
-    (site, content)
+    Site::with_point(disks, LENGTH)
 }
 
 /// A server whose disks are written to.
@@ -216,6 +207,38 @@ fn copies_onto_it_and_holes_in_it_are_right_and_what_is_discarded_gives_its_room
         .arg(&file)
         .arg(server.uri("disk-0")))
     .ok();
+    assert!(server.all(&site, "disk-0") == content);
+}
+
+#[test]
+fn nbdfuse_shows_a_disk_as_a_file_that_is_read_and_written_by_anybodys_programs() {
+    let (site, mut content) = site(&["disk-0"]);
+    let folder = site.path("overlay");
+    let server = Server::start(&site, "a.sock", &["vm@1", "--overlay", folder.to_str().unwrap()]);
+    let (mountpoint, ready) = (site.path("nbdfuse"), site.path("nbdfuse.pid"));
+    fs::create_dir(&mountpoint).unwrap();
+    let mut command = Command::new("nbdfuse");
+    command.arg("-P").arg(&ready).arg(mountpoint.join("disk.img")).arg(server.uri("disk-0"));
+    let nbdfuse = start(bound_to_us(&mut command));
+    let began = Instant::now();
+    while !ready.exists() {
+        assert!(!nbdfuse.has_ended() && began.elapsed() < Duration::from_secs(20), "nbdfuse does not start");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let file = fs::File::options().read(true).write(true).open(mountpoint.join("disk.img")).unwrap();
+    let mut read = vec![0; LENGTH];
+    file.read_exact_at(&mut read, 0).unwrap();
+    assert!(read == content);
+    let new = Random::new(77).bytes(70_000);
+    file.write_all_at(&new, 5_000_100).unwrap();
+    content[5_000_100..5_070_100].copy_from_slice(&new);
+    file.sync_all().unwrap();
+    drop(file);
+    system("fusermount3", &["-u", mountpoint.to_str().unwrap()]);
+    nbdfuse.wait().ok();
+    // It was flushed.
+    server.kill();
+    let server = Server::start(&site, "a.sock", &["vm@1", "--overlay", folder.to_str().unwrap()]);
     assert!(server.all(&site, "disk-0") == content);
 }
 

@@ -16,7 +16,7 @@ use reseal_format::names::DiskName;
 use reseal_mountfs::promote::{Ledger, Move, Options, PromoteError, Recorded, Stands, Watch, promote, settle};
 use reseal_mountfs::target::{Format, TargetSpec, read_secret};
 use reseal_qmp::Client;
-use reseal_tests::loops::Mount;
+use reseal_tests::loops::{Loop, Mount};
 use reseal_tests::marker::Marker;
 use reseal_tests::process::{Running, bound_to_us, start, system};
 use reseal_tests::qmp::Qmp;
@@ -273,6 +273,46 @@ fn disks_move_while_they_are_written_to_and_their_targets_have_all_before_it_is_
     }
     let again = quietly(&mut vm.client(), &moves, Options::default(), &AtomicBool::new(false)).unwrap_err();
     assert!(matches!(again, PromoteError::Elsewhere { .. }), "{again}");
+}
+
+#[test]
+fn a_block_device_is_a_target_when_that_is_asked_for_and_the_guest_sees_the_disks_own_length() {
+    let vm = Vm::new();
+    let behind = [vm.path("device-0"), vm.path("device-1")];
+    let devices = behind.each_ref().map(|file| {
+        // One is longer than the disk, and what was there before is not zeros.
+        let length = if file.ends_with("device-0") { LENGTH + 16 * MIB } else { LENGTH };
+        fs::write(file, vec![0xEE; length]).unwrap();
+        Loop::new(file)
+    });
+    let moves = || [0, 1].map(|nth| vm.wish(nth, &devices[nth].0, Format::Raw, false));
+    let go_on = AtomicBool::new(false);
+    let refused = quietly(&mut vm.client(), &moves(), Options::default(), &go_on).unwrap_err();
+    assert!(refused.to_string().contains("--force"), "{refused}");
+    vm.assert_untouched();
+    assert!(behind.iter().all(|file| fs::read(file).unwrap().iter().all(|byte| *byte == 0xEE)));
+
+    let force = Options { force: true, ..Options::default() };
+    // A device that is too short is found out before anything is written.
+    let short = vm.path("short");
+    fs::write(&short, vec![0xEE; LENGTH - MIB]).unwrap();
+    let short = Loop::new(&short);
+    let too_short = [vm.wish(0, &devices[0].0, Format::Raw, false), vm.wish(1, &short.0, Format::Raw, false)];
+    let refused = quietly(&mut vm.client(), &too_short, force, &go_on).unwrap_err();
+    assert!(refused.to_string().contains("bytes, the disk"), "{refused}");
+    vm.assert_untouched();
+
+    assert_eq!(quietly(&mut vm.client(), &moves(), force, &go_on).unwrap(), Vec::<String>::new());
+    assert_eq!(vm.nodes(), ["reseal-target-0", "reseal-target-1"]);
+    for (nth, file) in behind.iter().enumerate() {
+        vm.write(nth, LENGTH - 4096, 4096, 0x55);
+        // Behind its end nothing can be written: QEMU says so on its own output only.
+        vm.io(nth, &format!("write -P 1 {LENGTH} 4096"));
+        vm.io(nth, "flush");
+        let held = fs::read(file).unwrap();
+        assert!(held[..LENGTH] == *vm.content[nth].borrow(), "device {nth} differs");
+        assert!(held[LENGTH..].iter().all(|byte| *byte == 0xEE), "written beyond the disk");
+    }
 }
 
 #[test]
