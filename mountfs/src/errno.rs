@@ -118,6 +118,7 @@ fn vault_errno(error: &VaultError) -> Errno {
         | VaultError::NoTenant { .. }
         | VaultError::TenantExists { .. }
         | VaultError::LostRace { .. }
+        | VaultError::Held { .. }
         | VaultError::OtherKms { .. }
         | VaultError::MovedKms { .. }
         | VaultError::NoNewKeys { .. }

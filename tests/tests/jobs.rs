@@ -305,7 +305,7 @@ fn a_file_that_makes_no_sense_or_is_not_trusted_does_nothing() {
     refused(&job("web", &disk, "limit_rate = '5X'"), &["job web", "--limit-rate", "is no unit"]);
     refused(&job("web", &disk, "tls_cert = '/c.pem'"), &["job web", "--tls-key"]);
     refused(&job("web", &disk, "libvirt = 'web'"), &["job web", "cannot be used with"]);
-    refused(&job("web", &disk, "retention = 'keep-last=3'"), &["job web", "forgets no restore points"]);
+    refused(&job("web", &disk, "retention = 'keep-last=3'"), &["job web", "forget no restore points"]);
     refused(&job("web", &disk, "shell = 'rm'"), &["unknown field `shell`"]);
     let file = jobs(&site, &job("web", &disk, ""));
     fs::set_permissions(&file, Permissions::from_mode(0o664)).unwrap();

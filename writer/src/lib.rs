@@ -6,7 +6,7 @@
 //! ```
 //!
 //! [`pipeline`] joins the stages; [`verify`] reads everything back; [`rekey`] seals everything again under another key. [`jobs`] runs
-//! backups as a file says, and [`status`] tells how things stand.
+//! backups as a file says, [`status`] tells how things stand, and [`retention`] which restore points a policy keeps.
 //!
 //! Architecture invariant: what is right of ┃ happens where the keys are, on the target's side; a remote backup cuts the
 //! pipeline there. The lookup is a hint: nothing is deduplicated against before the pack's own id table confirms it.
@@ -32,6 +32,7 @@ mod plan;
 pub mod qemu;
 pub mod rekey;
 pub mod remote;
+pub mod retention;
 pub mod serve;
 pub mod source;
 pub mod span;

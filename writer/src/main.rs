@@ -7,7 +7,9 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use reseal_cli::{CommonArgs, Detach, Failure, Side, finish, harden};
 
-use commands::{backup, delegate, init, key, list, rekey, run as jobs, serve, show, status, tenant, verify};
+use commands::{
+    backup, delegate, forget, hold, init, key, list, rekey, run as jobs, serve, show, status, tenant, verify,
+};
 
 /// Backs up virtual machines so that whoever holds the backup can't read it without its keys
 #[derive(Parser)]
@@ -36,6 +38,10 @@ enum Command {
     Show(show::Args),
     /// Reads everything back and authenticates it; exit status 3 if something is damaged
     Verify(verify::Args),
+    /// Forgets restore points: those that are named, or all of a VM that no --keep option keeps
+    Forget(forget::Args),
+    /// Holds a restore point, so that nothing forgets it
+    Hold(hold::Args),
     /// The recovery kit: written, printed, and used where a keyring or a KMS is lost
     Key(key::Args),
     /// The customers of a vault, each with a key of its own: add, list, show, set, remove, erase; and the
@@ -81,6 +87,8 @@ fn run(cli: Cli, detach: Option<Detach>) -> Result<(), Failure> {
         Command::List(args) => list::run(common, args),
         Command::Show(args) => show::run(common, args),
         Command::Verify(args) => verify::run(common, args),
+        Command::Forget(args) => forget::run(common, &args),
+        Command::Hold(args) => hold::run(common, &args),
         Command::Guardian => reseal_writer::guardian::run(),
         Command::Key(args) => key::run(common, args),
         Command::Tenant(args) => tenant::run(common, args),

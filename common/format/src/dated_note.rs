@@ -24,16 +24,19 @@ pub enum DatedKind {
     BootVerdict,
     /// What a boot read: see [`crate::boot_reads`].
     BootReads,
+    /// Whether a point is held: see [`crate::hold_note`].
+    Hold,
 }
 
 impl DatedKind {
-    const ALL: [DatedKind; 2] = [DatedKind::BootVerdict, DatedKind::BootReads];
+    const ALL: [DatedKind; 3] = [DatedKind::BootVerdict, DatedKind::BootReads, DatedKind::Hold];
 
     /// The kind as the note has it.
     pub fn name(self) -> &'static str {
         match self {
             DatedKind::BootVerdict => "boot-verdict",
             DatedKind::BootReads => "boot-reads",
+            DatedKind::Hold => "hold",
         }
     }
 
@@ -46,6 +49,7 @@ impl DatedKind {
         match self {
             DatedKind::BootVerdict => b"verd",
             DatedKind::BootReads => b"read",
+            DatedKind::Hold => b"hold",
         }
     }
 

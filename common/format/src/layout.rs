@@ -72,6 +72,11 @@ pub fn rekey_lease(tenant: &TenantName) -> String {
     format!("{}rekey.lease", leases(tenant))
 }
 
+/// What the one process says of itself that forgets restore points.
+pub fn forget_lease(tenant: &TenantName) -> String {
+    format!("{}forget.lease", leases(tenant))
+}
+
 /// What the one process says of itself that removes the tenant.
 pub fn remove_lease(tenant: &TenantName) -> String {
     format!("{}remove.lease", leases(tenant))

@@ -20,6 +20,7 @@ pub mod dated_note;
 mod fields;
 pub mod frames;
 pub mod geometry;
+pub mod hold_note;
 pub mod ids;
 pub mod index;
 pub mod keys;

@@ -45,6 +45,11 @@ pub enum VaultError {
     TenantExists { tenant: TenantName },
     #[error("there is no VM {vm}; `reseal list` shows what there is")]
     NoVm { vm: VmName },
+    #[error(
+        "{point} is held since {since}{}: it is not forgotten. `reseal hold {point} --release` ends that",
+        reason.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default()
+    )]
+    Held { point: String, since: Timestamp, reason: Option<String> },
     #[error("there is no restore point {point}; `reseal list {vm}` shows what there is")]
     NoPoint { vm: VmName, point: String },
     #[error("{text:?} is no restore point: write VM@latest, VM@NUMBER or VM@TIME as `reseal list` prints it")]
@@ -151,6 +156,7 @@ impl VaultError {
             | VaultError::NoVm { .. }
             | VaultError::NoPoint { .. }
             | VaultError::LostRace { .. }
+            | VaultError::Held { .. }
             | VaultError::OtherKms { .. }
             | VaultError::MovedKms { .. }
             | VaultError::NotErased { .. }

@@ -172,6 +172,11 @@ impl Tenant {
         Ok(lease)
     }
 
+    /// Takes the one lease of who forgets restore points. It stands beside the others, and is not one of [`Tenant::leases`].
+    pub(crate) fn forget_lease(&self, holder: &Holder) -> Result<Box<dyn Lease>, VaultError> {
+        exclusive(&*self.store, &self.name, &layout::forget_lease(&self.name), holder)
+    }
+
     /// The leases that are held now. What processes that died have left is removed.
     pub fn leases(&self) -> Result<Vec<Held>, VaultError> {
         leases(&*self.store, &self.name)

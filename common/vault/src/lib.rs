@@ -9,6 +9,7 @@
 //!         record replaced → unwrap again, in processes that go on               (refresh)
 //! escrow: recovery kit → master → keys; or wrap it anew → replace the record    (escrow)
 //! notes:  listing → the latest of a kind → opened                               (notes)
+//! hold:   a note that says so; forget: tombstone → manifest deleted           (forget)
 //! tidy:   what a tenant has, and may have; removing one that has nothing        (holdings, quota, objectives)
 //! ```
 //!
@@ -24,6 +25,7 @@ mod epochs;
 mod erase;
 mod error;
 mod escrow;
+mod forget;
 mod frame_cache;
 pub mod heads;
 mod holdings;
@@ -44,6 +46,7 @@ pub mod wipe;
 pub use epochs::{Count, Epochs, ObjectSeal, PackSeal};
 pub use erase::Erased;
 pub use error::{Class, VaultError};
+pub use forget::{Forgetting, HeldPoint};
 pub use holdings::{Holdings, VmHoldings, tenants};
 pub use leases::{Held, Holder, holders};
 pub use notes::{Booted, NoteNames};

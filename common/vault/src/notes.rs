@@ -10,6 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use reseal_format::FormatError;
 use reseal_format::boot_reads::BootReads;
 use reseal_format::dated_note::DatedKind;
+use reseal_format::hold_note::Hold;
 use reseal_format::ids::NoteId;
 use reseal_format::layout;
 use reseal_format::manifest::{Manifest, Note};
@@ -22,7 +23,7 @@ use crate::leases::Holder;
 use crate::tenant::random;
 use crate::{Tenant, VaultError};
 
-fn now() -> Timestamp {
+pub(crate) fn now() -> Timestamp {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Timestamp(i64::try_from(since.as_millis()).unwrap_or(0))
 }
@@ -133,6 +134,15 @@ impl Tenant {
     /// Keeps what became of a boot; durable when it returns.
     pub fn note_boot(&self, point: &Manifest, verdict: &BootVerdict) -> Result<NoteId, VaultError> {
         self.put_note(point, DatedKind::BootVerdict.name(), verdict.content())
+    }
+
+    /// The last that was said of a point being held.
+    pub(crate) fn latest_hold(&self, point: &Manifest, names: &NoteNames) -> Result<Option<(Note, Hold)>, VaultError> {
+        self.latest_note(point, names, DatedKind::Hold, |number| number == point.number, Hold::of)
+    }
+
+    pub(crate) fn put_hold(&self, point: &Manifest, hold: &Hold) -> Result<NoteId, VaultError> {
+        self.put_note(point, DatedKind::Hold.name(), hold.content())
     }
 
     /// What the last boot of the VM read, whichever of its points that was. `point` is one of them.

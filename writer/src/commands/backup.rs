@@ -211,7 +211,7 @@ fn read_definition(path: &Path) -> Result<Definition, Failure> {
 }
 
 fn summarize(output: Output, manifest: &Manifest) {
-    output.json(&PointJson::new(manifest, None));
+    output.json(&PointJson::new(manifest, None, None));
     for warning in &manifest.warnings {
         output.warn(warning);
     }

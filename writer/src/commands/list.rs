@@ -87,14 +87,24 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
                     }
                 },
             };
-            output.json(&PointJson::new(manifest, booted.as_ref()));
+            let held = match reading.tenant().zip(notes.as_ref()).map(|(tenant, notes)| tenant.hold_of(manifest, notes))
+            {
+                None => None,
+                Some(Ok(held)) => held,
+                Some(Err(e)) => {
+                    damage(e.into());
+                    None
+                }
+            };
+            output.json(&PointJson::new(manifest, booted.as_ref(), held.as_ref()));
             let line = format!(
-                "{:<24} {:<24} {:>10} {:>10} {:>10}  {boot:<31}{}",
+                "{:<24} {:<24} {:>10} {:>10} {:>10}  {boot:<31}{}{}",
                 point_name(&point),
                 manifest.created.to_string(),
                 human_bytes(manifest.disks.iter().map(|disk| disk.length).sum()),
                 human_bytes(manifest.disks.iter().map(Disk::used).sum()),
                 human_bytes(manifest.stats.stored),
+                if held.is_some() { "  held" } else { "" },
                 if manifest.warnings.is_empty() { "" } else { "  see `reseal show`" },
             );
             output.say(line.trim_end());

@@ -3,6 +3,8 @@
 pub(crate) mod backup;
 mod clients;
 pub(crate) mod delegate;
+pub(crate) mod forget;
+pub(crate) mod hold;
 pub(crate) mod init;
 pub(crate) mod key;
 pub(crate) mod key_import;
@@ -23,10 +25,10 @@ use std::thread::available_parallelism;
 
 use reseal_format::manifest::{Claim, Disk, Manifest, Stats, Tracking};
 use reseal_format::names::{DiskName, VmName};
-use reseal_vault::{Booted, Point};
+use reseal_vault::{Booted, HeldPoint, Point};
 use reseal_writer::status::boot;
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Threads for work that keeps a core busy.
 pub(crate) fn cores() -> usize {
@@ -47,6 +49,8 @@ pub(crate) struct PointJson<'a> {
     warnings: &'a [String],
     /// What became of the last boot that was tried; none where another site has the keys.
     boot: Option<Value>,
+    /// Since when it is held, and why, if it is; none where another site has the keys.
+    held: Option<Value>,
 }
 
 #[derive(Serialize)]
@@ -62,7 +66,7 @@ struct DiskJson<'a> {
 }
 
 impl<'a> PointJson<'a> {
-    pub(crate) fn new(manifest: &'a Manifest, booted: Option<&Booted>) -> PointJson<'a> {
+    pub(crate) fn new(manifest: &'a Manifest, booted: Option<&Booted>, held: Option<&HeldPoint>) -> PointJson<'a> {
         let disk = |disk: &'a Disk| DiskJson {
             name: &disk.name,
             length: disk.length,
@@ -82,6 +86,7 @@ impl<'a> PointJson<'a> {
             stats: manifest.stats,
             warnings: &manifest.warnings,
             boot: booted.map(boot::json),
+            held: held.map(|held| json!({ "since": held.since.to_rfc3339(), "reason": held.reason })),
         }
     }
 }

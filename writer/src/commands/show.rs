@@ -5,7 +5,7 @@ use std::time::Duration;
 use reseal_cli::{CommonArgs, Failure, human_bytes, human_duration};
 use reseal_format::manifest::Manifest;
 use reseal_site::Reading;
-use reseal_vault::{Booted, PointSpec, Tenant, VaultError};
+use reseal_vault::{Booted, HeldPoint, PointSpec, Tenant, VaultError};
 use reseal_writer::status::boot;
 
 use super::{PointJson, point_name};
@@ -26,12 +26,12 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     let point = points.resolve(&spec)?;
     let manifest = &point.manifest;
     // A note that is damaged does not hide the point.
-    let (booted, damaged) = match reading.tenant().map(|tenant| boot_of(tenant, manifest)) {
-        None => (None, None),
-        Some(Ok(booted)) => (booted, None),
-        Some(Err(e)) => (None, Some(e)),
+    let (noted, damaged) = match reading.tenant().map(|tenant| noted(tenant, manifest)) {
+        None => (Noted::default(), None),
+        Some(Ok(noted)) => (noted, None),
+        Some(Err(e)) => (Noted::default(), Some(e)),
     };
-    output.json(&PointJson::new(manifest, booted.as_ref()));
+    output.json(&PointJson::new(manifest, noted.booted.as_ref(), noted.held.as_ref()));
     output.say(format!("point       {}", point_name(&point)));
     output.say(format!("time        {}", manifest.created));
     output.say(format!("id          {}", manifest.point_id));
@@ -58,7 +58,11 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     output.say(format!("new         {}", human_bytes(stats.new)));
     output.say(format!("stored      {}", human_bytes(stats.stored)));
     output.say(format!("took        {}", human_duration(Duration::from_millis(stats.duration_ms))));
-    if let Some(booted) = &booted {
+    if let Some(HeldPoint { since, reason }) = &noted.held {
+        let why = reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
+        output.say(format!("held        since {since}{why}"));
+    }
+    if let Some(booted) = &noted.booted {
         output.say(format!("boot        {}", boot::whole(booted)));
     }
     for warning in &manifest.warnings {
@@ -67,6 +71,14 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     damaged.map_or(Ok(()), |e| Err(e.into()))
 }
 
-fn boot_of(tenant: &Tenant, point: &Manifest) -> Result<Option<Booted>, VaultError> {
-    tenant.boot_of(point, &tenant.note_names(&point.vm)?)
+/// What was noted about a point.
+#[derive(Default)]
+struct Noted {
+    booted: Option<Booted>,
+    held: Option<HeldPoint>,
+}
+
+fn noted(tenant: &Tenant, point: &Manifest) -> Result<Noted, VaultError> {
+    let names = tenant.note_names(&point.vm)?;
+    Ok(Noted { booted: tenant.boot_of(point, &names)?, held: tenant.hold_of(point, &names)? })
 }

@@ -127,7 +127,7 @@ pub(super) fn refuse_retention(retention: Option<&toml::Value>) -> Result<(), St
     match retention {
         None => Ok(()),
         Some(_) => {
-            Err("retention: this version forgets no restore points, neither by itself nor by command; remove that"
+            Err("retention: jobs forget no restore points; remove that, and run `reseal forget` by a timer of your own"
                 .into())
         }
     }
@@ -165,9 +165,9 @@ mod tests {
     fn what_makes_no_sense_is_refused_by_name() {
         let job = |more: &str| format!("[[job]]\nvm = 'web'\ndisks = ['a.raw']\n{more}\n");
         assert!(refused("").contains("no [[job]]"));
-        assert!(refused(&job("retention = { keep-last = 3 }")).contains("forgets no restore points"));
-        assert!(refused(&format!("retention = 3\n{}", job(""))).contains("forgets no restore points"));
-        assert!(refused(&format!("[defaults]\nretention = 3\n{}", job(""))).contains("forgets no restore points"));
+        assert!(refused(&job("retention = { keep-last = 3 }")).contains("forget no restore points"));
+        assert!(refused(&format!("retention = 3\n{}", job(""))).contains("forget no restore points"));
+        assert!(refused(&format!("[defaults]\nretention = 3\n{}", job(""))).contains("forget no restore points"));
         assert!(refused(&job("retrys = 3")).contains("unknown field `retrys`"));
         assert!(refused(&format!("paralel = 3\n{}", job(""))).contains("unknown field `paralel`"));
         assert!(refused(&format!("parallel = 0\n{}", job(""))).contains("parallel must be"));

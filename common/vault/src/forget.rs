@@ -1,0 +1,124 @@
+//! Holding restore points, and forgetting those that nobody holds.
+//!
+//! ```text
+//! hold:   note → is there a tombstone? then the note goes again
+//! forget: alone → held? → tombstone → held now? then the tombstone goes again → manifest deleted
+//! ```
+//!
+//! So of two who hold and forget one point at a time at least one sees the other; both may give up, but no point that somebody was told is
+//! held is forgotten.
+//!
+//! Architecture invariant: nothing but the manifest is deleted here. What it led to is freed by who knows that nothing else leads there;
+//! and as long as a manifest is there, with a tombstone or without, what it leads to must stay.
+
+use reseal_format::FormatError;
+use reseal_format::hold_note::Hold;
+use reseal_format::layout;
+use reseal_format::manifest::{MAX_TEXT, Manifest, Tombstone};
+use reseal_format::time::Timestamp;
+use reseal_store::{Lease, StoreError};
+
+use crate::leases::Holder;
+use crate::notes::{NoteNames, now};
+use crate::tenant::random;
+use crate::{Point, Tenant, VaultError};
+
+/// A hold that counts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeldPoint {
+    pub since: Timestamp,
+    pub reason: Option<String>,
+}
+
+fn name(point: &Manifest) -> String {
+    format!("{}@{}", point.vm, point.number)
+}
+
+impl Tenant {
+    /// Holds a point, so that nothing forgets it, or no longer; durable when it returns.
+    pub fn set_hold(&self, point: &Manifest, hold: &Hold) -> Result<(), VaultError> {
+        let id = self.put_hold(point, hold)?;
+        match self.tombstone(&point.vm, point.number) {
+            Err(VaultError::Store(StoreError::NotFound(_))) => Ok(()),
+            // Also one that can't be opened: whatever it is, the point is not there for who lists it.
+            other => {
+                self.drop_note(&point.vm, point.number, id)?;
+                other?;
+                Err(VaultError::NoPoint { vm: point.vm.clone(), point: name(point) })
+            }
+        }
+    }
+
+    /// Since when a point is held, and why, if it is.
+    pub fn hold_of(&self, point: &Manifest, names: &NoteNames) -> Result<Option<HeldPoint>, VaultError> {
+        let found = self.latest_hold(point, names)?;
+        let counts = found.filter(|(note, hold)| hold.held && note.point_id == point.point_id);
+        Ok(counts.map(|(note, hold)| HeldPoint { since: note.created, reason: hold.reason }))
+    }
+
+    /// An error if a point is held.
+    pub fn check_not_held(&self, point: &Manifest) -> Result<(), VaultError> {
+        match self.hold_of(point, &self.note_names(&point.vm)?)? {
+            None => Ok(()),
+            Some(HeldPoint { since, reason }) => Err(VaultError::Held { point: name(point), since, reason }),
+        }
+    }
+
+    /// Begins to forget restore points: one process at a time does.
+    pub fn forgetting(&self) -> Result<Forgetting<'_>, VaultError> {
+        let holder = Holder::this_process("forgetting restore points".to_owned());
+        let alone = self.forget_lease(&holder)?;
+        // As for a note: see `put_note`.
+        let sealing = self.lease(&holder)?;
+        self.refresh()?;
+        self.settle_new_epoch()?;
+        Ok(Forgetting { tenant: self, _leases: [alone, sealing] })
+    }
+}
+
+/// The one who forgets, for as long as it lives.
+pub struct Forgetting<'a> {
+    tenant: &'a Tenant,
+    _leases: [Box<dyn Lease>; 2],
+}
+
+impl Forgetting<'_> {
+    /// Forgets a point that nobody holds: a tombstone takes the place of its manifest. Its space is free when it is pruned. What one
+    /// who died in the midst has begun is finished.
+    pub fn forget(&self, point: &Point, reason: &str) -> Result<(), VaultError> {
+        let tenant = self.tenant;
+        let manifest = &point.manifest;
+        tenant.check_not_held(manifest)?;
+        let tombstone = Tombstone {
+            vm: manifest.vm.clone(),
+            vm_id: manifest.vm_id,
+            number: manifest.number,
+            point_id: manifest.point_id,
+            digest: point.digest,
+            parent: manifest.parent,
+            reason: reason[..reason.floor_char_boundary(MAX_TEXT)].to_owned(),
+            created: now(),
+        };
+        let key = layout::tombstone(&tenant.name, &manifest.vm, manifest.number);
+        let sealed = tombstone.seal(&tenant.keys(), random()?).map_err(VaultError::damaged(&key))?;
+        match tenant.store.create(&key, &sealed) {
+            Ok(()) => {}
+            Err(StoreError::Exists(_)) => {
+                let there = tenant.tombstone(&manifest.vm, manifest.number)?;
+                if (there.point_id, there.digest) != (manifest.point_id, point.digest) {
+                    let source = FormatError::Mismatch("it is of another restore point than the manifest beside it");
+                    return Err(VaultError::Damaged { object: key, source });
+                }
+            }
+            Err(e) => return Err(e.into()),
+        }
+        if let Err(e) = tenant.check_not_held(manifest) {
+            tenant.store.delete(&key)?;
+            return Err(e);
+        }
+        match tenant.store.delete(&layout::manifest(&tenant.name, &manifest.vm, manifest.number)) {
+            Err(StoreError::NotFound(_)) => Ok(()),
+            other => Ok(other?),
+        }
+    }
+}
