@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use crate::FormatError;
 use crate::dated_note::DatedKind;
-use crate::manifest::{MAX_TEXT, Note};
+use crate::manifest::{MAX_TEXT, Note, clipped};
 
 /// A hold, or its end.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,7 +20,7 @@ pub struct Hold {
 impl Hold {
     /// The content of such a note. A reason that is too long is cut.
     pub fn content(&self) -> Value {
-        let reason = self.reason.as_deref().map(|reason| reason[..reason.floor_char_boundary(MAX_TEXT)].to_owned());
+        let reason = self.reason.as_deref().map(|reason| clipped(reason, MAX_TEXT));
         serde_json::to_value(Hold { held: self.held, reason }).expect("text and a boolean always serialize")
     }
 

@@ -184,6 +184,11 @@ pub struct Note {
     pub content: serde_json::Value,
 }
 
+/// As much of a text as may be kept.
+pub fn clipped(text: &str, most: usize) -> String {
+    text[..text.floor_char_boundary(most)].to_owned()
+}
+
 fn to_json(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(value).expect("text, numbers and lists always serialize")
 }

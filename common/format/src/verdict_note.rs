@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::FormatError;
 use crate::dated_note::DatedKind;
-use crate::manifest::{MAX_TEXT, Note};
+use crate::manifest::{MAX_TEXT, Note, clipped};
 
 /// Longest text that a console is waited for to show, in bytes.
 pub const MAX_PATTERN: usize = 256;
@@ -83,11 +83,6 @@ struct Content {
     reason: Option<String>,
     #[serde(default)]
     program: String,
-}
-
-/// As much of a text as may be kept.
-fn clipped(text: &str, most: usize) -> String {
-    text[..text.floor_char_boundary(most)].to_owned()
 }
 
 impl BootVerdict {

@@ -12,9 +12,10 @@
 //! and as long as a manifest is there, with a tombstone or without, what it leads to must stay.
 
 use reseal_format::FormatError;
+use reseal_format::dated_note::DatedKind;
 use reseal_format::hold_note::Hold;
 use reseal_format::layout;
-use reseal_format::manifest::{MAX_TEXT, Manifest, Tombstone};
+use reseal_format::manifest::{MAX_TEXT, Manifest, Tombstone, clipped};
 use reseal_format::time::Timestamp;
 use reseal_store::{Lease, StoreError};
 
@@ -37,7 +38,7 @@ fn name(point: &Manifest) -> String {
 impl Tenant {
     /// Holds a point, so that nothing forgets it, or no longer; durable when it returns.
     pub fn set_hold(&self, point: &Manifest, hold: &Hold) -> Result<(), VaultError> {
-        let id = self.put_hold(point, hold)?;
+        let id = self.put_note(point, DatedKind::Hold.name(), hold.content())?;
         match self.tombstone(&point.vm, point.number) {
             Err(VaultError::Store(StoreError::NotFound(_))) => Ok(()),
             // Also one that can't be opened: whatever it is, the point is not there for who lists it.
@@ -51,7 +52,7 @@ impl Tenant {
 
     /// Since when a point is held, and why, if it is.
     pub fn hold_of(&self, point: &Manifest, names: &NoteNames) -> Result<Option<HeldPoint>, VaultError> {
-        let found = self.latest_hold(point, names)?;
+        let found = self.latest_note(point, names, DatedKind::Hold, |number| number == point.number, Hold::of)?;
         let counts = found.filter(|(note, hold)| hold.held && note.point_id == point.point_id);
         Ok(counts.map(|(note, hold)| HeldPoint { since: note.created, reason: hold.reason }))
     }
@@ -96,7 +97,7 @@ impl Forgetting<'_> {
             point_id: manifest.point_id,
             digest: point.digest,
             parent: manifest.parent,
-            reason: reason[..reason.floor_char_boundary(MAX_TEXT)].to_owned(),
+            reason: clipped(reason, MAX_TEXT),
             created: now(),
         };
         let key = layout::tombstone(&tenant.name, &manifest.vm, manifest.number);

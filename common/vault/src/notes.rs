@@ -10,7 +10,6 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use reseal_format::FormatError;
 use reseal_format::boot_reads::BootReads;
 use reseal_format::dated_note::DatedKind;
-use reseal_format::hold_note::Hold;
 use reseal_format::ids::NoteId;
 use reseal_format::layout;
 use reseal_format::manifest::{Manifest, Note};
@@ -78,7 +77,7 @@ impl Tenant {
 
     /// Opens the latest note of a kind that is about that VM, and about a number that `counts`. One that has gone since it was
     /// listed is none.
-    fn latest_note<T>(
+    pub(crate) fn latest_note<T>(
         &self,
         of: &Manifest,
         names: &NoteNames,
@@ -134,15 +133,6 @@ impl Tenant {
     /// Keeps what became of a boot; durable when it returns.
     pub fn note_boot(&self, point: &Manifest, verdict: &BootVerdict) -> Result<NoteId, VaultError> {
         self.put_note(point, DatedKind::BootVerdict.name(), verdict.content())
-    }
-
-    /// The last that was said of a point being held.
-    pub(crate) fn latest_hold(&self, point: &Manifest, names: &NoteNames) -> Result<Option<(Note, Hold)>, VaultError> {
-        self.latest_note(point, names, DatedKind::Hold, |number| number == point.number, Hold::of)
-    }
-
-    pub(crate) fn put_hold(&self, point: &Manifest, hold: &Hold) -> Result<NoteId, VaultError> {
-        self.put_note(point, DatedKind::Hold.name(), hold.content())
     }
 
     /// What the last boot of the VM read, whichever of its points that was. `point` is one of them.
