@@ -16,7 +16,7 @@ use reseal_format::names::VmName;
 use reseal_format::time::Timestamp;
 use reseal_vault::cache::{Cache, Weigh};
 use reseal_vault::heads::Heads;
-use reseal_vault::{Chain, Point, Points, VaultError, Wait};
+use reseal_vault::{Chain, Point, Points, VaultError, Wait, open_newest};
 
 use crate::files::OpenPoint;
 use crate::inodes::{MAX_VMS, VmIndex};
@@ -235,9 +235,9 @@ impl Catalog {
     pub fn latest(&self, vm: VmIndex) -> Result<Option<Timestamp>, VaultError> {
         let known = self.known(vm)?;
         // Through `list`, for what this names is then looked up.
-        let newest = self.points.newest(&known.name, &self.list(vm)?.0)?;
+        let chain = &self.list(vm)?.0;
         // If it is damaged that is an error: an older one under this name would be taken for it.
-        newest.map(|number| self.time(vm, number, Wait::May)).transpose()
+        open_newest(&*self.points, &known.name, chain, |number| self.time(vm, number, Wait::May))
     }
 
     /// All points of a VM that open, with their times. One that is damaged is left out, and said; a store that does not

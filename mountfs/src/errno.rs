@@ -118,6 +118,8 @@ fn vault_errno(error: &VaultError) -> Errno {
         | VaultError::NoTenant { .. }
         | VaultError::TenantExists { .. }
         | VaultError::LostRace { .. }
+        | VaultError::Fenced { .. }
+        | VaultError::ChangedMeanwhile { .. }
         | VaultError::Held { .. }
         | VaultError::OtherKms { .. }
         | VaultError::MovedKms { .. }

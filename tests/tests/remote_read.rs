@@ -56,6 +56,7 @@ fn forget(site: &Site, name: &str, number: u32) {
         parent: point.manifest.parent,
         reason: "a test".into(),
         created: point.manifest.created,
+        fenced: false,
     };
     let of = TenantName::new("default").unwrap();
     let object = tombstone.seal(&tenant.keys(), reseal_vault::random().unwrap()).unwrap();

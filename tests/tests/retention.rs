@@ -218,7 +218,7 @@ fn of_two_who_hold_and_forget_at_a_time_one_sees_the_other() {
             let state = holder.chain(&web).unwrap().numbers().find(|(n, _)| *n == number).map(|(_, state)| state);
             match (held.unwrap(), forgotten) {
                 (Ok(()), Err(VaultError::Held { .. })) => assert_eq!(state, Some(State::Live)),
-                (Err(VaultError::NoPoint { .. }), Ok(())) => assert_eq!(state, Some(State::Forgotten)),
+                (Err(VaultError::NoPoint { .. }), Ok(_)) => assert_eq!(state, Some(State::Forgotten)),
                 // Both gave up, and nothing is lost.
                 (Err(VaultError::NoPoint { .. }), Err(VaultError::Held { .. })) => assert_eq!(state, Some(State::Live)),
                 other => panic!("{other:?}, and the point is {state:?}"),

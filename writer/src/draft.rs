@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use reseal_format::condemned::Condemned;
 use reseal_format::ids::{Digest, PointId, VmId};
 use reseal_format::keys::Kind;
 use reseal_format::layout::MAX_NUMBER;
@@ -150,15 +151,8 @@ impl Draft {
         vm: VmName,
         what: String,
     ) -> Result<Draft, BackupError> {
-        // Before the record is read on which all that follows relies.
-        let lease = tenant.lease(&Holder::this_process(what))?;
-        tenant.refresh()?;
-        tenant.settle_new_epoch()?;
+        let (lease, position) = begin(&tenant, &heads, &vm, &what)?;
         tenant.store().sweep().map_err(VaultError::from)?;
-        let position = position(&tenant, &heads, &vm).map_err(|e| match e {
-            BackupError::Vault(source) if source.damaged_object().is_some() => BackupError::Newest { source },
-            other => other,
-        })?;
         let point = PointId::from_bytes(random()?);
         let (known, no_lookup) = open_known(&tenant, caches, state)?;
         let known = Arc::new(known);
@@ -376,12 +370,30 @@ impl Target for Draft {
     }
 }
 
+/// Takes a lease that says which restore point will be made, and finds its place.
+fn begin(tenant: &Tenant, heads: &Heads, vm: &VmName, what: &str) -> Result<(Box<dyn Lease>, Position), BackupError> {
+    loop {
+        let last = tenant.chain(vm)?.last();
+        tenant.settle_fence(vm, last)?;
+        let holder = Holder::this_process(what.to_owned()).making(vm.clone(), last.saturating_add(1));
+        // Before the record is read on which all that follows relies.
+        let lease = tenant.lease(&holder)?;
+        tenant.refresh()?;
+        tenant.settle_new_epoch()?;
+        let position = position(tenant, heads, vm).map_err(|e| match e {
+            BackupError::Vault(source) if source.damaged_object().is_some() => BackupError::Newest { source },
+            other => other,
+        })?;
+        // Otherwise somebody else was faster: a prune has to know the number.
+        if holder.makes.is_some_and(|point| point.number == position.number) {
+            return Ok((lease, position));
+        }
+    }
+}
+
 fn position(tenant: &Tenant, heads: &Heads, vm: &VmName) -> Result<Position, BackupError> {
     let chain = heads.whole_chain(tenant, vm)?;
-    let newest = match tenant.newest(vm, &chain)? {
-        Some(number) => Some(tenant.point(vm, number)?),
-        None => None,
-    };
+    let newest = tenant.newest_point(vm, &chain)?;
     let number = chain.last().checked_add(1).filter(|number| *number <= MAX_NUMBER);
     let number = number.ok_or_else(|| BackupError::Usage(format!("{} has no more numbers to give", vm)))?;
     let Some((parent, point)) = tenant.parent_of_next(vm, &chain)? else {
@@ -411,6 +423,18 @@ fn quota(tenant: &Tenant, known: &Known) -> Result<Option<Quota>, VaultError> {
 fn open_known(tenant: &Arc<Tenant>, caches: &Caches, state: &Path) -> Result<(Known, Option<String>), BackupError> {
     let Caches { packs, tree } = caches;
     let (packs, tree) = (packs.clone(), tree.clone());
+    // Before packs are listed: see `Tenant::condemned`.
+    let condemned = match tenant.condemned() {
+        Err(e) if e.damaged_object().is_some() => {
+            let warning =
+                format!("{e}: clusters that only other VMs have were stored again; `reseal prune` removes that list");
+            return Ok((
+                Known { packs, tree, lookup: None, damaged: HashSet::new(), condemned: Condemned::default() },
+                Some(warning),
+            ));
+        }
+        condemned => condemned?,
+    };
     let folder = lookup_folder(state, &tenant.keys().scope());
     let opened = Lookup::open(&folder).and_then(|lookup| Ok((lookup, lookup.damaged()?, lookup.packs()?)));
     let (lookup, damaged, held) = match opened {
@@ -422,7 +446,7 @@ fn open_known(tenant: &Arc<Tenant>, caches: &Caches, state: &Path) -> Result<(Kn
             );
             // Nothing tells which packs are gone, so what others keep of them can't be relied on.
             let Caches { packs, tree } = Caches::new(tenant.clone(), CACHE);
-            return Ok((Known { packs, tree, lookup: None, damaged: HashSet::new() }, Some(warning)));
+            return Ok((Known { packs, tree, lookup: None, damaged: HashSet::new(), condemned }, Some(warning)));
         }
     };
     // What it held before the listing and is not in it is gone; what others learnt meanwhile is not. Of a pack that is
@@ -433,7 +457,8 @@ fn open_known(tenant: &Arc<Tenant>, caches: &Caches, state: &Path) -> Result<(Kn
     let names: BTreeSet<_> = present.iter().map(|pack| (pack.id, pack.generation)).collect();
     let gone: Vec<_> = held.difference(&names).map(|(id, _)| *id).collect();
     let unknown: Vec<_> = present.into_iter().filter(|pack| !held.contains(&(pack.id, pack.generation))).collect();
-    gone.iter().for_each(|id| packs.forget(*id));
+    // Other processes may have told the lookup before: it alone does not say what is kept here of packs that are gone.
+    packs.retain(&names);
     if !gone.is_empty() {
         let _ = lookup.forget(gone.into_iter());
     }
@@ -441,7 +466,7 @@ fn open_known(tenant: &Arc<Tenant>, caches: &Caches, state: &Path) -> Result<(Kn
     for pack in unknown {
         learn(&packs, &lookup, pack)?;
     }
-    Ok((Known { packs, tree, lookup: Some(lookup), damaged }, None))
+    Ok((Known { packs, tree, lookup: Some(lookup), damaged, condemned }, None))
 }
 
 /// Lets the lookup learn a pack that it does not know: one of another machine, or one that an aborted backup left.

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
 
+use reseal_format::condemned::Condemned;
 use reseal_format::geometry::{CLUSTER_U64, ClusterIndex, FANOUT, FANOUT_U64, cluster_count};
 use reseal_format::ids::{BlobId, PackId};
 use reseal_format::index::{BlobRef, IndexNode};
@@ -21,6 +22,8 @@ pub(crate) struct Known {
     pub lookup: Option<Lookup>,
     /// Blobs that a verification found damaged: their id table is right, but they are not.
     pub damaged: HashSet<(PackId, u32)>,
+    /// What a prune is about to remove.
+    pub condemned: Condemned,
 }
 
 impl Known {
@@ -74,7 +77,8 @@ impl Known {
         counts: impl FnOnce(BlobRef) -> bool,
     ) -> Result<Option<BlobRef>, VaultError> {
         let found = self.lookup.as_ref().and_then(|lookup| lookup.find(id).ok().flatten());
-        let Some(place) = found.filter(|place| counts(*place)) else { return Ok(None) };
+        let stays = |place: &BlobRef| !self.condemned.contains(place.pack, place.ordinal);
+        let Some(place) = found.filter(stays).filter(|place| counts(*place)) else { return Ok(None) };
         Ok(self.confirms(place, id)?.then_some(place))
     }
 }

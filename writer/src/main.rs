@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use reseal_cli::{CommonArgs, Detach, Failure, Side, finish, harden};
 
 use commands::{
-    backup, delegate, forget, hold, init, key, list, rekey, run as jobs, serve, show, status, tenant, verify,
+    backup, delegate, forget, hold, init, key, list, prune, rekey, run as jobs, serve, show, status, tenant, verify,
 };
 
 /// Backs up virtual machines so that whoever holds the backup can't read it without its keys
@@ -42,6 +42,8 @@ enum Command {
     Forget(forget::Args),
     /// Holds a restore point, so that nothing forgets it
     Hold(hold::Args),
+    /// Gives back the space of what no restore point needs any more
+    Prune(prune::Args),
     /// The recovery kit: written, printed, and used where a keyring or a KMS is lost
     Key(key::Args),
     /// The customers of a vault, each with a key of its own: add, list, show, set, remove, erase; and the
@@ -89,6 +91,7 @@ fn run(cli: Cli, detach: Option<Detach>) -> Result<(), Failure> {
         Command::Verify(args) => verify::run(common, args),
         Command::Forget(args) => forget::run(common, &args),
         Command::Hold(args) => hold::run(common, &args),
+        Command::Prune(args) => prune::run(common, &args),
         Command::Guardian => reseal_writer::guardian::run(),
         Command::Key(args) => key::run(common, args),
         Command::Tenant(args) => tenant::run(common, args),

@@ -15,18 +15,16 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use reseal_format::layout;
-use reseal_format::pack::{MAX_SEALED, PackSealer};
 use reseal_format::seal::{MAX_OBJECT, check, reseal};
 use reseal_store::StoreError;
 use reseal_vault::{Epochs, Held, ObjectSeal, PackFile, PackSeal, Packs, Tenant, VaultError, random};
 use serde::Serialize;
-use zeroize::Zeroizing;
 
 use crate::BackupError;
+use crate::rewrite::{Rewriting, tables_open};
+use crate::spread::spread;
 use crate::throttle::Throttle;
 
-/// Bytes of a pack that are read, and written, at once.
-const WINDOW: usize = 4 << 20;
 /// How often is looked whether a process that may still seal under an old DEK has ended.
 const NAP: Duration = Duration::from_millis(500);
 
@@ -76,14 +74,6 @@ enum Job<'a> {
     Object(&'a ObjectSeal),
     /// An old generation of a pack, of which there is a higher one.
     Remove(PackFile, &'a PackSeal),
-}
-
-/// What several threads work off.
-struct Round<'a> {
-    jobs: Vec<Job<'a>>,
-    next: AtomicUsize,
-    stop: AtomicBool,
-    done: AtomicUsize,
 }
 
 impl Rekey<'_> {
@@ -171,39 +161,21 @@ impl Rekey<'_> {
                 all.damaged.insert(object.to_owned(), error.to_string());
             }
         }
-        let round = Round { jobs, next: AtomicUsize::new(0), stop: AtomicBool::new(false), done: AtomicUsize::new(0) };
+        let (stop, done) = (AtomicBool::new(false), AtomicUsize::new(0));
         let shared = Mutex::new(all);
-        let threads = self.workers.clamp(1, round.jobs.len().max(1));
-        thread::scope(|scope| {
-            let threads: Vec<_> = (0..threads).map(|_| scope.spawn(|| self.work(&packs, &round, &shared))).collect();
-            let results: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
-            results.into_iter().try_for_each(|result| result.unwrap_or(Err(BackupError::Thread)))
-        })?;
-        let done = round.done.into_inner();
-        Ok((done, epochs))
-    }
-
-    fn work(&self, packs: &Packs, round: &Round<'_>, all: &Mutex<&mut Resealed>) -> Result<(), BackupError> {
-        while !round.stop.load(Ordering::Relaxed) {
-            let Some(job) = round.jobs.get(round.next.fetch_add(1, Ordering::Relaxed)) else { break };
-            let done = match job {
-                Job::Pack(pack) => self.pack(packs, pack, round, all),
-                Job::Object(object) => self.object(object, round, all),
-                Job::Remove(old, newest) => match is_whole(packs, newest.file, all) {
-                    Ok(true) => self.remove(*old, all),
+        spread(&jobs, self.workers, &stop, |job| {
+            let is_done = match job {
+                Job::Pack(pack) => self.pack(&packs, pack, &stop, &shared),
+                Job::Object(object) => self.object(object, &stop, &shared),
+                Job::Remove(old, newest) => match is_whole(&packs, newest.file, &shared) {
+                    Ok(true) => self.remove(*old, &shared),
                     other => other,
                 },
             };
-            match done {
-                Ok(true) => drop(round.done.fetch_add(1, Ordering::Relaxed)),
-                Ok(false) => {}
-                Err(e) => {
-                    round.stop.store(true, Ordering::Relaxed);
-                    return Err(e.into());
-                }
-            }
-        }
-        Ok(())
+            done.fetch_add(usize::from(is_done?), Ordering::Relaxed);
+            Ok(())
+        })?;
+        Ok((done.into_inner(), epochs))
     }
 
     /// Seals a pack again as its next generation, and removes the old one.
@@ -211,11 +183,12 @@ impl Rekey<'_> {
         &self,
         packs: &Packs,
         pack: &PackSeal,
-        round: &Round<'_>,
+        stop: &AtomicBool,
         all: &Mutex<&mut Resealed>,
     ) -> Result<bool, VaultError> {
-        let generation = match self.next_generation(packs, pack.file, round) {
-            Ok(Some(generation)) => generation,
+        let rewriting = Rewriting { packs, throttle: self.throttle.as_ref(), stop, progress: self.progress };
+        let generation = match rewriting.next_generation(pack.file, &|_| true) {
+            Ok(Some(next)) => next.generation,
             Ok(None) => return Ok(false),
             Err(e) => return note(e, all),
         };
@@ -230,52 +203,6 @@ impl Rekey<'_> {
         }
         self.remove(pack.file, all)?;
         Ok(true)
-    }
-
-    /// Writes the next generation of a pack; its number, or `None` if another thread failed meanwhile.
-    fn next_generation(&self, packs: &Packs, file: PackFile, round: &Round<'_>) -> Result<Option<u32>, VaultError> {
-        let handle = packs.open_generation(file.id, file.generation)?;
-        let ids = packs.read_ids(&handle)?;
-        let keys = self.tenant.keys();
-        let damaged = |source| VaultError::Damaged { object: handle.key().to_owned(), source };
-        let mut sealer = PackSealer::next(&keys, handle.trailer(), random()?).map_err(damaged)?;
-        let next = sealer.generation();
-        let key = layout::pack(self.tenant.name(), file.id, next);
-        let mut upload = self.tenant.store().upload(&key)?;
-        // With all the room that they may need, so that no plaintext is moved and left behind.
-        let mut window = Zeroizing::new(Vec::with_capacity(WINDOW + MAX_SEALED));
-        let mut content = Vec::with_capacity(MAX_SEALED);
-        let mut sealed = Vec::with_capacity(WINDOW + MAX_SEALED);
-        for part in handle.windows(WINDOW) {
-            if let Some(throttle) = &self.throttle {
-                throttle.take(part.length as u64, &round.stop);
-            }
-            if round.stop.load(Ordering::Relaxed) {
-                return Ok(None);
-            }
-            window.resize(part.length, 0);
-            self.tenant.store().read_at(handle.key(), part.offset, &mut window)?;
-            for ordinal in part.ordinals {
-                let Some((offset, length)) = handle.lengths().place(ordinal) else {
-                    sealer.empty();
-                    continue;
-                };
-                let at = usize::try_from(offset - part.offset).unwrap_or(usize::MAX);
-                content.extend_from_slice(handle.open(ordinal, &mut window[at..at + length])?);
-                // In place: from here on it is ciphertext.
-                sealer.seal(ids[ordinal as usize], &mut content);
-                sealed.append(&mut content);
-            }
-            upload.append(&sealed)?;
-            sealed.clear();
-            (self.progress)(part.length as u64);
-        }
-        upload.append(&sealer.finish())?;
-        match upload.finish() {
-            // Somebody was interrupted between this and what follows; it is looked at before the old one goes.
-            Err(StoreError::Exists(_)) => Ok(Some(next)),
-            other => other.map(|()| Some(next)).map_err(VaultError::from),
-        }
     }
 
     /// Removes a generation of a pack that another one has replaced; whether it is gone.
@@ -296,10 +223,10 @@ impl Rekey<'_> {
     }
 
     /// Seals a manifest, tombstone or note again, in its place.
-    fn object(&self, object: &ObjectSeal, round: &Round<'_>, all: &Mutex<&mut Resealed>) -> Result<bool, VaultError> {
+    fn object(&self, object: &ObjectSeal, stop: &AtomicBool, all: &Mutex<&mut Resealed>) -> Result<bool, VaultError> {
         let ObjectSeal { key, length, .. } = object;
         if let Some(throttle) = &self.throttle {
-            throttle.take(*length, &round.stop);
+            throttle.take(*length, stop);
         }
         let store = self.tenant.store();
         let resealed = store.get(key, MAX_OBJECT).map_err(VaultError::from).and_then(|old| {
@@ -328,9 +255,8 @@ impl Rekey<'_> {
 
 /// Before an old generation goes, both tables of the new one must open.
 fn is_whole(packs: &Packs, new: PackFile, all: &Mutex<&mut Resealed>) -> Result<bool, VaultError> {
-    let opened = packs.open_generation(new.id, new.generation).and_then(|handle| packs.read_ids(&handle));
-    match opened {
-        Ok(_) => Ok(true),
+    match tables_open(packs, new) {
+        Ok(()) => Ok(true),
         Err(e) => note(e, all),
     }
 }

@@ -87,6 +87,8 @@ impl<'a> PackVerifier<'a> {
             // The storage did not let go of it when another generation took its place, and its key may be destroyed. Nobody
             // reads it any more.
             Err(e) if e.damaged_object().is_some() && self.is_superseded(file)? => return Ok(findings),
+            // Nothing needs it: it was pruned since it was listed.
+            Err(VaultError::Store(StoreError::NotFound(_))) if need.is_none() => return Ok(findings),
             Err(e) => {
                 (findings.whole, findings.unreadable) = (Some(reason(damage(e)?)), true);
                 return Ok(findings);
@@ -128,7 +130,7 @@ impl<'a> PackVerifier<'a> {
         let mut hasher = blake3::Hasher::new();
         let mut window = Vec::new();
         let mut whole = true;
-        for part in handle.windows(WINDOW) {
+        for part in handle.windows(WINDOW, |_| true) {
             window.resize(part.length, 0);
             if let Err(e) = self.packs.tenant().store().read_at(handle.key(), part.offset, &mut window) {
                 // Some of it may be readable: each blob by itself.

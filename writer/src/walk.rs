@@ -1,6 +1,6 @@
 //! Walks index trees: which blobs do restore points need, and which points does a damaged blob hurt?
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 
 use reseal_format::FormatError;
@@ -9,40 +9,8 @@ use reseal_format::ids::PackId;
 use reseal_format::index::BlobRef;
 use reseal_format::keys::Kind;
 use reseal_format::manifest::Disk;
+use reseal_format::ordinals::Ordinals;
 use reseal_vault::{Tree, VaultError, Wait};
-
-/// A set of ordinals of one pack, one bit each, as long as the highest needs.
-#[derive(Clone, Default)]
-pub(crate) struct Ordinals(Vec<u64>);
-
-impl Ordinals {
-    pub(crate) fn insert(&mut self, ordinal: u32) {
-        let word = ordinal as usize / 64;
-        if word >= self.0.len() {
-            self.0.resize(word + 1, 0);
-        }
-        self.0[word] |= 1 << (ordinal % 64);
-    }
-
-    pub(crate) fn contains(&self, ordinal: u32) -> bool {
-        self.0.get(ordinal as usize / 64).is_some_and(|bits| bits >> (ordinal % 64) & 1 == 1)
-    }
-
-    /// Adds the members of another.
-    pub(crate) fn extend(&mut self, other: &Ordinals) {
-        if self.0.len() < other.0.len() {
-            self.0.resize(other.0.len(), 0);
-        }
-        self.0.iter_mut().zip(&other.0).for_each(|(bits, more)| *bits |= more);
-    }
-
-    /// Its members, ascending.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = u32> + '_ {
-        let bits =
-            |(word, bits): (u32, u64)| (0..64).filter(move |bit| bits >> bit & 1 == 1).map(move |bit| word * 64 + bit);
-        (0..).zip(self.0.iter().copied()).flat_map(bits)
-    }
-}
 
 /// What restore points need of a pack.
 #[derive(Clone)]
@@ -68,7 +36,6 @@ pub(crate) type Broken = BTreeMap<Place, VaultError>;
 pub(crate) struct Collector {
     pub needed: Needed,
     pub broken: Broken,
-    seen: HashSet<Place>,
 }
 
 impl Collector {
@@ -80,7 +47,8 @@ impl Collector {
         }
     }
 
-    fn need(&mut self, blob: BlobRef, kind: Kind) {
+    /// Whether it was not needed before.
+    fn need(&mut self, blob: BlobRef, kind: Kind) -> bool {
         let new = || Need { kind, generation: blob.generation, ordinals: Ordinals::default() };
         let need = self.needed.entry(blob.pack).or_insert_with(new);
         if need.kind != kind {
@@ -90,15 +58,14 @@ impl Collector {
             self.broken.insert((blob.pack, blob.ordinal), VaultError::Damaged { object, source: mixed });
         }
         need.generation = blob.generation.max(need.generation);
-        need.ordinals.insert(blob.ordinal);
+        need.ordinals.insert(blob.ordinal)
     }
 
     fn node(&mut self, tree: &Tree, blob: BlobRef, level: u8) -> Result<(), VaultError> {
-        self.need(blob, Kind::IndexPack);
-        let place = (blob.pack, blob.ordinal);
-        if !self.seen.insert(place) {
+        if !self.need(blob, Kind::IndexPack) {
             return Ok(());
         }
+        let place = (blob.pack, blob.ordinal);
         let node = match tree.node(blob, level, Wait::May) {
             Ok(node) => node,
             Err(e @ VaultError::NoNewKeys { .. }) => return Err(e),
@@ -109,7 +76,7 @@ impl Collector {
         };
         for child in (0..FANOUT).filter_map(|slot| node.get(slot)) {
             match level {
-                0 => self.need(child, Kind::DataPack),
+                0 => _ = self.need(child, Kind::DataPack),
                 _ => self.node(tree, child, level - 1)?,
             }
         }

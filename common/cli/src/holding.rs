@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use reseal_store::Lease;
-use reseal_vault::{Holder, Tenant};
+use reseal_vault::{Holder, Pins, Tenant};
 
 use crate::Status;
 
@@ -14,10 +14,11 @@ const EVERY: Duration = Duration::from_secs(3);
 /// How long a process may take to clear away what it has begun.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Says that this process has the tenant's keys, until this is dropped, and sees to its end: see [`end_when_erased`].
-pub fn hold_keys(tenant: &Arc<Tenant>, what: String) -> Option<Box<dyn Lease>> {
+/// Says that this process has the tenant's keys, and reads these restore points, until this is dropped, and sees to its end: see
+/// [`end_when_erased`].
+pub fn hold_keys(tenant: &Arc<Tenant>, what: String, pins: Pins) -> Option<Box<dyn Lease>> {
     end_when_erased(tenant, || false);
-    tenant.reader_lease(&Holder::this_process(what))
+    tenant.reader_lease(&Holder::this_process(what).pinning(pins))
 }
 
 /// Ends this process when the tenant is erased: with it go its keys, whatever it is doing. `stop` says whether the process is

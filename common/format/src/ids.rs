@@ -68,6 +68,7 @@ id!(/** A restore point. */ PointId, 16);
 id!(/** A note about a restore point. */ NoteId, 16);
 id!(/** What is written to a restore point, or to one of its disks. */ OverlayId, 16);
 id!(/** What a process says of itself while it is at work. */ LeaseId, 16);
+id!(/** A list of condemned blobs. */ CondemnedId, 16);
 id!(/** A pack, whatever its generation. */ PackId, 16);
 id!(/** Keyed hash of a cluster or index node: equal within a tenant exactly if the plaintext is. */ BlobId, 32);
 id!(/** BLAKE3 of a plaintext manifest or of ciphertext. */ Digest, 32);

@@ -1,6 +1,6 @@
 //! Keys of the objects of a vault. See `docs/FORMAT.md`, "Objects".
 
-use crate::ids::{LeaseId, NoteId, PackId};
+use crate::ids::{CondemnedId, LeaseId, NoteId, PackId};
 use crate::names::{TenantName, VmName};
 
 /// Highest number of a restore point: eight digits, so that keys sort by number.
@@ -82,6 +82,16 @@ pub fn remove_lease(tenant: &TenantName) -> String {
     format!("{}remove.lease", leases(tenant))
 }
 
+/// Folder of what prunes are about to remove.
+pub fn gc(tenant: &TenantName) -> String {
+    format!("tenants/{}/gc/", tenant.to_key())
+}
+
+/// One list of what a prune is about to remove.
+pub fn condemned(tenant: &TenantName, id: CondemnedId) -> String {
+    format!("{}{id}.condemned", gc(tenant))
+}
+
 /// Folder of a tenant's packs.
 pub fn packs(tenant: &TenantName) -> String {
     format!("tenants/{}/packs/", tenant.to_key())
@@ -137,6 +147,11 @@ pub fn parse_lease_file(name: &str) -> Option<LeaseId> {
 /// Parses the last part of the key of a reader's lease.
 pub fn parse_reader_file(name: &str) -> Option<LeaseId> {
     LeaseId::from_hex(name.strip_suffix(".reader")?)
+}
+
+/// Parses the last part of the key of such a list.
+pub fn parse_condemned_file(name: &str) -> Option<CondemnedId> {
+    CondemnedId::from_hex(name.strip_suffix(".condemned")?)
 }
 
 /// Parses the last part of a pack's key: its id and generation.

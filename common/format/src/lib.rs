@@ -16,6 +16,7 @@
 //! `docs/FORMAT.md` has the byte tables.
 
 pub mod boot_reads;
+pub mod condemned;
 pub mod dated_note;
 mod fields;
 pub mod frames;
@@ -28,6 +29,7 @@ pub mod layout;
 pub mod manifest;
 pub mod names;
 pub mod objectives;
+pub mod ordinals;
 pub mod overlay;
 pub mod overlay_note;
 pub mod pack;

@@ -168,6 +168,9 @@ pub struct Tombstone {
     pub parent: Option<Parent>,
     pub reason: String,
     pub created: Timestamp,
+    /// There never was such a point: a prune gave up waiting for it. Id and digest are random then.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub fenced: bool,
 }
 
 /// A fact about a point that was learnt later. Written once; of several of one kind the latest counts, unless the kind says otherwise.
@@ -472,6 +475,7 @@ mod tests {
             parent: None,
             reason: "old".into(),
             created: Timestamp(1),
+            fenced: false,
         };
         let object = tombstone.seal(&keys, [9; 32]).unwrap();
         let (plain, opened) = Tombstone::open_plain(&keys, &web01, 2, &object).unwrap();
@@ -534,6 +538,7 @@ mod tests {
             parent: None,
             reason: "policy".into(),
             created: Timestamp(5),
+            fenced: false,
         };
         let object = tombstone.seal(&keys, [1; 32]).unwrap();
         assert_eq!(Tombstone::open(&keys, &web01, 2, &object).unwrap(), tombstone);

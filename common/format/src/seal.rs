@@ -124,6 +124,12 @@ pub fn open(keys: &TenantKeys, kind: Kind, object: &[u8]) -> Result<(Header, Zer
     Ok((header, Zeroizing::new(plain.map_err(|_| FormatError::Authentication)?)))
 }
 
+/// What an object says that it is; nothing is authenticated yet.
+pub fn kind(object: &[u8]) -> Result<Kind, FormatError> {
+    let clear = object.first_chunk::<HEADER>().ok_or(FormatError::Malformed("shorter than its header"))?;
+    Ok(Header::decode(clear)?.0.kind)
+}
+
 /// The epoch of the DEK that an object is sealed under, as its header says.
 pub fn epoch(object: &[u8]) -> Result<u32, FormatError> {
     let clear = object.first_chunk::<HEADER>().ok_or(FormatError::Malformed("shorter than its header"))?;
@@ -132,8 +138,7 @@ pub fn epoch(object: &[u8]) -> Result<u32, FormatError> {
 
 /// Opens an object of any kind, to see whether it does.
 pub fn check(keys: &TenantKeys, object: &[u8]) -> Result<(), FormatError> {
-    let clear = object.first_chunk::<HEADER>().ok_or(FormatError::Malformed("shorter than its header"))?;
-    open(keys, Header::decode(clear)?.0.kind, object).map(drop)
+    open(keys, kind(object)?, object).map(drop)
 }
 
 /// Seals an object of any kind again, under the current DEK, with the same plaintext, byte for byte. `salt` must be fresh

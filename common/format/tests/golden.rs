@@ -151,6 +151,7 @@ fn tombstone() -> Tombstone {
         parent: None,
         reason: "policy".into(),
         created: Timestamp(1_795_501_907_124),
+        fenced: false,
     }
 }
 

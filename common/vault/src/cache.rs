@@ -102,6 +102,21 @@ impl<K: Hash + Eq, V: Weigh + Clone> Cache<K, V> {
         });
     }
 
+    /// Forgets values that do not count.
+    pub(crate) fn retain(&self, counts: impl Fn(&K, &V) -> bool)
+    where
+        K: Clone,
+    {
+        for shard in &self.shards {
+            self.change(shard, |shard| {
+                let goes = |(key, value): (&K, &V)| (!counts(key, value)).then(|| key.clone());
+                for key in shard.entries.iter().filter_map(goes).collect::<Vec<_>>() {
+                    shard.bytes -= shard.entries.pop(&key).map_or(0, |value| value.weight());
+                }
+            });
+        }
+    }
+
     /// Forgets a value.
     pub fn remove(&self, key: &K) {
         self.change(self.shard(key), |shard| {

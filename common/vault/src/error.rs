@@ -68,6 +68,13 @@ pub enum VaultError {
     )]
     LostRace { vm: VmName, number: u32 },
     #[error(
+        "a prune gave up waiting for the backup that was to make {vm}@{number}: nothing that it stored is lost, run it again. \
+         `reseal prune --grace` says how long a prune waits"
+    )]
+    Fenced { vm: VmName, number: u32 },
+    #[error("the vault was changed while it was pruned: {what}. Nothing was removed; run it again")]
+    ChangedMeanwhile { what: String },
+    #[error(
         "the keys of tenant {tenant} are wrapped by a KMS of kind {wanted:?}, but {given:?} is configured for it: nothing \
          was asked there. Name its KMS under [tenants] in the KMS configuration (--kms-config, RESEAL_KMS_CONFIG)"
     )]
@@ -156,6 +163,8 @@ impl VaultError {
             | VaultError::NoVm { .. }
             | VaultError::NoPoint { .. }
             | VaultError::LostRace { .. }
+            | VaultError::Fenced { .. }
+            | VaultError::ChangedMeanwhile { .. }
             | VaultError::Held { .. }
             | VaultError::OtherKms { .. }
             | VaultError::MovedKms { .. }

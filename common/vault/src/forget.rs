@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! hold:   note → is there a tombstone? then the note goes again
-//! forget: alone → held? → tombstone → held now? then the tombstone goes again → manifest deleted
+//! forget: alone → held? → tombstone → held now? then the tombstone goes again → does nobody read it? → manifest deleted
 //! ```
 //!
 //! So of two who hold and forget one point at a time at least one sees the other; both may give up, but no point that somebody was told is
@@ -16,11 +16,13 @@ use reseal_format::dated_note::DatedKind;
 use reseal_format::hold_note::Hold;
 use reseal_format::layout;
 use reseal_format::manifest::{MAX_TEXT, Manifest, Tombstone, clipped};
+use reseal_format::names::VmName;
 use reseal_format::time::Timestamp;
 use reseal_store::{Lease, StoreError};
 
-use crate::leases::Holder;
+use crate::leases::{Held, Holder};
 use crate::notes::{NoteNames, now};
+use crate::points::is_fence;
 use crate::tenant::random;
 use crate::{Point, Tenant, VaultError};
 
@@ -29,6 +31,15 @@ use crate::{Point, Tenant, VaultError};
 pub struct HeldPoint {
     pub since: Timestamp,
     pub reason: Option<String>,
+}
+
+/// What is left of a restore point that has a tombstone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Left {
+    /// The tombstone, so that what the point led to may go.
+    Tombstone,
+    /// All of it, for as long as these read it.
+    Read(Vec<Held>),
 }
 
 fn name(point: &Manifest) -> String {
@@ -86,7 +97,7 @@ pub struct Forgetting<'a> {
 impl Forgetting<'_> {
     /// Forgets a point that nobody holds: a tombstone takes the place of its manifest. Its space is free when it is pruned. What one
     /// who died in the midst has begun is finished.
-    pub fn forget(&self, point: &Point, reason: &str) -> Result<(), VaultError> {
+    pub fn forget(&self, point: &Point, reason: &str) -> Result<Left, VaultError> {
         let tenant = self.tenant;
         let manifest = &point.manifest;
         tenant.check_not_held(manifest)?;
@@ -99,6 +110,7 @@ impl Forgetting<'_> {
             parent: manifest.parent,
             reason: clipped(reason, MAX_TEXT),
             created: now(),
+            fenced: false,
         };
         let key = layout::tombstone(&tenant.name, &manifest.vm, manifest.number);
         let sealed = tombstone.seal(&tenant.keys(), random()?).map_err(VaultError::damaged(&key))?;
@@ -117,9 +129,37 @@ impl Forgetting<'_> {
             tenant.store.delete(&key)?;
             return Err(e);
         }
-        match tenant.store.delete(&layout::manifest(&tenant.name, &manifest.vm, manifest.number)) {
-            Err(StoreError::NotFound(_)) => Ok(()),
-            other => Ok(other?),
+        self.finish(&manifest.vm, manifest.number)
+    }
+
+    /// Deletes the manifest that may still stand beside a tombstone, unless somebody reads that restore point.
+    pub fn finish(&self, vm: &VmName, number: u32) -> Result<Left, VaultError> {
+        let tenant = self.tenant;
+        // One that somebody made up hides a point, and must not be what deletes it.
+        let tombstone = tenant.tombstone(vm, number)?;
+        let key = layout::manifest(&tenant.name, vm, number);
+        let beside = tenant.open_sealed(&key, |keys, object| match is_fence(object) {
+            true => Ok(None),
+            false => Manifest::open(keys, vm, number, object).map(|(manifest, _)| Some(manifest.point_id)),
+        });
+        match beside {
+            Err(VaultError::Store(StoreError::NotFound(_))) => return Ok(Left::Tombstone),
+            // The number is forgotten, whatever it was.
+            Ok(None) | Err(VaultError::Damaged { .. }) => {}
+            Ok(Some(id)) if tombstone.fenced || id == tombstone.point_id => {}
+            Ok(Some(_)) => {
+                let source = FormatError::Mismatch("it is of another restore point than the tombstone beside it");
+                return Err(VaultError::Damaged { object: key, source });
+            }
+            Err(e) => return Err(e),
+        }
+        let readers = tenant.pinned(vm, number)?;
+        if !readers.is_empty() {
+            return Ok(Left::Read(readers));
+        }
+        match tenant.store.delete(&key) {
+            Ok(()) | Err(StoreError::NotFound(_)) => Ok(Left::Tombstone),
+            Err(e) => Err(e.into()),
         }
     }
 }

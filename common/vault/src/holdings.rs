@@ -68,6 +68,9 @@ impl Holdings {
             points.retain(|number| !forgotten.contains(number));
             holdings.vms.push(VmHoldings { name, points: points.len(), forgotten: forgotten.len(), notes });
         }
+        for (_, length) in holdings.add_all(store, &layout::gc(tenant))? {
+            holdings.bytes += length;
+        }
         let mut counted = Vec::new();
         let packs = layout::packs(tenant);
         for shelf in store.list(&packs)?.iter().filter(|entry| entry.is_folder) {

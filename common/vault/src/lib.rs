@@ -10,6 +10,7 @@
 //! escrow: recovery kit → master → keys; or wrap it anew → replace the record    (escrow)
 //! notes:  listing → the latest of a kind → opened                               (notes)
 //! hold:   a note that says so; forget: tombstone → manifest deleted           (forget)
+//! prune:  what is condemned, and who must not rely on it                        (gc)
 //! tidy:   what a tenant has, and may have; removing one that has nothing        (holdings, quota, objectives)
 //! ```
 //!
@@ -27,6 +28,7 @@ mod error;
 mod escrow;
 mod forget;
 mod frame_cache;
+mod gc;
 pub mod heads;
 mod holdings;
 mod leases;
@@ -46,13 +48,13 @@ pub mod wipe;
 pub use epochs::{Count, Epochs, ObjectSeal, PackSeal};
 pub use erase::Erased;
 pub use error::{Class, VaultError};
-pub use forget::{Forgetting, HeldPoint};
+pub use forget::{Forgetting, HeldPoint, Left};
 pub use holdings::{Holdings, VmHoldings, tenants};
-pub use leases::{Held, Holder, holders};
+pub use leases::{Held, Holder, Pins, PointName, holders};
 pub use notes::{Booted, NoteNames};
 pub use pack_writer::{FinishingPack, PackWriter};
 pub use packs::{PackFile, PackHandle, Packs, Wait, Window};
-pub use points::{Chain, Point, PointSpec, Points, Shown, State, Which};
+pub use points::{Chain, Point, PointSpec, Points, Shown, State, Which, open_newest};
 pub use quota::Quota;
 pub use record::Record;
 pub use rekey::Rewrapped;

@@ -23,6 +23,8 @@ use crate::{Tenant, VaultError};
 
 /// How much of a pack's tail is read at first: the trailer, and the table of lengths of up to 8,000 blobs.
 const TAIL: usize = 32 * 1024;
+/// So many bytes of a pack, or more, mostly have one length in its table.
+const BYTES_A_LENGTH: u64 = 256;
 
 /// Whether a read may wait for the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +57,8 @@ pub struct Window {
     pub offset: u64,
     /// Bytes; 0 if all its blobs were emptied.
     pub length: usize,
+    /// Whether these blobs were asked for.
+    pub is_wanted: bool,
 }
 
 impl PackHandle {
@@ -73,13 +77,14 @@ impl PackHandle {
         &self.lengths
     }
 
-    /// All its blobs, in stretches of about so many bytes.
-    pub fn windows(&self, bytes: usize) -> impl Iterator<Item = Window> + '_ {
+    /// All its blobs, in stretches of about so many bytes, each of such that are wanted, or of such that are not.
+    pub fn windows(&self, bytes: usize, wanted: impl Fn(u32) -> bool) -> impl Iterator<Item = Window> {
         let count = self.lengths.count();
         let mut next = 0;
         std::iter::from_fn(move || {
-            let mut window = Window { ordinals: next..next, offset: 0, length: 0 };
-            while next < count && window.length < bytes {
+            let is_wanted = next < count && wanted(next);
+            let mut window = Window { ordinals: next..next, offset: 0, length: 0, is_wanted };
+            while next < count && window.length < bytes && wanted(next) == is_wanted {
                 if let Some((offset, length)) = self.lengths.place(next) {
                     window.offset = if window.length == 0 { offset } else { window.offset };
                     window.length += length;
@@ -97,11 +102,14 @@ impl PackHandle {
     }
 }
 
-struct IdTable(Vec<BlobId>);
+struct IdTable {
+    generation: u32,
+    ids: Vec<BlobId>,
+}
 
 impl Weigh for IdTable {
     fn weight(&self) -> usize {
-        self.0.len() * BlobId::LENGTH
+        self.ids.len() * BlobId::LENGTH
     }
 }
 
@@ -152,10 +160,10 @@ impl Packs {
         self.handles.bytes() + self.ids.bytes()
     }
 
-    /// Forgets what is kept of a pack, such as one that is gone.
-    pub fn forget(&self, id: PackId) {
-        self.handles.remove(&id);
-        self.ids.remove(&id);
+    /// Forgets what is kept of any other generation than these.
+    pub fn retain(&self, present: &BTreeSet<(PackId, u32)>) {
+        self.handles.retain(|id, handle| present.contains(&(*id, handle.trailer().generation)));
+        self.ids.retain(|id, table| present.contains(&(*id, table.generation)));
     }
 
     /// The tenant.
@@ -205,9 +213,19 @@ impl Packs {
 
     /// Reads the tail of one generation of a pack.
     pub fn open_generation(&self, id: PackId, generation: u32) -> Result<PackHandle, VaultError> {
+        self.open_tail(id, generation, TAIL)
+    }
+
+    /// The same of one that was listed, and of its tail no more than such a pack mostly has: of many small ones that counts.
+    pub fn open_listed(&self, file: PackFile) -> Result<PackHandle, VaultError> {
+        let expected = TRAILER as u64 + file.length / BYTES_A_LENGTH;
+        self.open_tail(file.id, file.generation, usize::try_from(expected).map_or(TAIL, |expected| expected.min(TAIL)))
+    }
+
+    fn open_tail(&self, id: PackId, generation: u32, at_first: usize) -> Result<PackHandle, VaultError> {
         let key = layout::pack(&self.tenant.name, id, generation);
         let store = &self.tenant.store;
-        let (mut tail, length) = store.read_tail(&key, TAIL)?;
+        let (mut tail, length) = store.read_tail(&key, at_first)?;
         let damaged = |source| VaultError::Damaged { object: key.clone(), source };
         let cut = || damaged(FormatError::Malformed("shorter than a trailer; it is cut off"));
         let trailer = Trailer::decode(tail.last_chunk::<TRAILER>().ok_or_else(cut)?, length).map_err(damaged)?;
@@ -216,8 +234,10 @@ impl Packs {
         }
         let wanted = trailer.length_table_bytes() + TRAILER;
         if tail.len() < wanted {
-            tail = vec![0; wanted];
-            store.read_at(&key, length - wanted as u64, &mut tail)?;
+            let mut more = vec![0; wanted - tail.len()];
+            store.read_at(&key, length - wanted as u64, &mut more)?;
+            more.append(&mut tail);
+            tail = more;
         }
         tail.truncate(tail.len() - TRAILER);
         let table = tail.split_off(tail.len() - trailer.length_table_bytes());
@@ -317,11 +337,13 @@ impl Packs {
     /// The id of a blob, from its pack's table of ids.
     pub fn blob_id(&self, blob: BlobRef) -> Result<Option<BlobId>, VaultError> {
         if let Some(table) = self.ids.get(&blob.pack) {
-            return Ok(table.0.get(blob.ordinal as usize).copied());
+            return Ok(table.ids.get(blob.ordinal as usize).copied());
         }
-        let table = self.with_fallback(blob, Wait::May, |handle| self.read_ids(handle))?;
-        let id = table.get(blob.ordinal as usize).copied();
-        self.ids.put(blob.pack, Arc::new(IdTable(table)));
+        let table = self.with_fallback(blob, Wait::May, |handle| {
+            Ok(IdTable { generation: handle.trailer().generation, ids: self.read_ids(handle)? })
+        })?;
+        let id = table.ids.get(blob.ordinal as usize).copied();
+        self.ids.put(blob.pack, Arc::new(table));
         Ok(id)
     }
 

@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 
 use reseal_format::geometry::MAX_DISK;
 use reseal_format::ids::Digest;
+use reseal_format::keys::Kind;
 use reseal_format::layout::{self, MAX_NUMBER, PointFile, parse_point_file};
 use reseal_format::manifest::{Manifest, Parent, Tombstone};
 use reseal_format::names::VmName;
+use reseal_format::seal;
 use reseal_format::time::Timestamp;
 use reseal_format::vaultfile::MAX_VAULT_FILE;
 use reseal_store::StoreError;
@@ -104,6 +106,11 @@ pub struct Point {
     pub digest: Digest,
 }
 
+/// Whether what stands in the place of a manifest says that there never will be one: see `fence`.
+pub(crate) fn is_fence(object: &[u8]) -> bool {
+    seal::kind(object) == Ok(Kind::Tombstone)
+}
+
 /// The plaintext of what was sealed about a point.
 pub enum Shown {
     Manifest(Zeroizing<Vec<u8>>),
@@ -182,10 +189,7 @@ pub trait Points: Send + Sync {
                 why: "it was removed without `reseal forget`, for later restore points exist and no tombstone does",
             }),
             Which::Number(number) => self.point(&spec.vm, number),
-            Which::Latest => match self.newest(&spec.vm, &chain)? {
-                Some(number) => self.point(&spec.vm, number),
-                None => Err(missing(format!("{}@latest", spec.vm))),
-            },
+            Which::Latest => self.newest_point(&spec.vm, &chain)?.ok_or_else(|| missing(format!("{}@latest", spec.vm))),
             Which::Time(time) => {
                 self.point_at(&spec.vm, &chain, time)?.ok_or_else(|| missing(format!("{}@{time}", spec.vm)))
             }
@@ -203,6 +207,11 @@ pub trait Points: Send + Sync {
             }
         }
         Ok(None)
+    }
+
+    /// Opens the newest point: see [`open_newest`].
+    fn newest_point(&self, vm: &VmName, chain: &Chain) -> Result<Option<Point>, VaultError> {
+        open_newest(self, vm, chain, |number| self.point(vm, number))
     }
 
     /// The point of exactly that time. Times grow along a chain, so it is searched by halves.
@@ -224,6 +233,24 @@ pub trait Points: Send + Sync {
         }
         Ok(None)
     }
+}
+
+/// Opens the highest number of a chain that is a restore point: not one that was forgotten since it was listed, or that will never be
+/// one.
+pub fn open_newest<P: Points + ?Sized, T>(
+    points: &P,
+    vm: &VmName,
+    chain: &Chain,
+    open: impl Fn(u32) -> Result<T, VaultError>,
+) -> Result<Option<T>, VaultError> {
+    let mut chain = chain.clone();
+    while let Some(number) = points.newest(vm, &chain)? {
+        match open(number) {
+            Err(VaultError::NoPoint { .. }) => chain.0.retain(|&other, _| other < number),
+            other => return other.map(Some),
+        }
+    }
+    Ok(None)
 }
 
 /// Finds the point of a time among numbers of which some are damaged.
@@ -290,20 +317,31 @@ impl Tenant {
     /// Opens a manifest.
     pub fn point(&self, vm: &VmName, number: u32) -> Result<Point, VaultError> {
         let key = layout::manifest(&self.name, vm, number);
-        let opened = self.open_sealed(&key, |keys, object| Manifest::open(keys, vm, number, object));
-        let (manifest, digest) = opened.map_err(|e| match e {
-            VaultError::Store(StoreError::NotFound(_)) => {
-                VaultError::NoPoint { vm: vm.clone(), point: format!("{vm}@{number}") }
-            }
-            other => other,
-        })?;
-        Ok(Point { manifest, digest })
+        let none = || VaultError::NoPoint { vm: vm.clone(), point: format!("{vm}@{number}") };
+        let opened = self.open_sealed(&key, |keys, object| match is_fence(object) {
+            true => Tombstone::open(keys, vm, number, object).map(|_| None),
+            false => Manifest::open(keys, vm, number, object).map(Some),
+        });
+        match opened {
+            Ok(Some((manifest, digest))) => Ok(Point { manifest, digest }),
+            Ok(None) | Err(VaultError::Store(StoreError::NotFound(_))) => Err(none()),
+            Err(e) => Err(e),
+        }
     }
 
     /// Opens a tombstone.
     pub fn tombstone(&self, vm: &VmName, number: u32) -> Result<Tombstone, VaultError> {
         let key = layout::tombstone(&self.name, vm, number);
         self.open_sealed(&key, |keys, object| Tombstone::open(keys, vm, number, object))
+    }
+
+    /// Whether a number has a tombstone, be it whole or not.
+    pub(crate) fn is_forgotten(&self, vm: &VmName, number: u32) -> Result<bool, VaultError> {
+        match self.store.read_tail(&layout::tombstone(&self.name, vm, number), 0) {
+            Ok(_) => Ok(true),
+            Err(StoreError::NotFound(_)) => Ok(false),
+            Err(e) => Err(e.into()),
+        }
     }
 
     /// What was sealed about a point, opened and checked, for another site that has no keys. A tombstone counts even where the
@@ -320,14 +358,17 @@ impl Tenant {
             shown => return shown,
         }
         let key = layout::manifest(&self.name, vm, number);
-        let plain = |keys: &_, object: &_| Ok(Manifest::open_plain(keys, vm, number, object)?.0);
+        let plain = |keys: &_, object: &[u8]| match is_fence(object) {
+            true => Ok(Shown::Tombstone(Tombstone::open_plain(keys, vm, number, object)?.0)),
+            false => Ok(Shown::Manifest(Manifest::open_plain(keys, vm, number, object)?.0)),
+        };
         match self.open_sealed(&key, plain) {
             // It may have been forgotten meanwhile.
             Err(e) if not_found(&e) => tombstone().map_err(|e| match not_found(&e) {
                 true => VaultError::NoPoint { vm: vm.clone(), point: format!("{vm}@{number}") },
                 false => e,
             }),
-            opened => opened.map(Shown::Manifest),
+            shown => shown,
         }
     }
 
@@ -336,10 +377,19 @@ impl Tenant {
         debug_assert!(manifest.disks.iter().all(|disk| disk.length <= MAX_DISK));
         let key = layout::manifest(&self.name, &manifest.vm, manifest.number);
         let (object, digest) = manifest.seal(&self.keys(), random()?).map_err(VaultError::damaged(&key))?;
-        let lost = || VaultError::LostRace { vm: manifest.vm.clone(), number: manifest.number };
+        let (vm, number) = (manifest.vm.clone(), manifest.number);
         match self.store.create(&key, &object) {
+            // Where a prune gave up waiting, its tombstone was there before the number became free again.
+            Ok(()) if self.is_forgotten(&vm, number)? => {
+                // Nobody has seen it. Where this fails, the next prune does it.
+                let _ = self.store.delete(&key);
+                Err(VaultError::Fenced { vm, number })
+            }
             Ok(()) => Ok(digest),
-            Err(StoreError::Exists(_)) => Err(lost()),
+            Err(StoreError::Exists(_)) => match self.point(&vm, number) {
+                Err(VaultError::NoPoint { .. }) => Err(VaultError::Fenced { vm, number }),
+                _ => Err(VaultError::LostRace { vm, number }),
+            },
             Err(e) => Err(e.into()),
         }
     }

@@ -16,7 +16,7 @@ use reseal_mountfs::record_watch;
 use reseal_mountfs::signals::StopSignals;
 use reseal_mountfs::umount;
 use reseal_site::Reading;
-use reseal_vault::{Holder, Point, PointSpec, Points, VaultError};
+use reseal_vault::{Point, PointSpec, Points, VaultError};
 
 use super::background::detached;
 use super::cache_size;
@@ -79,7 +79,7 @@ fn serve(common: &CommonArgs, arguments: &MountArgs, detach: Option<Detach>) -> 
     let (disks, _lease) = match &reading {
         Reading::Here(opened) => {
             let at = format!("mount at {}", arguments.mountpoint.display());
-            let lease = opened.tenant.reader_lease(&Holder::this_process(at));
+            let lease = opened.tenant.pin_point(point.as_ref(), at)?;
             (Disks::here(opened.tenant.clone(), arguments.cache_size), lease)
         }
         Reading::There(reader, _) => {

@@ -15,7 +15,7 @@ use reseal_mountfs::signals::StopSignals;
 use reseal_nbd::NbdUri;
 use reseal_nbd::server::{Exports, Limits, PointExports, Scope, ServerTls, Service, StartTls, export_name};
 use reseal_vault::disk::DiskReader;
-use reseal_vault::{Holder, Point, PointSpec, Points, Tenant, VaultError};
+use reseal_vault::{Point, PointSpec, Points, Tenant, VaultError};
 use serde::Serialize;
 
 use super::background::detached;
@@ -111,7 +111,7 @@ fn serve(common: &CommonArgs, arguments: &NbdArgs, detach: Option<Detach>) -> Re
     let (scope, point) = scope(&tenant, arguments)?;
     let listener = Arc::new(Listener::new(&address).map_err(listen_failure)?);
     let base = uri(&listener.address().map_err(failed)?, arguments.tls_cert.is_some());
-    let _lease = tenant.reader_lease(&Holder::this_process(format!("NBD server at {}", base(""))));
+    let _lease = tenant.pin_point(point.as_ref(), format!("NBD server at {}", base("")))?;
     let reader = Arc::new(DiskReader::new(tenant.clone(), arguments.cache.bytes()));
     let mut limits = Limits::default();
     limits.threads = arguments.threads.map_or(limits.threads, usize::from);

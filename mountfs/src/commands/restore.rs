@@ -17,7 +17,7 @@ use reseal_mountfs::restore::{How, Plan, RestoreError, Watch};
 use reseal_mountfs::signals::StopSignals;
 use reseal_mountfs::target::{Format, TargetSpec, read_secret};
 use reseal_site::Reading;
-use reseal_vault::{Holder, PointSpec};
+use reseal_vault::PointSpec;
 use serde::Serialize;
 
 #[derive(Args)]
@@ -86,7 +86,7 @@ pub(crate) fn restore(common: &CommonArgs, arguments: &RestoreArgs) -> Result<()
                 true
             });
             let what = format!("restore of {}@{}", point.manifest.vm, point.manifest.number);
-            opened.tenant.reader_lease(&Holder::this_process(what))
+            opened.tenant.pin_point(Some(&point), what)?
         }
         Reading::There(..) => None,
     };

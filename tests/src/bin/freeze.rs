@@ -184,6 +184,7 @@ impl Freezer {
             parent: gone.manifest.parent,
             reason: "frozen".into(),
             created: later(60_000),
+            fenced: false,
         };
         let object = tombstone.seal(&tenant.keys(), random().unwrap()).unwrap();
         tenant.store().create(&layout::tombstone(&name, &vm, 2), &object).unwrap();

@@ -74,6 +74,7 @@ impl Victim {
             parent: point.manifest.parent,
             reason: "a test".into(),
             created: point.manifest.created,
+            fenced: false,
         };
         let name = TenantName::new("default").unwrap();
         let object = tombstone.seal(&tenant.keys(), reseal_vault::random().unwrap()).unwrap();

@@ -11,6 +11,7 @@ use reseal_format::frames::FrameShift;
 use reseal_format::manifest::{Definition, MAX_DEFINITION, Manifest};
 use reseal_format::names::VmName;
 use reseal_site::{Enrolment, enrolment};
+use reseal_vault::Pins;
 use reseal_writer::backup::{Backup, Disks, Encoding, Vault};
 use reseal_writer::remote::Sent;
 use reseal_writer::status::{Attempt, Results};
@@ -95,7 +96,7 @@ fn back_up(
         }
     };
     let _lease = match &opened {
-        To::Vault(opened) => hold_keys(&opened.tenant, format!("backup of {vm}")),
+        To::Vault(opened) => hold_keys(&opened.tenant, format!("backup of {vm}"), Pins::Nothing),
         To::Site(_) => None,
     };
     let disks = args.sources.open(named, &state, &|number| match &opened {

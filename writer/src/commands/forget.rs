@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use reseal_cli::{CommonArgs, Failure, Opened, Output, Status};
 use reseal_format::names::VmName;
-use reseal_vault::{Forgetting, Point, PointSpec, Points, VaultError};
+use reseal_vault::{Forgetting, Left, Point, PointSpec, Points, VaultError};
 use reseal_writer::retention::{Candidate, Policy};
 use reseal_writer::span;
 use serde_json::json;
@@ -152,12 +152,16 @@ impl Run<'_> {
     fn forget(&mut self, point: &Point) -> Result<(), Failure> {
         let tenant = &self.opened.tenant;
         let done = match &self.forgetting {
-            Some(forgetting) => forgetting.forget(point, self.reason).map(|()| "forgotten"),
-            None => tenant.check_not_held(&point.manifest).map(|()| "would_be_forgotten"),
+            Some(forgetting) => forgetting.forget(point, self.reason).map(|left| ("forgotten", left)),
+            None => tenant.check_not_held(&point.manifest).map(|()| ("would_be_forgotten", Left::Tombstone)),
         };
-        if let Some(action) = self.or_wrong(done)? {
+        if let Some((action, left)) = self.or_wrong(done)? {
             self.forgotten += 1;
-            self.told(point, action, &[]);
+            let reading = match left {
+                Left::Tombstone => Vec::new(),
+                Left::Read(by) => by.iter().map(|held| format!("its space stays while it is read: {held}")).collect(),
+            };
+            self.told(point, action, &reading);
         }
         Ok(())
     }

@@ -63,6 +63,8 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
                     authenticated = number;
                     continue;
                 }
+                // It was forgotten since the numbers were listed.
+                Err(VaultError::NoPoint { .. }) => continue,
                 // A site that is gone is not asked for each of them.
                 Err(e @ VaultError::Elsewhere { class: Class::Unreachable, .. }) => return Err(e.into()),
                 Err(e) => {

@@ -11,6 +11,7 @@ pub(crate) mod key_import;
 pub(crate) mod kit;
 pub(crate) mod list;
 pub(crate) mod new_tenant;
+pub(crate) mod prune;
 pub(crate) mod rekey;
 mod rekey_data;
 pub(crate) mod run;

@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use reseal_cli::{CommonArgs, Failure, Progress, Status, hold_keys, human_bytes};
 use reseal_format::names::VmName;
-use reseal_vault::{PointSpec, Points};
+use reseal_vault::{Pins, PointSpec, Points};
 use reseal_writer::status::Verdicts;
 use reseal_writer::verify::{Verify, What};
 
@@ -32,7 +32,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
             _ => What::Vm(VmName::new(text).map_err(|e| Failure::of(Status::Usage, &e))?),
         },
     };
-    let _lease = hold_keys(&opened.tenant, "verify".to_owned());
+    let _lease = hold_keys(&opened.tenant, "verify".to_owned(), Pins::All);
     let progress = OnceLock::new();
     let start = |total| drop(progress.set(Progress::bytes(output, "verify", total)));
     let read = |bytes| {

@@ -15,10 +15,9 @@ use std::path::{Path, PathBuf};
 
 use reseal_format::ids::{PackId, PointId};
 use reseal_format::index::BlobRef;
+use reseal_format::ordinals::Ordinals;
 use reseal_format::pack::MAX_BLOBS;
 use rustix::fs::{FlockOperation, flock};
-
-use crate::walk::Ordinals;
 
 const MAGIC: &[u8; 8] = b"RSLLAND1";
 const RUN: usize = 16 + 4 + 4;

@@ -17,7 +17,8 @@ use reseal_nbd::server::{
     Service, StartTls, Stretch,
 };
 use reseal_proto::wire::TroubleCode;
-use reseal_vault::Which;
+use reseal_store::Lease;
+use reseal_vault::{PointName, VaultError, Which};
 use tokio::net::TcpStream;
 use tokio::runtime::Handle;
 use tokio_rustls::server::TlsStream;
@@ -77,6 +78,16 @@ impl Shelf {
         *kept = Some((open, exports.clone()));
         Ok(exports)
     }
+
+    /// Sees to it that a point which is about to be read is not pruned meanwhile.
+    fn pin(&self, point: PointName) -> Result<Option<Box<dyn Lease>>, NotOpened> {
+        let Some(open) = self.open.lock().as_ref().map(|(open, _)| open.clone()) else { return Ok(None) };
+        let what = format!("{} reads {point}", self.desk.client.name);
+        open.tenant.pin(point, what).map_err(|e| match e {
+            VaultError::NoPoint { .. } => NotOpened::Unknown(e.to_string()),
+            e => NotOpened::Failed(e.to_string()),
+        })
+    }
 }
 
 impl Exports for Shelf {
@@ -101,7 +112,8 @@ impl Exports for Shelf {
         };
         self.span.record("vm", tracing::field::display(vm));
         desk.reads(vm, number, disk_name).map_err(|e| NotOpened::Failed(e.to_string()))?;
-        Ok(Arc::new(Served { disk, desk: desk.clone() }))
+        let lease = self.pin(PointName { vm: vm.clone(), number })?;
+        Ok(Arc::new(Served { disk, desk: desk.clone(), _lease: lease }))
     }
 
     fn list(&self) -> Result<Vec<Listed>, NotOpened> {
@@ -135,6 +147,7 @@ impl Owner for Shelf {
 struct Served {
     disk: Arc<dyn Disk>,
     desk: Arc<Desk>,
+    _lease: Option<Box<dyn Lease>>,
 }
 
 impl Disk for Served {

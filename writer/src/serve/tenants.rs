@@ -16,7 +16,7 @@ use reseal_format::names::TenantName;
 use reseal_store::Lease;
 use reseal_vault::disk::DiskReader;
 use reseal_vault::heads::{Heads, tenant_folder};
-use reseal_vault::{Holder, Tenant, VaultError};
+use reseal_vault::{Holder, Pins, Tenant, VaultError};
 use tracing::{info, warn};
 
 use super::metrics::Metrics;
@@ -184,7 +184,7 @@ impl OpenTenants {
                 return Err(failure);
             }
         };
-        let lease = access.tenant.reader_lease(&Holder::this_process("serve".into()));
+        let lease = access.tenant.reader_lease(&Holder::this_process("serve".into()).pinning(Pins::Nothing));
         if lease.is_none() {
             warn!(tenant = %name, "the vault takes no lease: an erasure of this tenant will not wait for this server");
         }

@@ -13,7 +13,7 @@ use reseal_format::tenant::KmsRef;
 use reseal_format::time::Timestamp;
 use reseal_store::Store;
 use reseal_vault::heads::Heads;
-use reseal_vault::{Booted, Holdings, NoteNames, Points, State, Tenant, VaultError, holders};
+use reseal_vault::{Booted, Holdings, NoteNames, Point, Points, State, Tenant, VaultError, holders};
 
 use super::results::{Results, VmResults};
 use super::verdicts::{Verdict, Verdicts};
@@ -294,10 +294,9 @@ impl VmReport {
             let what = format!("{vm}@{number} is missing: it was removed without `reseal forget`");
             self.problems.push(Problem::new(Status::Damaged, what));
         }
-        let Some(number) = tenant.newest(&vm, &chain)? else { return Ok(()) };
-        let manifest = tenant.point(&vm, number)?.manifest;
+        let Some(Point { manifest, .. }) = tenant.newest_point(&vm, &chain)? else { return Ok(()) };
         self.newest = Some(Newest {
-            number,
+            number: manifest.number,
             created: manifest.created,
             age: age(manifest.created, now),
             read: manifest.stats.read,

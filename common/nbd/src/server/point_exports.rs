@@ -7,7 +7,7 @@ use reseal_format::names::{DiskName, VmName};
 use reseal_vault::cache::{Cache, Weigh};
 use reseal_vault::disk::DiskReader;
 use reseal_vault::heads::Heads;
-use reseal_vault::{Chain, Point, PointSpec, Points, State, VaultError, Which};
+use reseal_vault::{Chain, Point, PointSpec, Points, State, VaultError, Which, open_newest};
 
 use super::point_name::{PointDisk, export_name};
 use super::vault_disk::{VaultDisk, describe};
@@ -115,8 +115,8 @@ impl PointExports {
             // One that was forgotten is not opened any more, though it may be kept here.
             Which::Number(number) if is_live(number) => self.point(&spec.vm, number).map_err(failed)?,
             Which::Latest => {
-                let newest = self.points.newest(&spec.vm, &chain).map_err(failed)?;
-                self.point(&spec.vm, newest.ok_or_else(nothing)?).map_err(failed)?
+                let newest = open_newest(&*self.points, &spec.vm, &chain, |number| self.point(&spec.vm, number));
+                newest.map_err(failed)?.ok_or_else(nothing)?
             }
             _ => Arc::new(self.points.resolve(spec).map_err(failed)?),
         };
@@ -159,7 +159,7 @@ impl PointExports {
 
     fn newest(&self, vm: &VmName) -> Result<Option<Arc<Point>>, VaultError> {
         let chain = self.chain(vm)?;
-        self.points.newest(vm, &chain)?.map(|number| self.point(vm, number)).transpose()
+        open_newest(&*self.points, vm, &chain, |number| self.point(vm, number))
     }
 }
 

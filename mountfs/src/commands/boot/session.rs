@@ -22,8 +22,8 @@ use reseal_mountfs::writable::Moved;
 use reseal_nbd::server::{Exports, Limits, PointExports, Scope, Service, StartTls};
 use reseal_qmp::Line;
 use reseal_store::Lease;
+use reseal_vault::Point;
 use reseal_vault::disk::DiskReader;
-use reseal_vault::{Holder, Point};
 use serde::Serialize;
 
 use super::arguments::{BootArgs, failure};
@@ -210,7 +210,7 @@ pub(super) fn attend(
     let opened = common.open()?;
     let point = arguments.point(&opened.tenant)?;
     let what = format!("boot of {}@{}", point.manifest.vm, point.manifest.number);
-    let lease = opened.tenant.reader_lease(&Holder::this_process(what));
+    let lease = opened.tenant.pin_point(Some(&point), what)?;
     let wanted = Arc::new(Wanted::default());
     let (on_signal, on_erased) = (wanted.clone(), wanted.clone());
     wanted.is_interrupt_only.store(true, Ordering::Relaxed);

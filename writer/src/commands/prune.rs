@@ -1,0 +1,103 @@
+//! `reseal prune`
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use reseal_cli::{CommonArgs, Failure, Output, Status, hold_keys, human_bytes, human_duration, parse_size};
+use reseal_vault::{Holder, Pins};
+use reseal_writer::prune::{Prune, Pruned};
+use reseal_writer::span;
+use reseal_writer::throttle::Throttle;
+
+use super::cores;
+
+/// Arguments of `prune`.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Only says what would be freed
+    #[arg(long)]
+    dry_run: bool,
+    /// How long it waits for backups that began before it. Those that still run then can't end: they fail, and are to be run again
+    #[arg(long, value_name = "SPAN", default_value = "24h", value_parser = span::parse)]
+    grace: Duration,
+    /// Packs of which at least so much is unused are rewritten, in percent
+    #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u8).range(1..=100))]
+    min_unused: u8,
+    /// Reads at most so many bytes a second of packs that are rewritten, as 50M
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    limit_rate: Option<u64>,
+}
+
+pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
+    let (began, output) = (Instant::now(), common.output());
+    let opened = common.open()?;
+    let tenant = &opened.tenant;
+    let _lease = hold_keys(tenant, "prune".to_owned(), Pins::Nothing);
+    let prune = Prune {
+        tenant: tenant.clone(),
+        grace: args.grace,
+        percent: args.min_unused,
+        workers: cores(),
+        throttle: args.limit_rate.map(Throttle::new),
+        say: &|text| output.warn(text),
+    };
+    for vm in opened.heads.known_vms()? {
+        // A vault that was rolled back may lack what its restore points need, and is nothing to remove from.
+        opened.heads.whole_chain(&**tenant, &vm)?;
+    }
+    let pruned = match args.dry_run {
+        true => prune.look(&BTreeSet::new())?,
+        false => {
+            // One at a time rewrites packs; and who changes the data keys meanwhile waits.
+            let _alone = tenant.rekey_lease(&Holder::this_process("prune".to_owned()))?;
+            tenant.refresh()?;
+            tenant.settle_new_epoch()?;
+            prune.run()?
+        }
+    };
+    told(output, &pruned, began.elapsed());
+    end(&pruned)
+}
+
+fn told(output: Output, pruned: &Pruned, took: Duration) {
+    output.json(pruned);
+    let packs = |count: u64| if count == 1 { "1 pack".to_owned() } else { format!("{count} packs") };
+    let would = if pruned.dry_run { "would be " } else { "" };
+    let (removed, rewritten) = (packs(pruned.removed), pruned.rewritten);
+    output.say(format!(
+        "freed       {}: {removed} {would}removed, {rewritten} {would}rewritten, in {}",
+        human_bytes(pruned.freed),
+        human_duration(took)
+    ));
+    let unused = match pruned.unused {
+        0 => String::new(),
+        bytes => format!("; {} of that is unused, in packs that are mostly used", human_bytes(bytes)),
+    };
+    let stay = human_bytes(pruned.before.saturating_sub(pruned.freed));
+    output.say(format!("stays       {stay} for {} restore points{unused}", pruned.points));
+    for (point, by) in &pruned.read {
+        output.say(format!("stays       {point}, which is forgotten, while it is read: {by}"));
+    }
+    for point in &pruned.fenced {
+        output.say(format!("given up    {point}: its backup took longer than --grace, and has to be run again"));
+    }
+    for (pack, why) in &pruned.held_back {
+        output.warn(format!("{pack} is not needed, but the storage does not let go of it: {why}"));
+    }
+}
+
+fn end(pruned: &Pruned) -> Result<(), Failure> {
+    if let Some(who) = pruned.at_work.first() {
+        let message =
+            format!("nothing was removed, for it may still be relied on by {who}: wait for its end, or end it");
+        return Err(Failure::new(Status::Failed, message));
+    }
+    let Some((_, what)) = pruned.damaged.first_key_value() else { return Ok(()) };
+    let more = pruned.damaged.len() - 1;
+    let more = if more == 0 { String::new() } else { format!(" (and {more} more)") };
+    let message = format!(
+        "{what}{more}. What it needs can't be told, so it stays, and so does all that may be needed by it; `reseal verify` tells \
+         which restore points are hurt"
+    );
+    Err(Failure::new(Status::Damaged, message))
+}

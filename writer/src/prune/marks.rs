@@ -1,0 +1,212 @@
+//! What the tenant's restore points need: marked from each manifest, also from one beside a tombstone while somebody reads it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use reseal_format::layout::{self, PointFile, parse_point_file};
+use reseal_format::names::VmName;
+use reseal_vault::{Forgetting, Left, Point, PointName, Tenant, Tree, VaultError};
+
+use crate::walk::{Collector, Needed};
+
+/// What was found of a number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Seen {
+    Marked,
+    /// It has a tombstone, and nothing else that counts.
+    Forgotten,
+}
+
+/// What stands in a VM's folder.
+#[derive(Debug, Default)]
+struct Numbers {
+    manifests: BTreeSet<u32>,
+    tombstones: BTreeSet<u32>,
+}
+
+/// Marks in the making.
+pub(super) struct Marks<'a> {
+    tenant: &'a Tenant,
+    tree: &'a Tree,
+    collector: Collector,
+    seen: BTreeMap<VmName, BTreeMap<u32, Seen>>,
+    /// Restore points that are to be there.
+    pub points: u64,
+    /// What was forgotten and is read, and by whom.
+    pub read: BTreeMap<String, String>,
+    /// What can't be opened, so that nobody knows what it needs.
+    pub damaged: BTreeMap<String, String>,
+}
+
+impl<'a> Marks<'a> {
+    pub(super) fn new(tenant: &'a Tenant, tree: &'a Tree) -> Marks<'a> {
+        Marks {
+            tenant,
+            tree,
+            collector: Collector::default(),
+            seen: BTreeMap::new(),
+            points: 0,
+            read: BTreeMap::new(),
+            damaged: BTreeMap::new(),
+        }
+    }
+
+    /// What is needed.
+    pub(super) fn needed(&self) -> &Needed {
+        &self.collector.needed
+    }
+
+    fn numbers(&self, vm: &VmName) -> Result<Numbers, VaultError> {
+        let mut numbers = Numbers::default();
+        let folder = layout::vm(self.tenant.name(), vm);
+        for entry in self.tenant.store().list(&folder)? {
+            match parse_point_file(&entry.name) {
+                Some(PointFile::Manifest(number)) => _ = numbers.manifests.insert(number),
+                Some(PointFile::Tombstone(number)) => _ = numbers.tombstones.insert(number),
+                None => {}
+            }
+        }
+        Ok(numbers)
+    }
+
+    /// Marks from all that is there. Manifests beside tombstones go, with `forgetting`, unless somebody reads them. `without` are
+    /// points that count as forgotten.
+    pub(super) fn mark(
+        &mut self,
+        forgetting: Option<&Forgetting<'_>>,
+        without: &BTreeSet<PointName>,
+    ) -> Result<(), VaultError> {
+        for vm in self.tenant.vms()? {
+            let Numbers { manifests, tombstones } = self.numbers(&vm)?;
+            for &number in tombstones.difference(&manifests) {
+                self.see(&vm, number, Seen::Forgotten);
+            }
+            for &number in &manifests {
+                if without.contains(&PointName { vm: vm.clone(), number }) {
+                    self.see(&vm, number, Seen::Forgotten);
+                } else if !tombstones.contains(&number) {
+                    self.live(&vm, number)?;
+                } else if self.is_read(forgetting, &vm, number)? {
+                    self.beside_tombstone(&vm, number)?;
+                } else {
+                    self.see(&vm, number, Seen::Forgotten);
+                }
+            }
+        }
+        self.check_nodes();
+        Ok(())
+    }
+
+    /// Marks from what was made since. Nobody may have forgotten meanwhile what was not marked: somebody may have taken it for the
+    /// parent of what he makes.
+    pub(super) fn mark_new(&mut self) -> Result<(), VaultError> {
+        for vm in self.tenant.vms()? {
+            let Numbers { manifests, tombstones } = self.numbers(&vm)?;
+            let seen = self.seen.get(&vm).cloned().unwrap_or_default();
+            for &number in tombstones.difference(&manifests).filter(|number| !seen.contains_key(number)) {
+                if !self.tenant.tombstone(&vm, number)?.fenced {
+                    return Err(changed(&vm, number));
+                }
+                self.see(&vm, number, Seen::Forgotten);
+            }
+            for &number in manifests.iter().filter(|number| !seen.contains_key(number)) {
+                match tombstones.contains(&number) {
+                    true => self.beside_tombstone(&vm, number)?,
+                    false => self.live(&vm, number)?,
+                }
+                if self.seen.get(&vm).and_then(|seen| seen.get(&number)) != Some(&Seen::Marked) {
+                    return Err(changed(&vm, number));
+                }
+            }
+        }
+        self.check_nodes();
+        Ok(())
+    }
+
+    fn see(&mut self, vm: &VmName, number: u32, seen: Seen) {
+        self.seen.entry(vm.clone()).or_default().insert(number, seen);
+    }
+
+    fn is_read(&mut self, forgetting: Option<&Forgetting<'_>>, vm: &VmName, number: u32) -> Result<bool, VaultError> {
+        let left = match forgetting {
+            Some(forgetting) => forgetting.finish(vm, number),
+            None => {
+                self.tenant.pinned(vm, number).map(|by| if by.is_empty() { Left::Tombstone } else { Left::Read(by) })
+            }
+        };
+        match left {
+            Ok(Left::Tombstone) => Ok(false),
+            Ok(Left::Read(by)) => {
+                let by: Vec<_> = by.iter().map(ToString::to_string).collect();
+                self.read.insert(format!("{vm}@{number}"), by.join("; "));
+                Ok(true)
+            }
+            // Whatever it hides must stay.
+            Err(e) if e.damaged_object().is_some() => {
+                self.damage(&e);
+                Ok(true)
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    fn live(&mut self, vm: &VmName, number: u32) -> Result<(), VaultError> {
+        match self.tenant.point(vm, number) {
+            Ok(point) => {
+                self.points += 1;
+                self.need(vm, &point)
+            }
+            // A fence whose maker died, or it was forgotten a moment ago.
+            Err(VaultError::NoPoint { .. }) => {
+                self.tenant.settle_fence(vm, number)?;
+                self.see(vm, number, Seen::Forgotten);
+                Ok(())
+            }
+            Err(e) if e.damaged_object().is_some() => {
+                self.damage(&e);
+                Ok(())
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    fn beside_tombstone(&mut self, vm: &VmName, number: u32) -> Result<(), VaultError> {
+        match self.tenant.point(vm, number) {
+            Ok(point) => self.need(vm, &point),
+            // A fence is about to go by itself.
+            Err(VaultError::NoPoint { .. }) => {
+                self.see(vm, number, Seen::Forgotten);
+                Ok(())
+            }
+            Err(e) if e.damaged_object().is_some() => {
+                self.damage(&e);
+                Ok(())
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    fn need(&mut self, vm: &VmName, point: &Point) -> Result<(), VaultError> {
+        for disk in &point.manifest.disks {
+            self.collector.disk(self.tree, disk)?;
+        }
+        self.see(vm, point.manifest.number, Seen::Marked);
+        Ok(())
+    }
+
+    fn damage(&mut self, error: &VaultError) {
+        if let Some(object) = error.damaged_object() {
+            self.damaged.insert(object.to_owned(), error.to_string());
+        }
+    }
+
+    fn check_nodes(&mut self) {
+        for error in self.collector.broken.values() {
+            let object = error.damaged_object().map_or_else(|| "an index node".to_owned(), str::to_owned);
+            self.damaged.insert(object, error.to_string());
+        }
+    }
+}
+
+fn changed(vm: &VmName, number: u32) -> VaultError {
+    VaultError::ChangedMeanwhile { what: format!("{vm}@{number} was made and forgotten") }
+}

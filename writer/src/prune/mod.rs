@@ -1,0 +1,281 @@
+//! Gives back the space of what no restore point needs, while backups and mounts go on.
+//!
+//! ```text
+//! list packs → mark from manifests → plan → condemn → wait for who is at work, or fence him → mark what is new
+//!   → unneeded packs go → packs that are mostly unused are rewritten → nothing is condemned any more
+//! ```
+//!
+//! Why nothing goes that somebody relies on is told in `vault/gc.rs`. Whoever dies in the midst leaves nothing that would have to be
+//! finished: the next prune begins anew, and what was condemned stays so until it has ended.
+//!
+//! Architecture invariant: nothing goes before everything that is there was marked, and that only if all of it could be read.
+
+mod marks;
+mod plan;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use reseal_format::layout;
+use reseal_store::StoreError;
+use reseal_vault::{Held, PackFile, Packs, PointName, Tenant, Tree, VaultError};
+use serde::Serialize;
+
+use crate::BackupError;
+use crate::rewrite::{Rewriting, tables_open};
+use crate::spread::spread;
+use crate::throttle::Throttle;
+use marks::Marks;
+use plan::{Listed, Plan};
+
+/// Bytes of tables that are kept. Each node is read once, so none is.
+const TABLES: usize = 16 << 20;
+const NODES: usize = 1 << 20;
+/// How often is looked whether who is at work has ended.
+const NAP: Duration = Duration::from_millis(250);
+
+/// What gives back space.
+pub struct Prune<'a> {
+    pub tenant: Arc<Tenant>,
+    /// How long it waits for backups that run, before it sees to it that they can't end.
+    pub grace: Duration,
+    /// A pack of which at least so many percent are unused is rewritten.
+    pub percent: u8,
+    pub workers: usize,
+    /// For what is read of packs that are rewritten.
+    pub throttle: Option<Throttle>,
+    /// Told what the administrator should know meanwhile.
+    pub say: &'a (dyn Fn(&str) + Sync),
+}
+
+/// What became of it.
+#[derive(Debug, Default, Serialize)]
+pub struct Pruned {
+    /// Whether it was only looked at.
+    pub dry_run: bool,
+    /// Restore points that are there.
+    pub points: u64,
+    /// Bytes of packs before.
+    pub before: u64,
+    /// Bytes that were freed, or would be.
+    pub freed: u64,
+    /// Packs that went, or would.
+    pub removed: u64,
+    /// Packs that were rewritten, or would be.
+    pub rewritten: u64,
+    /// Bytes that nothing needs, in packs that are mostly used.
+    pub unused: u64,
+    /// Restore points that were forgotten and stay while they are read, each with who reads it.
+    pub read: BTreeMap<String, String>,
+    /// Restore points that won't be made, for the prune did not wait any longer.
+    pub fenced: Vec<String>,
+    /// Packs that the storage does not let go of, as an object lock does, each with what it said.
+    pub held_back: BTreeMap<String, String>,
+    /// What is damaged, and so stays as it is.
+    pub damaged: BTreeMap<String, String>,
+    /// Who is still at work, and can't be fenced: nothing was removed.
+    pub at_work: Vec<String>,
+}
+
+impl Pruned {
+    /// Whether all was done that there was to do.
+    pub fn is_complete(&self) -> bool {
+        self.damaged.is_empty() && self.at_work.is_empty()
+    }
+}
+
+impl Prune<'_> {
+    /// Says what would be freed if these points were forgotten as well.
+    pub fn look(&self, without: &BTreeSet<PointName>) -> Result<Pruned, BackupError> {
+        let packs = Arc::new(Packs::new(self.tenant.clone(), TABLES));
+        let tree = Tree::new(packs.clone(), NODES);
+        let listed = packs.list()?;
+        let mut marks = Marks::new(&self.tenant, &tree);
+        marks.mark(None, without)?;
+        let plan = Plan::new(&packs, listed, marks.needed(), self.percent, self.workers)?;
+        let mut pruned = Pruned { dry_run: true, ..Pruned::default() };
+        pruned.tell(&marks, &plan);
+        if marks.damaged.is_empty() {
+            (pruned.freed, pruned.removed) = (plan.sizes.to_free, plan.unneeded.len() as u64);
+            pruned.rewritten = plan.mostly_unused.len() as u64;
+        }
+        Ok(pruned)
+    }
+
+    /// Gives back what nothing needs. The caller has the one lease of who rewrites packs.
+    pub fn run(&self) -> Result<Pruned, BackupError> {
+        let tenant = &self.tenant;
+        let packs = Arc::new(Packs::new(tenant.clone(), TABLES));
+        let tree = Tree::new(packs.clone(), NODES);
+        let before = tenant.condemned_lists()?;
+        let listed = packs.list()?;
+        let mut marks = Marks::new(tenant, &tree);
+        marks.mark(Some(&tenant.forgetting()?), &BTreeSet::new())?;
+        let plan = Plan::new(&packs, listed, marks.needed(), self.percent, self.workers)?;
+        let mut pruned = Pruned::default();
+        pruned.tell(&marks, &plan);
+        if !marks.damaged.is_empty() {
+            return Ok(pruned);
+        }
+        let lists = tenant.condemn(&plan.condemned)?;
+        if !plan.condemned.is_empty() {
+            self.wait(&mut pruned)?;
+            if !pruned.at_work.is_empty() {
+                return Ok(pruned);
+            }
+            marks.mark_new()?;
+            pruned.tell(&marks, &plan);
+            if !marks.damaged.is_empty() {
+                return Ok(pruned);
+            }
+        }
+        self.remove(&packs, &plan, &marks, &mut pruned)?;
+        tenant.drop_condemned(&before)?;
+        tenant.drop_condemned(&lists)?;
+        Ok(pruned)
+    }
+
+    /// Waits until all who were at work have ended. Those who have not in time are fenced.
+    fn wait(&self, pruned: &mut Pruned) -> Result<(), BackupError> {
+        let began = Instant::now();
+        let mut at_work = self.tenant.leases()?;
+        let mut said = false;
+        loop {
+            let mut held: Vec<Held> = Vec::new();
+            for lease in at_work {
+                if self.tenant.is_held(&lease)? {
+                    held.push(lease);
+                }
+            }
+            if held.is_empty() {
+                return Ok(());
+            }
+            if began.elapsed() >= self.grace {
+                return self.fence(&held, pruned);
+            }
+            if !std::mem::replace(&mut said, true) {
+                for lease in &held {
+                    (self.say)(&format!("waiting for the end of what may rely on what is to be removed: {lease}"));
+                }
+            }
+            at_work = held;
+            thread::sleep(NAP.min(self.grace));
+        }
+    }
+
+    fn fence(&self, held: &[Held], pruned: &mut Pruned) -> Result<(), BackupError> {
+        for lease in held {
+            // One that ended since has nothing to be fenced.
+            if !self.tenant.is_held(lease)? {
+                continue;
+            }
+            let Some(PointName { vm, number }) = lease.makes() else {
+                pruned.at_work.push(lease.to_string());
+                continue;
+            };
+            if self.tenant.fence(vm, *number)? {
+                (self.say)(&format!("{vm}@{number} will not be made: not waited any longer for {lease}"));
+                pruned.fenced.push(format!("{vm}@{number}"));
+            } else if self.tenant.chain(vm)?.last() < *number {
+                pruned.at_work.push(lease.to_string());
+            }
+        }
+        Ok(())
+    }
+
+    fn remove(&self, packs: &Packs, plan: &Plan, marks: &Marks<'_>, pruned: &mut Pruned) -> Result<(), BackupError> {
+        // Somebody who was at work when a pack was condemned may need it after all: then it stays as it is.
+        let unneeded = plan.unneeded.iter().filter(|pack| !marks.needed().contains_key(&pack.newest.id));
+        let pieces: Vec<Piece<'_>> = unneeded
+            .map(Piece::Remove)
+            .chain(plan.superseded.iter().map(Piece::Supersede))
+            .chain(plan.mostly_unused.iter().map(Piece::Rewrite))
+            .collect();
+        let stop = AtomicBool::new(false);
+        let rewriting = Rewriting { packs, throttle: self.throttle.as_ref(), stop: &stop, progress: &|_| {} };
+        let pruned = Mutex::new(pruned);
+        spread(&pieces, self.workers, &stop, |piece| {
+            let (pack, next) = match piece {
+                Piece::Remove(pack) => {
+                    let gone = self.delete(pack.older.iter().chain([&pack.newest]), &pruned)?;
+                    pruned.lock().removed += u64::from(gone);
+                    return Ok(());
+                }
+                Piece::Supersede(pack) => (pack, pack.newest),
+                Piece::Rewrite(pack) => {
+                    let need = marks.needed().get(&pack.newest.id);
+                    let keeps = |ordinal| need.is_some_and(|need| need.ordinals.contains(ordinal));
+                    match rewriting.next_generation(pack.newest, &keeps) {
+                        Ok(Some(next)) => (pack, next),
+                        Ok(None) => return Ok(()),
+                        Err(e) => return note_damage(e, &pruned),
+                    }
+                }
+            };
+            // Whoever reads the pack finds its newest generation before the others are gone.
+            if let Err(e) = tables_open(packs, next) {
+                return note_damage(e, &pruned);
+            }
+            let gone = pack.older.iter().chain([&pack.newest]).filter(|file| file.generation != next.generation);
+            self.delete(gone, &pruned)?;
+            if next.generation != pack.newest.generation {
+                let mut pruned = pruned.lock();
+                pruned.rewritten += 1;
+                pruned.freed = pruned.freed.saturating_sub(next.length);
+            }
+            Ok(())
+        })
+    }
+
+    /// Removes generations of a pack; whether all are gone.
+    fn delete<'f>(
+        &self,
+        files: impl Iterator<Item = &'f PackFile>,
+        pruned: &Mutex<&mut Pruned>,
+    ) -> Result<bool, BackupError> {
+        let mut all = true;
+        for file in files {
+            let key = layout::pack(self.tenant.name(), file.id, file.generation);
+            match self.tenant.store().delete(&key) {
+                Ok(()) => pruned.lock().freed += file.length,
+                Err(StoreError::NotFound(_)) => {}
+                Err(e) if e.is_refused() => {
+                    all = false;
+                    pruned.lock().held_back.insert(key, e.to_string());
+                }
+                Err(e) => return Err(VaultError::from(e).into()),
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// What is done to one pack.
+enum Piece<'p> {
+    Remove(&'p Listed),
+    Supersede(&'p Listed),
+    Rewrite(&'p Listed),
+}
+
+impl Pruned {
+    fn tell(&mut self, marks: &Marks<'_>, plan: &Plan) {
+        (self.points, self.before, self.unused) = (marks.points, plan.sizes.all, plan.sizes.unused);
+        self.read.clone_from(&marks.read);
+        self.damaged = marks.damaged.iter().chain(&plan.damaged).map(|(of, what)| (of.clone(), what.clone())).collect();
+    }
+}
+
+/// Damage is reported, and does not stop the rest; what else went wrong does.
+fn note_damage(error: VaultError, pruned: &Mutex<&mut Pruned>) -> Result<(), BackupError> {
+    match error.damaged_object() {
+        Some(object) => {
+            pruned.lock().damaged.insert(object.to_owned(), error.to_string());
+            Ok(())
+        }
+        None => Err(error.into()),
+    }
+}
