@@ -130,6 +130,7 @@ fn vault_errno(error: &VaultError) -> Errno {
         | VaultError::NotWrapped { .. }
         | VaultError::OverQuota { .. }
         | VaultError::ManyObjectives { .. }
+        | VaultError::ManyPolicies { .. }
         | VaultError::OtherKit { .. }
         | VaultError::OldKit { .. }
         | VaultError::KitWithoutMaster { .. }

@@ -234,3 +234,79 @@ fn of_two_who_hold_and_forget_at_a_time_one_sees_the_other() {
     library::backup(&one, &site.heads(&one), "web", Path::new(&site.disk("disk.raw"))).unwrap();
     site.verify();
 }
+
+#[test]
+fn policies_of_the_tenant_are_applied_by_a_prune() {
+    let (site, contents) = site(5);
+    let path = site.disk("disk.raw");
+    for vm in ["db", "old"] {
+        for _ in 0..3 {
+            site.backup(vm, &path);
+        }
+    }
+    let of = |vm: &str| -> Vec<u64> {
+        let points = site.reseal(["list", vm, "--json"]).ok().json_lines();
+        points.iter().map(|point| point["number"].as_u64().unwrap()).collect()
+    };
+    // Without a policy nothing goes by itself.
+    assert_eq!(site.reseal(["prune", "--json"]).ok().json()["forgotten"], json!([]));
+    assert!(site.reseal(["tenant", "show", "default"]).ok().stdout.contains("keeps       all"));
+    let set = |words: &[&str]| site.reseal([&["tenant", "set", "default", "--json"], words].concat()).ok().json();
+    assert_eq!(set(&["--keep-last", "2", "--keep-within", "1s"])["retention"], json!({"last": 2, "within": 1}));
+    assert_eq!(set(&["--vm", "db", "--keep-last", "1"])["vm"], "db");
+    assert_eq!(set(&["--vm", "old", "--keep-all"])["retention"], Value::Null);
+    let shown = site.reseal(["tenant", "show", "default", "--json"]).ok().json();
+    assert_eq!(shown["retention"], json!({"last": 2, "within": 1}));
+    assert_eq!(shown["vm_retention"], json!({"db": {"last": 1}, "old": null}));
+    let text = site.reseal(["tenant", "show", "default"]).ok().stdout;
+    assert!(
+        text.contains("keeps       --keep-last 2 --keep-within 1s")
+            && text.contains("keeps       all")
+            && text.contains("for old"),
+        "{text}"
+    );
+    for words in [
+        &["--keep-last", "1", "--quota", "5G"][..],
+        &["--keep-last", "1", "--objective", "5h"],
+        &["--keep-all", "--keep-last", "1"],
+        &["--keep-as-tenant"],
+        &["--keep-last", "0"],
+        &["--vm", "db"],
+    ] {
+        site.reseal([&["tenant", "set", "default"], words].concat()).expect(&[2]);
+    }
+
+    set(&["--keep-last", "2"]);
+    site.reseal(["hold", "web@2"]).ok();
+    let before = site.contents();
+    let planned = site.reseal(["prune", "--dry-run", "--json"]).ok().json();
+    assert_eq!(planned["forgotten"], json!(["db@1", "db@2", "web@1", "web@3"]), "{planned}");
+    assert!(site.reseal(["prune", "--dry-run"]).ok().stdout.contains("would be forgotten"));
+    assert_eq!(site.contents(), before, "nothing was done until now");
+    let bytes = site.reseal(["prune", "--no-forget", "--json"]).ok().json();
+    assert_eq!((&bytes["freed"], &bytes["forgotten"]), (&json!(0), &json!([])));
+    let pruned = site.reseal(["prune", "--json"]).ok().json();
+    for (key, what) in [("forgotten", &planned), ("removed", &planned), ("rewritten", &planned)] {
+        assert_eq!(pruned[key], what[key], "{key}");
+    }
+    // The first MiB of two of them, each in a pack that has nothing else; of the first one it lies beside what all need.
+    assert!(
+        pruned["freed"].as_u64().unwrap() > MIB as u64 && planned["freed"].as_u64().unwrap() > MIB as u64,
+        "{pruned}"
+    );
+    assert_eq!((of("web"), of("db"), of("old")), (vec![2, 4, 5], vec![3], vec![1, 2, 3]));
+    assert_eq!(site.tenant().tombstone(&vm("web"), 1).unwrap().reason, "policy of the tenant");
+    for number in [2, 4, 5] {
+        assert_restores(&site, number, &contents[number - 1]);
+    }
+    site.verify();
+
+    // As the tenant's again; and other keys keep what was said.
+    set(&["--vm", "old", "--keep-as-tenant"]);
+    site.reseal(["rekey", "--data", "--no-recovery"]).ok();
+    assert_eq!(site.reseal(["prune", "--json"]).ok().json()["forgotten"], json!(["old@1"]));
+    set(&["--keep-all"]);
+    site.backup("old", &path);
+    assert_eq!(site.reseal(["prune", "--json"]).ok().json()["forgotten"], json!([]));
+    site.verify();
+}

@@ -9,25 +9,11 @@
 
 use std::cmp::Reverse;
 use std::fmt;
-use std::time::Duration;
 
 use jiff::civil::DateTime;
 use jiff::tz::TimeZone;
+use reseal_format::retention::Policy;
 use reseal_format::time::Timestamp;
-
-/// How many are kept.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Policy {
-    /// The newest, whatever their times.
-    pub last: u32,
-    pub hourly: u32,
-    pub daily: u32,
-    pub weekly: u32,
-    pub monthly: u32,
-    pub yearly: u32,
-    /// All that are no older than this when the newest is made.
-    pub within: Option<Duration>,
-}
 
 /// Why a point is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,52 +65,45 @@ fn period(why: Why, time: DateTime) -> (i16, i16, i16) {
     }
 }
 
-impl Policy {
-    /// Whether it keeps nothing at all: then it was not meant.
-    pub fn is_empty(&self) -> bool {
-        *self == Policy::default()
+/// Why each of these points, which are of one VM, is kept; those for no reason may go. In their order.
+pub fn judge(policy: &Policy, points: &[Candidate]) -> Vec<(Candidate, Vec<Why>)> {
+    let mut judged: Vec<(Candidate, Vec<Why>)> = points.iter().map(|point| (*point, Vec::new())).collect();
+    let mut newest_first: Vec<usize> = (0..points.len()).collect();
+    // Of two of one moment the later number is the newer.
+    newest_first.sort_by_key(|&nth| Reverse((points[nth].created, points[nth].number)));
+    let Some(&newest) = newest_first.first() else { return judged };
+    let within = policy.within.map(|seconds| i64::try_from(seconds.saturating_mul(1000)).unwrap_or(i64::MAX));
+    let oldest = within.map(|span| points[newest].created.0.saturating_sub(span));
+    for (rank, &nth) in newest_first.iter().enumerate() {
+        let (point, reasons) = &mut judged[nth];
+        let last = rank < usize::try_from(policy.last).unwrap_or(usize::MAX);
+        let within = oldest.is_some_and(|oldest| point.created.0 >= oldest);
+        let found = [(point.held, Why::Held), (last, Why::Last), (within, Why::Within)];
+        reasons.extend(found.into_iter().filter(|(is, _)| *is).map(|(_, why)| why));
     }
-
-    /// Why each of these points, which are of one VM, is kept; those for no reason may go. In their order.
-    pub fn judge(&self, points: &[Candidate]) -> Vec<(Candidate, Vec<Why>)> {
-        let mut judged: Vec<(Candidate, Vec<Why>)> = points.iter().map(|point| (*point, Vec::new())).collect();
-        let mut newest_first: Vec<usize> = (0..points.len()).collect();
-        // Of two of one moment the later number is the newer.
-        newest_first.sort_by_key(|&nth| Reverse((points[nth].created, points[nth].number)));
-        let Some(&newest) = newest_first.first() else { return judged };
-        let within = self.within.map(|span| i64::try_from(span.as_millis()).unwrap_or(i64::MAX));
-        let oldest = within.map(|span| points[newest].created.0.saturating_sub(span));
-        for (rank, &nth) in newest_first.iter().enumerate() {
-            let (point, reasons) = &mut judged[nth];
-            let last = rank < usize::try_from(self.last).unwrap_or(usize::MAX);
-            let within = oldest.is_some_and(|oldest| point.created.0 >= oldest);
-            let found = [(point.held, Why::Held), (last, Why::Last), (within, Why::Within)];
-            reasons.extend(found.into_iter().filter(|(is, _)| *is).map(|(_, why)| why));
-        }
-        for (count, why) in [
-            (self.hourly, Why::Hourly),
-            (self.daily, Why::Daily),
-            (self.weekly, Why::Weekly),
-            (self.monthly, Why::Monthly),
-            (self.yearly, Why::Yearly),
-        ] {
-            let (mut left, mut before) = (count, None);
-            for &nth in newest_first.iter().take_while(|_| count > 0) {
-                let moment = jiff::Timestamp::from_millisecond(points[nth].created.0.clamp(0, Timestamp::LAST.0));
-                let time = TimeZone::UTC.to_datetime(moment.unwrap_or(jiff::Timestamp::UNIX_EPOCH));
-                let period = Some(period(why, time));
-                if period == before {
-                    continue;
-                }
-                if left == 0 {
-                    break;
-                }
-                (left, before) = (left - 1, period);
-                judged[nth].1.push(why);
+    for (count, why) in [
+        (policy.hourly, Why::Hourly),
+        (policy.daily, Why::Daily),
+        (policy.weekly, Why::Weekly),
+        (policy.monthly, Why::Monthly),
+        (policy.yearly, Why::Yearly),
+    ] {
+        let (mut left, mut before) = (count, None);
+        for &nth in newest_first.iter().take_while(|_| count > 0) {
+            let moment = jiff::Timestamp::from_millisecond(points[nth].created.0.clamp(0, Timestamp::LAST.0));
+            let time = TimeZone::UTC.to_datetime(moment.unwrap_or(jiff::Timestamp::UNIX_EPOCH));
+            let period = Some(period(why, time));
+            if period == before {
+                continue;
             }
+            if left == 0 {
+                break;
+            }
+            (left, before) = (left - 1, period);
+            judged[nth].1.push(why);
         }
-        judged
     }
+    judged
 }
 
 #[cfg(test)]
@@ -141,7 +120,7 @@ mod tests {
 
     fn kept(policy: Policy, points: &[Candidate]) -> Vec<(u32, String)> {
         let words = |whys: &[Why]| whys.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
-        let judged = policy.judge(points);
+        let judged = judge(&policy, points);
         judged.iter().filter(|(_, whys)| !whys.is_empty()).map(|(point, whys)| (point.number, words(whys))).collect()
     }
 
@@ -157,20 +136,20 @@ mod tests {
         ];
         let of = |numbers: &[u32], word: &str| numbers.iter().map(|n| (*n, word.to_owned())).collect::<Vec<_>>();
         let policy = Policy::default();
-        assert_eq!(kept(Policy { last: 2, ..policy }, &points), of(&[5, 6], "last"));
-        assert_eq!(kept(Policy { daily: 3, ..policy }, &points), of(&[4, 5, 6], "daily"));
+        assert_eq!(kept(Policy { last: 2, ..policy.clone() }, &points), of(&[5, 6], "last"));
+        assert_eq!(kept(Policy { daily: 3, ..policy.clone() }, &points), of(&[4, 5, 6], "daily"));
         // The 30th of December 2024 is in the first week of 2025.
-        assert_eq!(kept(Policy { weekly: 9, ..policy }, &points), of(&[1, 5, 6], "weekly"));
-        assert_eq!(kept(Policy { monthly: 2, ..policy }, &points), of(&[5, 6], "monthly"));
-        assert_eq!(kept(Policy { yearly: 9, ..policy }, &points), of(&[2, 6], "yearly"));
-        assert_eq!(kept(Policy { hourly: 2, ..policy }, &points), of(&[5, 6], "hourly"));
-        let within = Some(Duration::from_secs(59 * 86_400));
-        assert_eq!(kept(Policy { within, ..policy }, &points), of(&[3, 4, 5, 6], "within"));
-        let both = Policy { last: 1, yearly: 1, ..policy };
-        assert_eq!(kept(both, &points), [(6, "last yearly".to_owned())]);
+        assert_eq!(kept(Policy { weekly: 9, ..policy.clone() }, &points), of(&[1, 5, 6], "weekly"));
+        assert_eq!(kept(Policy { monthly: 2, ..policy.clone() }, &points), of(&[5, 6], "monthly"));
+        assert_eq!(kept(Policy { yearly: 9, ..policy.clone() }, &points), of(&[2, 6], "yearly"));
+        assert_eq!(kept(Policy { hourly: 2, ..policy.clone() }, &points), of(&[5, 6], "hourly"));
+        let within = Some(59 * 86_400);
+        assert_eq!(kept(Policy { within, ..policy.clone() }, &points), of(&[3, 4, 5, 6], "within"));
+        let both = Policy { last: 1, yearly: 1, ..policy.clone() };
+        assert_eq!(kept(both.clone(), &points), [(6, "last yearly".to_owned())]);
         let held = [Candidate { held: true, ..points[0] }, points[5]];
-        assert_eq!(kept(Policy { last: 1, ..policy }, &held), [(1, "held".to_owned()), (6, "last".to_owned())]);
-        assert_eq!(kept(Policy { last: 1, ..policy }, &[]), []);
+        assert_eq!(kept(Policy { last: 1, ..policy.clone() }, &held), [(1, "held".to_owned()), (6, "last".to_owned())]);
+        assert_eq!(kept(Policy { last: 1, ..policy.clone() }, &[]), []);
         assert!(policy.is_empty() && !both.is_empty());
     }
 
@@ -189,9 +168,9 @@ mod tests {
                 .map(|(number, &ms)| Candidate { number, created: Timestamp(ms), held: number % 7 == 0 })
                 .collect();
             let [last, hourly, daily, weekly, monthly, yearly] = counts;
-            let within = days.map(|days| Duration::from_secs(days * 86_400));
-            let policy = Policy { last, hourly, daily, weekly, monthly, yearly, within };
-            let judged = policy.judge(&points);
+            let within = days.map(|days| days * 86_400);
+            let policy = Policy { last, hourly, daily, weekly, monthly, yearly, within, ..Policy::default() };
+            let judged = judge(&policy, &points);
             prop_assert_eq!(judged.iter().map(|(point, _)| *point).collect::<Vec<_>>(), points.clone());
             let date = |point: &Candidate| point.created.to_rfc3339();
             let prefix = |point: &Candidate, length: usize| date(point)[..length].to_owned();
@@ -211,7 +190,7 @@ mod tests {
                     (point.held, Why::Held),
                     (newer.clone().count() < last as usize, Why::Last),
                     (within.is_some_and(|span| {
-                        newest.created.0 - point.created.0 <= i64::try_from(span.as_millis()).unwrap()
+                        newest.created.0 - point.created.0 <= i64::try_from(span * 1000).unwrap()
                     }), Why::Within),
                     (rule(hourly, &|point| prefix(point, 13)), Why::Hourly),
                     (rule(daily, &|point| prefix(point, 10)), Why::Daily),

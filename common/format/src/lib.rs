@@ -33,6 +33,7 @@ pub mod ordinals;
 pub mod overlay;
 pub mod overlay_note;
 pub mod pack;
+pub mod retention;
 pub mod seal;
 pub mod tenant;
 pub mod time;

@@ -3,7 +3,7 @@
 //! ```text
 //! tenant.json { tenant id, generation, kms { kind, key }, wrapped, salt, sealed }
 //! wrapped = KMS(KEK, magic ‖ vault id ‖ tenant id ‖ generation ‖ master)
-//! sealed  = AES-256-GCM(HKDF(master, salt), JSON { name, features, DEKs by epoch, current epoch, dedup secret, quota, objectives })
+//! sealed  = AES-256-GCM(HKDF(master, salt), JSON { name, features, DEKs by epoch, current epoch, dedup secret, quota, objectives, retention })
 //! ```
 //!
 //! A record is replaced by its [`Successor`], of the next generation: its master wrapped anew, its secrets sealed anew, and
@@ -22,6 +22,7 @@ use crate::ids::{TenantId, VaultId};
 use crate::keys::{DedupSecret, Dek, KEY, Kind, Master, ONLY_ORDINAL, Scope, header_aad, nonce, object_key};
 use crate::names::{TenantName, VmName};
 use crate::objectives::Objectives;
+use crate::retention::{Policies, Policy};
 use crate::time::Timestamp;
 use crate::{FORMAT_VERSION, FormatError};
 
@@ -108,6 +109,7 @@ pub struct TenantKeys {
     lacks_to_write: Option<String>,
     quota: Option<u64>,
     objectives: Objectives,
+    policies: Policies,
 }
 
 impl TenantKeys {
@@ -124,6 +126,7 @@ impl TenantKeys {
             lacks_to_write: None,
             quota: None,
             objectives: Objectives::default(),
+            policies: Policies::default(),
         }
     }
 
@@ -161,6 +164,11 @@ impl TenantKeys {
     /// How old the newest restore points of its VMs may be.
     pub fn objectives(&self) -> &Objectives {
         &self.objectives
+    }
+
+    /// Which restore points its VMs keep.
+    pub fn policies(&self) -> &Policies {
+        &self.policies
     }
 
     /// Generation of the record that they came from.
@@ -218,6 +226,11 @@ struct Secrets {
     objective: Option<u64>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     vm_objectives: BTreeMap<VmName, Option<u64>>,
+    /// The same: whoever could change it could have restore points forgotten.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    retention: Option<Policy>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    vm_retention: BTreeMap<VmName, Option<Policy>>,
 }
 
 /// Names of fields, for whoever changes the sealed part as text.
@@ -227,6 +240,8 @@ const DEKS: &str = "deks";
 const QUOTA: &str = "quota";
 const OBJECTIVE: &str = "objective";
 const VM_OBJECTIVES: &str = "vm_objectives";
+const RETENTION: &str = "retention";
+const VM_RETENTION: &str = "vm_retention";
 
 #[derive(Serialize, Deserialize)]
 struct SecretDek {
@@ -289,6 +304,8 @@ impl TenantRecord {
             quota: keys.quota,
             objective: keys.objectives.tenant,
             vm_objectives: keys.objectives.vms.clone(),
+            retention: keys.policies.tenant.clone(),
+            vm_retention: keys.policies.vms.clone(),
         };
         // With its whole capacity reserved, so that no part of it is moved and left behind unwiped.
         let mut plain = Zeroizing::new(Vec::with_capacity(1024 + secrets.deks.len() * 128));
@@ -420,6 +437,7 @@ impl TenantRecord {
             lacks_to_write: secrets.required_to_write.first().map(|feature| shorten(feature)),
             quota: secrets.quota,
             objectives: Objectives { tenant: secrets.objective, vms: secrets.vm_objectives },
+            policies: Policies { tenant: secrets.retention, vms: secrets.vm_retention },
         };
         keys.dek(keys.current)?;
         Ok(keys)
@@ -514,11 +532,24 @@ impl Successor<'_> {
 
     /// From then on the newest restore points of its VMs may be that old.
     pub fn set_objectives(&mut self, objectives: &Objectives) -> Result<(), FormatError> {
-        let tenant = objectives.tenant.map(|seconds| secret_json(&seconds)).transpose()?;
-        let tenant = tenant.as_ref().map(|json| parse_secrets(json)).transpose()?;
-        let vms = (!objectives.vms.is_empty()).then(|| secret_json(&objectives.vms)).transpose()?;
-        let vms = vms.as_ref().map(|json| parse_secrets(json)).transpose()?;
-        self.plain = with_fields(&self.plain, &[(OBJECTIVE, tenant), (VM_OBJECTIVES, vms)])?;
+        self.set_for_all_and_some((OBJECTIVE, objectives.tenant.as_ref()), (VM_OBJECTIVES, &objectives.vms))
+    }
+
+    /// From then on its VMs keep these restore points.
+    pub fn set_policies(&mut self, policies: &Policies) -> Result<(), FormatError> {
+        self.set_for_all_and_some((RETENTION, policies.tenant.as_ref()), (VM_RETENTION, &policies.vms))
+    }
+
+    fn set_for_all_and_some<T: Serialize>(
+        &mut self,
+        (of_all, all): (&str, Option<&T>),
+        (of_some, some): (&str, &BTreeMap<VmName, Option<T>>),
+    ) -> Result<(), FormatError> {
+        let all = all.map(secret_json).transpose()?;
+        let all = all.as_ref().map(|json| parse_secrets(json)).transpose()?;
+        let some = (!some.is_empty()).then(|| secret_json(some)).transpose()?;
+        let some = some.as_ref().map(|json| parse_secrets(json)).transpose()?;
+        self.plain = with_fields(&self.plain, &[(of_all, all), (of_some, some)])?;
         Ok(())
     }
 
@@ -795,6 +826,40 @@ pub(crate) mod tests {
         let length = next.record(record.kms.clone(), vec![4], [0xCC; KEY], None).unwrap().encode().len();
         // And beside them what as many DEKs as a record may hold take.
         assert!(length + MAX_EPOCHS * 2 * 100 < MAX_RECORD, "{length}");
+    }
+
+    #[test]
+    fn policies_are_sealed_stay_until_they_are_changed_and_fit_a_record_beside_all_else() {
+        let keys = keys(1);
+        let (record, payload) = record(&keys);
+        let most = Policy {
+            last: u32::MAX,
+            hourly: u32::MAX,
+            daily: u32::MAX,
+            weekly: u32::MAX,
+            monthly: u32::MAX,
+            yearly: u32::MAX,
+            within: Some(u64::MAX),
+            ..Policy::default()
+        };
+        let name = |nth| VmName::new(&format!("{:\"<76}{nth:04}", "")).unwrap();
+        let vms = (0..crate::retention::MAX_VM_POLICIES).map(|nth| (name(nth), Some(most.clone()))).collect();
+        let set = Policies { tenant: Some(most.clone()), vms };
+        let mut next = record.successor(keys.scope.vault, &acme(), &payload).unwrap();
+        next.set_policies(&set).unwrap();
+        let objectives = (0..crate::objectives::MAX_VM_OBJECTIVES).map(|nth| (name(nth), Some(u64::MAX))).collect();
+        next.set_objectives(&Objectives { tenant: Some(u64::MAX), vms: objectives }).unwrap();
+        let payload = next.payload();
+        let changed = next.record(record.kms.clone(), vec![4], [0xCC; KEY], None).unwrap();
+        let encoded = changed.encode();
+        assert!(encoded.len() + MAX_EPOCHS * 2 * 100 < MAX_RECORD, "{}", encoded.len());
+        assert!(!String::from_utf8(encoded).unwrap().contains("retention"), "it would be in clear");
+        assert_eq!(*changed.unlock(keys.scope.vault, &acme(), &payload).unwrap().policies(), set);
+        let mut next = changed.successor(keys.scope.vault, &acme(), &payload).unwrap();
+        next.set_policies(&Policies::default()).unwrap();
+        let payload = next.payload();
+        let lifted = next.record(record.kms.clone(), vec![4], [0xCC; KEY], None).unwrap();
+        assert_eq!(*lifted.unlock(keys.scope.vault, &acme(), &payload).unwrap().policies(), Policies::default());
     }
 
     #[test]

@@ -116,6 +116,11 @@ pub enum VaultError {
     )]
     ManyObjectives { tenant: TenantName, most: usize },
     #[error(
+        "tenant {tenant} has {most} VMs that keep restore points by a policy of their own, as many as there may be: give the tenant \
+         one for all, and take back those that are like it (`--vm VM --keep-as-tenant`)"
+    )]
+    ManyPolicies { tenant: TenantName, most: usize },
+    #[error(
         "the recovery kit made {made} is of tenant {of} in the vault {vault}, not of what is here as tenant {tenant}: take that \
          tenant's kit, or correct --repo and --tenant"
     )]
@@ -173,6 +178,7 @@ impl VaultError {
             | VaultError::NotWrapped { .. }
             | VaultError::OverQuota { .. }
             | VaultError::ManyObjectives { .. }
+            | VaultError::ManyPolicies { .. }
             | VaultError::OtherKit { .. }
             | VaultError::KitWithoutMaster { .. }
             | VaultError::NotEmptyTenant { .. }

@@ -3,20 +3,25 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use reseal_cli::{CommonArgs, Failure, Output, Status, hold_keys, human_bytes, human_duration, parse_size};
-use reseal_vault::{Holder, Pins};
+use reseal_cli::{CommonArgs, Failure, Opened, Output, Status, hold_keys, human_bytes, human_duration, parse_size};
+use reseal_vault::{Holder, Pins, PointName, Points};
 use reseal_writer::prune::{Prune, Pruned};
 use reseal_writer::span;
 use reseal_writer::throttle::Throttle;
+use serde_json::json;
 
 use super::cores;
+use super::forgetting::{Ended, Run, Telling};
 
 /// Arguments of `prune`.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Only says what would be freed
+    /// Only says what would be forgotten by the tenant's policies, and what would be freed
     #[arg(long)]
     dry_run: bool,
+    /// Forgets nothing; the tenant's policies are for the next time
+    #[arg(long)]
+    no_forget: bool,
     /// How long it waits for backups that began before it. Those that still run then can't end: they fail, and are to be run again
     #[arg(long, value_name = "SPAN", default_value = "24h", value_parser = span::parse)]
     grace: Duration,
@@ -45,8 +50,12 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
         // A vault that was rolled back may lack what its restore points need, and is nothing to remove from.
         opened.heads.whole_chain(&**tenant, &vm)?;
     }
+    let Ended { forgotten, kept: _, failed } = match args.no_forget {
+        true => Ended { forgotten: BTreeSet::new(), kept: 0, failed: None },
+        false => by_policies(output, &opened, args.dry_run)?,
+    };
     let pruned = match args.dry_run {
-        true => prune.look(&BTreeSet::new())?,
+        true => prune.look(&forgotten)?,
         false => {
             // One at a time rewrites packs; and who changes the data keys meanwhile waits.
             let _alone = tenant.rekey_lease(&Holder::this_process("prune".to_owned()))?;
@@ -55,12 +64,35 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
             prune.run()?
         }
     };
-    told(output, &pruned, began.elapsed());
-    end(&pruned)
+    told(output, &pruned, &forgotten, began.elapsed());
+    end(&pruned)?;
+    failed.map_or(Ok(()), Err)
 }
 
-fn told(output: Output, pruned: &Pruned, took: Duration) {
-    output.json(pruned);
+/// Forgets what the tenant's policies do not keep. What is wrong with one VM does not stop the others.
+fn by_policies(output: Output, opened: &Opened, is_dry: bool) -> Result<Ended, Failure> {
+    let tenant = &opened.tenant;
+    let keys = tenant.keys();
+    let policies = keys.policies();
+    let mut run = Run::new(output, Telling::Gone, opened, is_dry, "policy of the tenant")?;
+    for vm in Points::vms(&**tenant)? {
+        let Some(policy) = policies.of(&vm).filter(|policy| !policy.is_empty()) else { continue };
+        if let Some(rule) = policy.unknown() {
+            let message = format!(
+                "{vm}: this version does not know the rule {rule:?} of its policy, so nothing of it is forgotten"
+            );
+            run.wrong(Failure::new(Status::Failed, format!("{message}; use a newer reseal")));
+            continue;
+        }
+        run.apply(&vm, policy)?;
+    }
+    Ok(run.end())
+}
+
+fn told(output: Output, pruned: &Pruned, forgotten: &BTreeSet<PointName>, took: Duration) {
+    let mut document = json!(pruned);
+    document["forgotten"] = forgotten.iter().map(ToString::to_string).collect();
+    output.json(&document);
     let packs = |count: u64| if count == 1 { "1 pack".to_owned() } else { format!("{count} packs") };
     let would = if pruned.dry_run { "would be " } else { "" };
     let (removed, rewritten) = (packs(pruned.removed), pruned.rewritten);

@@ -257,6 +257,8 @@ fn show(common: &CommonArgs, name: TenantName) -> Result<(), Failure> {
     document["quota"] = json!(keys.quota());
     document["objective"] = json!(keys.objectives().tenant);
     document["vm_objectives"] = json!(keys.objectives().vms);
+    document["retention"] = json!(keys.policies().tenant);
+    document["vm_retention"] = json!(keys.policies().vms);
     let vm = |vm: &VmHoldings| json!({ "vm": vm.name, "points": vm.points, "forgotten": vm.forgotten });
     document["vm_list"] = holdings.vms.iter().map(vm).collect();
     output.json(&document);
@@ -282,6 +284,10 @@ fn show(common: &CommonArgs, name: TenantName) -> Result<(), Failure> {
     output.say(format!("objective   {}", set::human_objective(keys.objectives().tenant)));
     for (vm, objective) in &keys.objectives().vms {
         output.say(format!("objective   {} for {vm}", set::human_objective(*objective)));
+    }
+    output.say(format!("keeps       {}", set::human_retention(keys.policies().tenant.as_ref())));
+    for (vm, policy) in &keys.policies().vms {
+        output.say(format!("keeps       {} for {vm}", set::human_retention(policy.as_ref())));
     }
     Ok(())
 }

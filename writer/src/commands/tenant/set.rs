@@ -1,17 +1,21 @@
-//! `reseal tenant set`: what a tenant may store, and how old its newest restore points may be. Either replaces its record.
+//! `reseal tenant set`: what a tenant may store, how old its newest restore points may be, and which of them stay. Each replaces its
+//! record.
 
 use reseal_cli::{CommonArgs, Failure, Status, human_bytes, of_tenant, parse_size};
 use reseal_format::names::{TenantName, VmName};
 use reseal_format::objectives::Objective;
+use reseal_format::retention::{Policy, Retention};
 use reseal_vault::Holdings;
 use reseal_writer::span;
 use serde_json::json;
 
 use super::human_quota;
+use crate::commands::keep::{KEEP_RULES, KeepArgs, options};
 
 /// Arguments of `tenant set`.
 #[derive(clap::Args)]
-#[command(group = clap::ArgGroup::new("what").required(true).args(["quota", "objective", "no_objective"]))]
+#[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args(
+    ["quota", "objective", "no_objective", "keep_all", "keep_as_tenant"]).args(KEEP_RULES))]
 pub(super) struct Args {
     name: String,
     /// Bytes that its packs may have, as 500G or 2T, or none
@@ -23,9 +27,29 @@ pub(super) struct Args {
     /// They may be as old as they like; of one VM whatever the tenant's objective is
     #[arg(long)]
     no_objective: bool,
+    #[command(flatten)]
+    keep: KeepArgs,
+    /// Nothing is forgotten by itself; of one VM whatever the tenant's policy is
+    #[arg(long, conflicts_with_all = KEEP_RULES)]
+    keep_all: bool,
+    /// Of one VM: what the tenant's policy keeps
+    #[arg(long, requires = "vm", conflicts_with = "keep_all", conflicts_with_all = KEEP_RULES)]
+    keep_as_tenant: bool,
     /// Of this VM only
     #[arg(long, value_name = "VM")]
     vm: Option<String>,
+}
+
+impl Args {
+    /// What the `--keep` options say, if there are any.
+    fn retention(&self) -> Option<Retention> {
+        let policy = self.keep.policy();
+        match (self.keep_all, self.keep_as_tenant) {
+            (true, _) => Some(Retention::All),
+            (_, true) => Some(Retention::Unsaid),
+            _ => (!policy.is_empty()).then_some(Retention::By(policy)),
+        }
+    }
 }
 
 /// What `--quota` says: bytes, or no limit.
@@ -55,10 +79,23 @@ pub(super) fn human_objective(seconds: Option<u64>) -> String {
 pub(super) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
     let usage = |e: &dyn std::error::Error| Failure::of(Status::Usage, e);
     let name = TenantName::new(&args.name).map_err(|e| usage(&e))?;
+    let is_objective = args.objective.is_some() || args.no_objective;
+    let retention = args.retention();
+    if [args.quota.is_some(), is_objective, retention.is_some()].into_iter().filter(|is_asked| *is_asked).count() > 1 {
+        let message = "one thing at a time: --quota, or --objective or --no-objective, or --keep options";
+        return Err(Failure::new(Status::Usage, message));
+    }
+    if args.quota.is_none() && !is_objective && retention.is_none() {
+        let message = "a policy that keeps nothing is none: give a --keep option a number, or --keep-all";
+        return Err(Failure::new(Status::Usage, message));
+    }
     if let Some(Allowance(quota)) = args.quota {
         return set_quota(common, &name, quota);
     }
     let vm = args.vm.as_deref().map(VmName::new).transpose().map_err(|e| usage(&e))?;
+    if let Some(retention) = retention {
+        return set_retention(common, &name, vm.as_ref(), retention);
+    }
     let objective = args.objective.unwrap_or(Objective::Exempt);
     if objective == Objective::Unsaid && vm.is_none() {
         let message = "--objective tenant: that is for one VM, with --vm; the tenant's own goes with --no-objective";
@@ -109,5 +146,35 @@ fn set_objective(
     let of = vm.map(|vm| format!(" for {vm}")).unwrap_or_default();
     output.say(format!("objective   {said}{of}"));
     output.say(format!("record      generation {}", new.generation()));
+    Ok(())
+}
+
+/// What is kept, for people.
+pub(super) fn human_retention(policy: Option<&Policy>) -> String {
+    policy.map_or_else(|| "all: nothing is forgotten by itself".to_owned(), options)
+}
+
+fn set_retention(
+    common: &CommonArgs,
+    name: &TenantName,
+    vm: Option<&VmName>,
+    retention: Retention,
+) -> Result<(), Failure> {
+    let found = common.find(name)?;
+    let kms = common.kms_of(&found.record)?;
+    let new = found.record.set_retention(&*kms, vm, retention.clone()).map_err(|e| of_tenant(name, e))?;
+    found.heads.remember(new.generation(), &[])?;
+    let output = common.output();
+    let (policy, said) = match retention {
+        Retention::By(policy) => (json!(policy), human_retention(Some(&policy))),
+        Retention::All => (json!(null), human_retention(None)),
+        Retention::Unsaid => (json!("tenant"), "as the tenant's".to_owned()),
+    };
+    output.json(&json!({
+        "tenant": name, "vm": vm, "retention": policy, "generation": new.generation(), "objects": [new.key()],
+    }));
+    let of = vm.map(|vm| format!(" for {vm}")).unwrap_or_default();
+    output.say(format!("keeps       {said}{of}"));
+    output.say(format!("record      generation {}; `reseal prune` applies it", new.generation()));
     Ok(())
 }
