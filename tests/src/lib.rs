@@ -27,4 +27,5 @@ pub mod random;
 pub mod rekeying;
 pub mod remote;
 pub mod site;
+pub mod synthetic;
 pub mod verifier;

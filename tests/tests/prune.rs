@@ -405,7 +405,8 @@ fn a_list_that_is_damaged_costs_space_and_nothing_else() {
 }
 
 fn prune_in(tenant: &Arc<Tenant>, grace: Duration) -> Result<Pruned, BackupError> {
-    let prune = Prune { tenant: tenant.clone(), grace, percent: 25, workers: 1, throttle: None, say: &|_| {} };
+    let prune =
+        Prune { tenant: tenant.clone(), grace, percent: 25, most_read: None, workers: 1, throttle: None, say: &|_| {} };
     let _alone = tenant.rekey_lease(&Holder::this_process("prune".to_owned()))?;
     prune.run()
 }

@@ -28,9 +28,17 @@ pub(crate) struct Args {
     /// Packs of which at least so much is unused are rewritten, in percent
     #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u8).range(1..=100))]
     min_unused: u8,
+    /// Reads at most so much of packs that are rewritten, as 10G, or all: those first that free most for it, the rest the next time
+    /// [default: a 32nd part of what is stored, and at least 64M]
+    #[arg(long, value_name = "SIZE|all", value_parser = parse_most)]
+    max_rewrite: Option<u64>,
     /// Reads at most so many bytes a second of packs that are rewritten, as 50M
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     limit_rate: Option<u64>,
+}
+
+fn parse_most(text: &str) -> Result<u64, String> {
+    if text == "all" { Ok(u64::MAX) } else { parse_size(text) }
 }
 
 pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
@@ -42,6 +50,7 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
         tenant: tenant.clone(),
         grace: args.grace,
         percent: args.min_unused,
+        most_read: args.max_rewrite,
         workers: cores(),
         throttle: args.limit_rate.map(Throttle::new),
         say: &|text| output.warn(text),
@@ -101,12 +110,14 @@ fn told(output: Output, pruned: &Pruned, forgotten: &BTreeSet<PointName>, took: 
         human_bytes(pruned.freed),
         human_duration(took)
     ));
-    let unused = match pruned.unused {
+    let unused = |bytes: u64, why: &str| match bytes {
         0 => String::new(),
-        bytes => format!("; {} of that is unused, in packs that are mostly used", human_bytes(bytes)),
+        bytes => format!("; {} of that is unused, in packs that {why}", human_bytes(bytes)),
     };
+    let postponed = unused(pruned.postponed, "are rewritten the next time (--max-rewrite)");
+    let unused = unused(pruned.unused, "are mostly used (--min-unused)");
     let stay = human_bytes(pruned.before.saturating_sub(pruned.freed));
-    output.say(format!("stays       {stay} for {} restore points{unused}", pruned.points));
+    output.say(format!("stays       {stay} for {} restore points{unused}{postponed}", pruned.points));
     for (point, by) in &pruned.read {
         output.say(format!("stays       {point}, which is forgotten, while it is read: {by}"));
     }

@@ -30,7 +30,7 @@ use crate::rewrite::{Rewriting, tables_open};
 use crate::spread::spread;
 use crate::throttle::Throttle;
 use marks::Marks;
-use plan::{Listed, Plan};
+use plan::{Listed, Plan, Worth};
 
 /// Bytes of tables that are kept. Each node is read once, so none is.
 const TABLES: usize = 16 << 20;
@@ -45,6 +45,9 @@ pub struct Prune<'a> {
     pub grace: Duration,
     /// A pack of which at least so many percent are unused is rewritten.
     pub percent: u8,
+    /// As long as no more bytes are read of such packs than this; `None`: a 32nd part of what is stored, or 64 MiB. The rest is for the next
+    /// time.
+    pub most_read: Option<u64>,
     pub workers: usize,
     /// For what is read of packs that are rewritten.
     pub throttle: Option<Throttle>,
@@ -69,6 +72,8 @@ pub struct Pruned {
     pub rewritten: u64,
     /// Bytes that nothing needs, in packs that are mostly used.
     pub unused: u64,
+    /// Bytes that nothing needs, in packs that are mostly unused and are rewritten the next time.
+    pub postponed: u64,
     /// Restore points that were forgotten and stay while they are read, each with who reads it.
     pub read: BTreeMap<String, String>,
     /// Restore points that won't be made, for the prune did not wait any longer.
@@ -89,6 +94,10 @@ impl Pruned {
 }
 
 impl Prune<'_> {
+    fn worth(&self) -> Worth {
+        Worth { percent: self.percent, most: self.most_read }
+    }
+
     /// Says what would be freed if these points were forgotten as well.
     pub fn look(&self, without: &BTreeSet<PointName>) -> Result<Pruned, BackupError> {
         let packs = Arc::new(Packs::new(self.tenant.clone(), TABLES));
@@ -96,7 +105,7 @@ impl Prune<'_> {
         let listed = packs.list()?;
         let mut marks = Marks::new(&self.tenant, &tree);
         marks.mark(None, without)?;
-        let plan = Plan::new(&packs, listed, marks.needed(), self.percent, self.workers)?;
+        let plan = Plan::new(&packs, listed, marks.needed(), self.worth(), self.workers)?;
         let mut pruned = Pruned { dry_run: true, ..Pruned::default() };
         pruned.tell(&marks, &plan);
         if marks.damaged.is_empty() {
@@ -115,7 +124,7 @@ impl Prune<'_> {
         let listed = packs.list()?;
         let mut marks = Marks::new(tenant, &tree);
         marks.mark(Some(&tenant.forgetting()?), &BTreeSet::new())?;
-        let plan = Plan::new(&packs, listed, marks.needed(), self.percent, self.workers)?;
+        let plan = Plan::new(&packs, listed, marks.needed(), self.worth(), self.workers)?;
         let mut pruned = Pruned::default();
         pruned.tell(&marks, &plan);
         if !marks.damaged.is_empty() {
@@ -263,7 +272,8 @@ enum Piece<'p> {
 
 impl Pruned {
     fn tell(&mut self, marks: &Marks<'_>, plan: &Plan) {
-        (self.points, self.before, self.unused) = (marks.points, plan.sizes.all, plan.sizes.unused);
+        (self.points, self.before) = (marks.points, plan.sizes.all);
+        (self.unused, self.postponed) = (plan.sizes.unused, plan.sizes.postponed);
         self.read.clone_from(&marks.read);
         self.damaged = marks.damaged.iter().chain(&plan.damaged).map(|(of, what)| (of.clone(), what.clone())).collect();
     }

@@ -6,11 +6,16 @@ use std::sync::atomic::AtomicBool;
 use parking_lot::Mutex;
 use reseal_format::condemned::{Blobs, Condemned};
 use reseal_format::ordinals::Ordinals;
+use reseal_format::pack::TARGET_BYTES;
 use reseal_vault::{PackFile, Packs, VaultError};
 
 use crate::BackupError;
 use crate::spread::spread;
 use crate::walk::{Need, Needed};
+
+/// Usually no more is read of packs that are rewritten than one part of so many of what is stored, or this.
+const USUAL_PART: u64 = 32;
+const USUAL_LEAST: u64 = TARGET_BYTES;
 
 /// The generations of a pack that were listed.
 #[derive(Debug, Clone)]
@@ -41,8 +46,10 @@ pub(super) struct Plan {
 pub(super) struct Sizes {
     /// Of all that were listed.
     pub all: u64,
-    /// That nothing needs, in packs that stay as they are.
+    /// That nothing needs, in packs that are mostly used.
     pub unused: u64,
+    /// That nothing needs, in packs that are mostly unused and left for the next time.
+    pub postponed: u64,
     /// That will be freed.
     pub to_free: u64,
 }
@@ -60,34 +67,68 @@ fn by_pack(mut files: Vec<PackFile>) -> Vec<Listed> {
     packs
 }
 
-/// Which blobs of a pack nothing needs, and how many bytes they have.
-fn unused(packs: &Packs, file: PackFile, need: &Need) -> Result<(Ordinals, u64, u64), VaultError> {
-    let handle = packs.open_listed(file)?;
-    let (mut ordinals, mut bytes) = (Ordinals::default(), 0);
-    for ordinal in (0..handle.lengths().count()).filter(|ordinal| !need.ordinals.contains(*ordinal)) {
-        if let Some((_, length)) = handle.lengths().place(ordinal) {
-            ordinals.insert(ordinal);
-            bytes += length as u64;
+/// Which blobs of a pack nothing needs.
+struct Unused {
+    ordinals: Ordinals,
+    bytes: u64,
+    /// Of those that are needed.
+    rest: u64,
+}
+
+impl Unused {
+    fn of(packs: &Packs, file: PackFile, need: &Need) -> Result<Unused, VaultError> {
+        let handle = packs.open_listed(file)?;
+        let (mut ordinals, mut bytes) = (Ordinals::default(), 0);
+        for ordinal in (0..handle.lengths().count()).filter(|ordinal| !need.ordinals.contains(*ordinal)) {
+            if let Some((_, length)) = handle.lengths().place(ordinal) {
+                ordinals.insert(ordinal);
+                bytes += length as u64;
+            }
         }
+        Ok(Unused { ordinals, bytes, rest: handle.trailer().blob_bytes.saturating_sub(bytes) })
     }
-    Ok((ordinals, bytes, handle.trailer().blob_bytes))
+
+    fn is_at_least(&self, percent: u8) -> bool {
+        self.bytes > 0 && self.bytes * 100 >= (self.bytes + self.rest) * u64::from(percent)
+    }
+
+    /// What is read to free a byte, in millionths.
+    fn price(&self) -> u64 {
+        self.rest.saturating_mul(1_000_000) / self.bytes.max(1)
+    }
+}
+
+/// Which packs are worth rewriting.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Worth {
+    /// Those of which at least so many percent are unused.
+    pub percent: u8,
+    /// As long as not more is read of them than this; `None`: what is usual.
+    pub most: Option<u64>,
+}
+
+impl Worth {
+    fn most(self, sizes: &Sizes) -> u64 {
+        self.most.unwrap_or_else(|| (sizes.all / USUAL_PART).max(USUAL_LEAST))
+    }
 }
 
 impl Plan {
-    /// Compares what there is with what is needed. A pack of which at least so many percent are unused is rewritten.
+    /// Compares what there is with what is needed.
     pub(super) fn new(
         packs: &Packs,
         listed: Vec<PackFile>,
         needed: &Needed,
-        percent: u8,
+        worth: Worth,
         threads: usize,
     ) -> Result<Plan, BackupError> {
         let listed = by_pack(listed);
         let plan = Mutex::new(Plan::default());
+        let candidates = Mutex::new(Vec::new());
         spread(&listed, threads, &AtomicBool::new(false), |pack| {
             let file = pack.newest;
             let older: u64 = pack.older.iter().map(|file| file.length).sum();
-            let found = needed.get(&file.id).map(|need| unused(packs, file, need)).transpose();
+            let found = needed.get(&file.id).map(|need| Unused::of(packs, file, need)).transpose();
             let mut plan = plan.lock();
             plan.sizes.all += file.length + older;
             match found {
@@ -97,13 +138,11 @@ impl Plan {
                     plan.unneeded.push(pack.clone());
                     return Ok(());
                 }
-                Ok(Some((ordinals, bytes, of))) if bytes > 0 && bytes * 100 >= of * u64::from(percent) => {
-                    plan.sizes.to_free += bytes + older;
-                    plan.condemned.add(file.id, Blobs::Some(ordinals));
-                    plan.mostly_unused.push(pack.clone());
+                Ok(Some(unused)) if unused.is_at_least(worth.percent) => {
+                    candidates.lock().push((pack.clone(), unused));
                     return Ok(());
                 }
-                Ok(Some((_, bytes, _))) => plan.sizes.unused += bytes,
+                Ok(Some(unused)) => plan.sizes.unused += unused.bytes,
                 Err(e) => match e.damaged_object() {
                     // Who reads it says what is wrong with it; here it only stays.
                     Some(object) => {
@@ -113,12 +152,33 @@ impl Plan {
                     None => return Err(e.into()),
                 },
             }
-            if !pack.older.is_empty() {
-                plan.sizes.to_free += older;
-                plan.superseded.push(pack.clone());
-            }
+            plan.leave(pack);
             Ok(())
         })?;
-        Ok(plan.into_inner())
+        let (mut plan, mut candidates) = (plan.into_inner(), candidates.into_inner());
+        // Those first that free most for what is read of them.
+        candidates.sort_by_key(|(pack, unused)| (unused.price(), pack.newest.id));
+        let most = worth.most(&plan.sizes);
+        let mut read = 0;
+        for (pack, unused) in candidates {
+            read += unused.rest;
+            if read > most {
+                plan.sizes.postponed += unused.bytes;
+                plan.leave(&pack);
+                continue;
+            }
+            plan.sizes.to_free += unused.bytes + pack.older.iter().map(|file| file.length).sum::<u64>();
+            plan.condemned.add(pack.newest.id, Blobs::Some(unused.ordinals));
+            plan.mostly_unused.push(pack);
+        }
+        Ok(plan)
+    }
+
+    /// A pack that stays as it is.
+    fn leave(&mut self, pack: &Listed) {
+        if !pack.older.is_empty() {
+            self.sizes.to_free += pack.older.iter().map(|file| file.length).sum::<u64>();
+            self.superseded.push(pack.clone());
+        }
     }
 }

@@ -95,6 +95,8 @@ pub(crate) struct Samples {
     pub(crate) tenants: Vec<Figure>,
     #[serde(default)]
     pub(crate) recovery: Vec<Figure>,
+    #[serde(default)]
+    pub(crate) prune: Vec<Figure>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -121,6 +123,7 @@ impl Samples {
             remote: Vec::new(),
             tenants: Vec::new(),
             recovery: Vec::new(),
+            prune: Vec::new(),
         }
     }
 
