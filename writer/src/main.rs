@@ -88,7 +88,7 @@ fn run(cli: Cli, detach: Option<Detach>) -> Result<(), Failure> {
         Command::Status(args) => status::run(common, &args),
         Command::List(args) => list::run(common, args),
         Command::Show(args) => show::run(common, args),
-        Command::Verify(args) => verify::run(common, args),
+        Command::Verify(args) => verify::run(common, &args),
         Command::Forget(args) => forget::run(common, &args),
         Command::Hold(args) => hold::run(common, &args),
         Command::Prune(args) => prune::run(common, &args),

@@ -10,6 +10,7 @@ use reseal_format::ids::{Digest, PackId, VmId};
 use reseal_format::layout;
 use reseal_format::manifest::{Manifest, Tombstone};
 use reseal_format::names::VmName;
+use reseal_format::time::Timestamp;
 use reseal_store::StoreError;
 use reseal_vault::heads::Heads;
 use reseal_vault::{PackFile, Packs, Point, State, Tenant, Tree, VaultError};
@@ -17,8 +18,9 @@ use serde::Serialize;
 
 use crate::BackupError;
 use crate::lookup::{Lookup, lookup_folder};
+use crate::throttle::Throttle;
 use crate::verify_pack::{Findings, PackVerifier};
-use crate::walk::{Collector, Need, Tracer};
+use crate::walk::{Collector, Need, Needed, Tracer};
 
 /// Bytes of tables and nodes that a verification keeps.
 const TABLES: usize = 16 << 20;
@@ -35,6 +37,41 @@ pub enum What {
     Vm(VmName),
     /// One point.
     Point(VmName, u32),
+}
+
+/// How much of it is read.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Part {
+    All,
+    /// All but packs, and of these so many percent, at least one: which ones follows from the seed.
+    Sample {
+        percent: f64,
+        seed: u64,
+    },
+    /// Of packs what the restore points from then on need and none from before does.
+    Since(Timestamp),
+}
+
+impl Part {
+    /// Whether a pack is read.
+    pub(crate) fn has(self, pack: PackId) -> bool {
+        match self {
+            Part::All | Part::Since(_) => true,
+            Part::Sample { percent, seed } => {
+                let hash = blake3::Hasher::new().update(&seed.to_le_bytes()).update(pack.as_bytes()).finalize();
+                let number = hash.as_bytes().first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+                // A float is exact enough to compare with a percentage.
+                (number as f64) < percent / 100.0 * u64::MAX as f64
+            }
+        }
+    }
+
+    /// Leaves out what is not read; of a sample one is left at least.
+    pub(crate) fn choose<T>(self, packs: &mut Vec<T>, id: impl Fn(&T) -> PackId) {
+        let first = packs.pop();
+        packs.retain(|pack| self.has(id(pack)));
+        packs.extend(first.filter(|first| packs.is_empty() || self.has(id(first))));
+    }
 }
 
 /// What was found.
@@ -68,15 +105,22 @@ pub struct Verify<'a> {
     tree: Tree,
     report: Report,
     points: Vec<Point>,
+    part: Part,
+    throttle: Option<Throttle>,
 }
 
 impl<'a> Verify<'a> {
-    /// Prepares to verify.
+    /// Prepares to verify all of what will be said.
     pub fn new(tenant: Arc<Tenant>, heads: &'a Heads, state: &Path) -> Verify<'a> {
         let packs = Arc::new(Packs::new(tenant.clone(), TABLES));
         let tree = Tree::new(packs.clone(), NODES);
-        let (report, points) = (Report::default(), Vec::new());
-        Verify { tenant, heads, state: state.to_owned(), packs, tree, report, points }
+        let (report, points, part, throttle) = (Report::default(), Vec::new(), Part::All, None);
+        Verify { tenant, heads, state: state.to_owned(), packs, tree, report, points, part, throttle }
+    }
+
+    /// Of that only a part, and what is read of packs is held to `throttle`.
+    pub fn of_part(self, part: Part, throttle: Option<Throttle>) -> Verify<'a> {
+        Verify { part, throttle, ..self }
     }
 
     /// Verifies on so many threads. `progress` is told how many bytes there are, and then of each that was read.
@@ -89,20 +133,52 @@ impl<'a> Verify<'a> {
     ) -> Result<Report, BackupError> {
         self.chains(what)?;
         let mut collector = Collector::default();
-        for disk in self.points.iter().flat_map(|point| &point.manifest.disks) {
-            collector.disk(&self.tree, disk)?;
+        let read = self.collect(&mut collector)?;
+        let mut files = self.files(what, &collector)?;
+        let present: BTreeSet<PackId> = files.iter().map(|(file, _)| file.id).collect();
+        let everything = *what == What::Everything && !matches!(self.part, Part::Since(_));
+        if let Some(read) = &read {
+            files.retain_mut(|(file, need)| {
+                *need = need.and_then(|_| read.get(&file.id));
+                need.is_some()
+            });
         }
-        let files = self.files(what, &collector)?;
+        self.part.choose(&mut files, |(file, _)| file.id);
         start(files.iter().map(|(file, _)| file.length).sum());
-        let everything = *what == What::Everything;
         let findings = self.verify_packs(&files, everything, threads, progress)?;
-        self.remember(&files, &findings, everything);
-        self.judge(&files, findings, &collector);
+        self.remember(&files, &findings, *what == What::Everything && self.part == Part::All);
+        self.judge(&files, findings, &collector, &present);
         if !self.report.damaged.is_empty() {
             // A store that went away while it was read is not damaged.
             self.tenant.store().read_tail(layout::VAULT_FILE, 1).map_err(VaultError::from)?;
         }
         Ok(self.report)
+    }
+
+    /// Collects what points need. Of packs only what is given is read, if something is.
+    fn collect(&self, collector: &mut Collector) -> Result<Option<Needed>, BackupError> {
+        let Part::Since(since) = self.part else {
+            for disk in self.points.iter().flat_map(|point| &point.manifest.disks) {
+                collector.disk(&self.tree, disk)?;
+            }
+            return Ok(None);
+        };
+        let (new, old): (Vec<_>, Vec<_>) = self.points.iter().partition(|point| point.manifest.created >= since);
+        for disk in old.iter().flat_map(|point| &point.manifest.disks) {
+            collector.disk(&self.tree, disk)?;
+        }
+        let before = collector.needed.clone();
+        for disk in new.iter().flat_map(|point| &point.manifest.disks) {
+            collector.disk(&self.tree, disk)?;
+        }
+        let mut read = collector.needed.clone();
+        for (id, need) in &before {
+            if let Some(more) = read.get_mut(id) {
+                more.ordinals.remove(&need.ordinals);
+            }
+        }
+        read.retain(|_, need| !need.ordinals.is_empty());
+        Ok(Some(read))
     }
 
     fn damage(&mut self, object: String, what: impl Into<String>, hurts: Vec<String>) {
@@ -259,9 +335,9 @@ impl<'a> Verify<'a> {
         let blobs = AtomicU64::new(0);
         let bytes = AtomicU64::new(0);
         let bad = Mutex::new(BTreeMap::new());
-        let packs = &*self.packs;
+        let (packs, throttle) = (&*self.packs, self.throttle.as_ref());
         let thread = || -> Result<(), BackupError> {
-            let mut verifier = PackVerifier::new(packs).map_err(|_| BackupError::Thread)?;
+            let mut verifier = PackVerifier::new(packs, throttle).map_err(|_| BackupError::Thread)?;
             loop {
                 let nth = next.fetch_add(1, Ordering::Relaxed);
                 let Some((file, need)) = files.get(nth) else { return Ok(()) };
@@ -306,6 +382,7 @@ impl<'a> Verify<'a> {
         files: &[(PackFile, Option<&Need>)],
         findings: BTreeMap<usize, Findings>,
         collector: &Collector,
+        present: &BTreeSet<PackId>,
     ) {
         let mut damages = Vec::new();
         let mut whole: HashMap<PackId, usize> = HashMap::new();
@@ -319,7 +396,6 @@ impl<'a> Verify<'a> {
             }
             damages.push(Damage { object, what: spell(&finding), hurts: Vec::new() });
         }
-        let present: BTreeSet<PackId> = files.iter().map(|(file, _)| file.id).collect();
         for (id, need) in &collector.needed {
             if !present.contains(id) {
                 whole.insert(*id, damages.len());

@@ -1,5 +1,7 @@
 //! Reads one pack back and authenticates it: digest, tables, and every blob down to its id.
 
+use std::sync::atomic::AtomicBool;
+
 use reseal_format::FormatError;
 use reseal_format::frames::FrameDecoder;
 use reseal_format::geometry::{CLUSTER, MAX_LEVEL};
@@ -10,6 +12,7 @@ use reseal_store::StoreError;
 use reseal_vault::{PackFile, PackHandle, Packs, VaultError};
 use zeroize::Zeroizing;
 
+use crate::throttle::Throttle;
 use crate::walk::Need;
 
 /// The error number of a medium that can't be read.
@@ -45,13 +48,14 @@ impl Findings {
 /// Verifies packs one after the other; one a thread.
 pub(crate) struct PackVerifier<'a> {
     packs: &'a Packs,
+    throttle: Option<&'a Throttle>,
     decoder: FrameDecoder,
     cluster: Zeroizing<Vec<u8>>,
 }
 
 impl<'a> PackVerifier<'a> {
-    pub(crate) fn new(packs: &'a Packs) -> std::io::Result<PackVerifier<'a>> {
-        Ok(PackVerifier { packs, decoder: FrameDecoder::new()?, cluster: Zeroizing::new(vec![0; CLUSTER]) })
+    pub(crate) fn new(packs: &'a Packs, throttle: Option<&'a Throttle>) -> std::io::Result<PackVerifier<'a>> {
+        Ok(PackVerifier { packs, throttle, decoder: FrameDecoder::new()?, cluster: Zeroizing::new(vec![0; CLUSTER]) })
     }
 
     /// Verifies a pack: everything in it, or only what is needed. What is needed must also be there. Where it was rewritten
@@ -132,6 +136,7 @@ impl<'a> PackVerifier<'a> {
         let mut whole = true;
         for part in handle.windows(WINDOW, |_| true) {
             window.resize(part.length, 0);
+            self.take(part.length);
             if let Err(e) = self.packs.tenant().store().read_at(handle.key(), part.offset, &mut window) {
                 // Some of it may be readable: each blob by itself.
                 damage(e.into())?;
@@ -174,12 +179,19 @@ impl<'a> PackVerifier<'a> {
     ) -> Result<(), VaultError> {
         let Some((offset, length)) = handle.lengths().place(ordinal) else { return Ok(()) };
         let mut sealed = vec![0; length];
+        self.take(length);
         match self.packs.tenant().store().read_at(handle.key(), offset, &mut sealed) {
             Ok(()) => self.blob(handle, ids, ordinal, &mut sealed, findings),
             Err(e) => findings.blobs.push((ordinal, reason(damage(e.into())?))),
         }
         findings.bytes += length as u64;
         Ok(())
+    }
+
+    fn take(&self, bytes: usize) {
+        if let Some(throttle) = self.throttle {
+            throttle.take(bytes as u64, &AtomicBool::new(false));
+        }
     }
 
     fn blob(

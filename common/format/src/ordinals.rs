@@ -53,6 +53,14 @@ impl Ordinals {
         self.0.iter_mut().zip(&other.0).for_each(|(bits, more)| *bits |= more);
     }
 
+    /// Removes the members of another.
+    pub fn remove(&mut self, other: &Ordinals) {
+        self.0.iter_mut().zip(&other.0).for_each(|(bits, gone)| *bits &= !gone);
+        while self.0.last() == Some(&0) {
+            self.0.pop();
+        }
+    }
+
     /// Its members, ascending.
     pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
         let bits = |(word, bits): (u32, u64)| {
@@ -91,6 +99,11 @@ mod tests {
             model.extend(&b);
             prop_assert_eq!(set.iter().collect::<Vec<_>>(), model.iter().copied().collect::<Vec<_>>());
             prop_assert!((0..MAX_BLOBS).step_by(97).all(|ordinal| set.contains(ordinal) == model.contains(&ordinal)));
+            let mut rest = set.clone();
+            rest.remove(&b.iter().copied().collect());
+            let left: Vec<_> = model.iter().copied().filter(|ordinal| !b.contains(ordinal)).collect();
+            prop_assert_eq!(rest.is_empty(), left.is_empty());
+            prop_assert_eq!(rest.iter().collect::<Vec<_>>(), left);
             prop_assert_eq!(Ordinals::from_words([set.words(), &[0, 0]].concat()), Some(set));
         }
     }

@@ -136,6 +136,17 @@ pub fn epoch(object: &[u8]) -> Result<u32, FormatError> {
     Ok(Header::decode(clear)?.0.epoch)
 }
 
+/// Whether an object is as long as its header says, which is all that can be seen of it without keys.
+pub fn check_clear(object: &[u8]) -> Result<(), FormatError> {
+    let (clear, sealed) =
+        object.split_first_chunk::<HEADER>().ok_or(FormatError::Malformed("shorter than its header"))?;
+    let (_, _, length) = Header::decode(clear)?;
+    match length <= MAX_PLAINTEXT && sealed.len() == length + TAG {
+        true => Ok(()),
+        false => Err(FormatError::Malformed("its length is not what its header says; it may be cut off")),
+    }
+}
+
 /// Opens an object of any kind, to see whether it does.
 pub fn check(keys: &TenantKeys, object: &[u8]) -> Result<(), FormatError> {
     open(keys, kind(object)?, object).map(drop)

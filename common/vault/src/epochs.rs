@@ -74,7 +74,7 @@ impl Epochs {
     }
 
     fn add_packs(&mut self, tenant: &Tenant) -> Result<(), VaultError> {
-        let mut files = list_packs(tenant)?;
+        let mut files = list_packs(&*tenant.store, &tenant.name)?;
         files.sort_unstable();
         let mut next = files.iter().skip(1);
         for file in &files {

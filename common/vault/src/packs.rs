@@ -14,8 +14,9 @@ use reseal_format::ids::{BlobId, PackId};
 use reseal_format::index::BlobRef;
 use reseal_format::keys::Kind;
 use reseal_format::layout;
+use reseal_format::names::TenantName;
 use reseal_format::pack::{BlobLengths, PackOpener, TRAILER, Trailer};
-use reseal_store::{Entry, StoreError};
+use reseal_store::{Entry, Store, StoreError};
 
 use crate::cache::{Cache, Weigh};
 use crate::refresh::ROUNDS;
@@ -122,13 +123,13 @@ pub struct PackFile {
 }
 
 /// All packs that a tenant has, of every generation, from a listing.
-pub(crate) fn list_packs(tenant: &Tenant) -> Result<Vec<PackFile>, VaultError> {
-    let folder = layout::packs(&tenant.name);
+pub fn list_packs(store: &dyn Store, tenant: &TenantName) -> Result<Vec<PackFile>, VaultError> {
+    let folder = layout::packs(tenant);
     let mut found = Vec::new();
     let is_shelf = |name: &str| name.len() == 2 && name.bytes().all(|b| b.is_ascii_hexdigit());
-    let shelves = tenant.store.list(&folder)?;
+    let shelves = store.list(&folder)?;
     for shelf in shelves.iter().filter(|entry| entry.is_folder && is_shelf(&entry.name)) {
-        for entry in tenant.store.list(&format!("{folder}{}/", shelf.name))? {
+        for entry in store.list(&format!("{folder}{}/", shelf.name))? {
             let Some((id, generation)) = layout::parse_pack_file(&entry.name) else { continue };
             found.push(PackFile { id, generation, length: entry.length });
         }
@@ -173,7 +174,7 @@ impl Packs {
 
     /// All packs there are, of every generation, from a listing.
     pub fn list(&self) -> Result<Vec<PackFile>, VaultError> {
-        list_packs(&self.tenant)
+        list_packs(&*self.tenant.store, &self.tenant.name)
     }
 
     /// Makes durable that these packs are in the vault: they were found by a listing, and their writers may have died

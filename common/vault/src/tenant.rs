@@ -79,8 +79,8 @@ pub fn create_vault(store: &dyn Store, repo: &str) -> Result<VaultId, VaultError
     }
 }
 
-/// The id of the vault.
-pub(crate) fn vault_id(store: &dyn Store, repo: &str) -> Result<VaultId, VaultError> {
+/// The id of the vault in a store, which is an error where there is none.
+pub fn vault_id(store: &dyn Store, repo: &str) -> Result<VaultId, VaultError> {
     let bytes = match store.get(layout::VAULT_FILE, MAX_VAULT_FILE) {
         Err(StoreError::NotFound(_)) => {
             expect_no_vault(store)?;

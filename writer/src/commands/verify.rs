@@ -1,12 +1,17 @@
 //! `reseal verify`
 
-use std::sync::OnceLock;
+use std::time::Duration;
 
-use reseal_cli::{CommonArgs, Failure, Progress, Status, hold_keys, human_bytes};
+use reseal_cli::{CommonArgs, Failure, Opened, Output, Progress, Status, hold_keys, human_bytes, parse_size};
 use reseal_format::names::VmName;
-use reseal_vault::{Pins, PointSpec, Points};
+use reseal_format::time::Timestamp;
+use reseal_site::certificate::now;
+use reseal_vault::{Pins, PointSpec, Points, random, tenants, vault_id};
+use reseal_writer::scrub::Scrub;
+use reseal_writer::span;
 use reseal_writer::status::Verdicts;
-use reseal_writer::verify::{Verify, What};
+use reseal_writer::throttle::Throttle;
+use reseal_writer::verify::{Part, Report, Verify, What};
 
 use super::cores;
 
@@ -16,44 +21,75 @@ pub(crate) struct Args {
     /// A VM, or VM@latest, VM@NUMBER or VM@TIME; without it, every object of the tenant
     #[arg(value_name = "VM|POINT")]
     what: Option<String>,
+    /// Of packs only so many percent, chosen anew each time; all else is read
+    #[arg(long, value_name = "PERCENT", value_parser = parse_percent)]
+    sample: Option<f64>,
+    /// Of packs only what restore points have added that are no older than this, such as 24h or 7d; all else is read
+    #[arg(long, value_name = "SPAN", value_parser = span::parse, conflicts_with = "sample")]
+    since: Option<Duration>,
+    /// Needs no key and asks no KMS: looks for rot in all objects of all tenants, by the digests that packs have in clear
+    #[arg(long, conflicts_with_all = ["what", "since"])]
+    no_keys: bool,
+    /// Reads at most so many bytes of packs a second, as 50M
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    limit_rate: Option<u64>,
 }
 
-pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
-    let output = common.output();
-    let opened = common.open()?;
-    let what = match &args.what {
-        None => What::Everything,
-        Some(text) => match PointSpec::parse(text) {
-            // A VM's name may look like a point; if there is such a VM, that is what was meant.
-            Ok(spec) if !named_like(&opened.tenant.vms()?, text) => {
-                let point = opened.tenant.resolve(&spec)?;
-                What::Point(spec.vm, point.manifest.number)
+fn parse_percent(text: &str) -> Result<f64, String> {
+    let percent = text.trim_end_matches('%').parse().ok().filter(|percent| *percent > 0.0 && *percent <= 100.0);
+    percent.ok_or_else(|| format!("{text:?} is no percentage: more than 0, and up to 100"))
+}
+
+impl Args {
+    fn part(&self) -> Result<Part, Failure> {
+        Ok(match (self.sample, self.since) {
+            (Some(percent), _) => Part::Sample { percent, seed: u64::from_le_bytes(random()?) },
+            (None, Some(span)) => {
+                let span = i64::try_from(span.as_millis()).unwrap_or(i64::MAX);
+                Part::Since(Timestamp(now().0.saturating_sub(span)))
             }
-            _ => What::Vm(VmName::new(text).map_err(|e| Failure::of(Status::Usage, &e))?),
-        },
-    };
-    let _lease = hold_keys(&opened.tenant, "verify".to_owned(), Pins::All);
-    let progress = OnceLock::new();
-    let start = |total| drop(progress.set(Progress::bytes(output, "verify", total)));
-    let read = |bytes| {
-        if let Some(progress) = progress.get() {
-            Progress::add(progress, bytes);
+            (None, None) => Part::All,
+        })
+    }
+}
+
+pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
+    let output = common.output();
+    let (part, throttle) = (args.part()?, args.limit_rate.map(Throttle::new));
+    let progress = Progress::bytes(output, "verify", 0);
+    let (expect, read) = (|bytes| progress.expect(bytes), |bytes| progress.add(bytes));
+    let report = if args.no_keys {
+        let (store, repo) = common.vault()?;
+        vault_id(&*store, &repo)?;
+        let tenants = tenants(&*store)?;
+        Scrub { store, part, threads: cores(), throttle, expect: &expect, progress: &read }.run(&tenants)
+    } else {
+        let opened = common.open()?;
+        let what = args.what(&opened)?;
+        let _lease = hold_keys(&opened.tenant, "verify".to_owned(), Pins::All);
+        let verify = Verify::new(opened.tenant.clone(), &opened.heads, &opened.paths.state).of_part(part, throttle);
+        let result = verify.run(&what, cores(), expect, &read);
+        if let Ok(report) = &result {
+            let verdicts = Verdicts::of_tenant(&opened.paths.state, &opened.tenant.keys().scope());
+            if let Err(e) = verdicts.note(&what, part, report) {
+                output.warn(format!("`reseal status` will not know of this: {e}"));
+            }
         }
+        result
     };
-    let result =
-        Verify::new(opened.tenant.clone(), &opened.heads, &opened.paths.state).run(&what, cores(), start, &read);
-    if let Some(progress) = progress.into_inner() {
-        progress.finish();
-    }
-    let report = result?;
-    let noted = Verdicts::of_tenant(&opened.paths.state, &opened.tenant.keys().scope()).note(&what, &report);
-    if let Err(e) = noted {
-        output.warn(format!("`reseal status` will not know of this: {e}"));
-    }
-    output.json(&report);
+    progress.finish();
+    told(output, args, &report?)
+}
+
+fn told(output: Output, args: &Args, report: &Report) -> Result<(), Failure> {
+    output.json(report);
     for damage in &report.damaged {
-        let hurts = if damage.hurts.is_empty() { "no restore point".to_owned() } else { damage.hurts.join(", ") };
-        output.complain(format!("DAMAGED  {}\n         {}\n         hurts {hurts}", damage.object, damage.what));
+        let hurts = match (damage.hurts.is_empty(), args.no_keys) {
+            (false, _) => format!("hurts {}", damage.hurts.join(", ")),
+            (true, true) => "which restore points it hurts, `reseal verify` with the keys tells".to_owned(),
+            (true, false) => "hurts no restore point".to_owned(),
+        };
+        output.complain(format!("DAMAGED  {}\n         {}\n         {hurts}", damage.object, damage.what));
     }
     let counted = format!(
         "{} points, {} packs, {} blobs, {} read",
@@ -63,12 +99,30 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
         human_bytes(report.bytes)
     );
     if report.damaged.is_empty() {
-        output.say(format!("all right: {counted}"));
+        let seen = match args.no_keys {
+            true => "no rot found",
+            false => "all right",
+        };
+        output.say(format!("{seen}: {counted}"));
         return Ok(());
     }
     let message =
         format!("{} damaged objects ({counted}); restore them from a copy of the vault", report.damaged.len());
     Err(Failure::new(Status::Damaged, message))
+}
+
+impl Args {
+    fn what(&self, opened: &Opened) -> Result<What, Failure> {
+        let Some(text) = &self.what else { return Ok(What::Everything) };
+        Ok(match PointSpec::parse(text) {
+            // A VM's name may look like a point; if there is such a VM, that is what was meant.
+            Ok(spec) if !named_like(&opened.tenant.vms()?, text) => {
+                let point = opened.tenant.resolve(&spec)?;
+                What::Point(spec.vm, point.manifest.number)
+            }
+            _ => What::Vm(VmName::new(text).map_err(|e| Failure::of(Status::Usage, &e))?),
+        })
+    }
 }
 
 fn named_like(vms: &[VmName], text: &str) -> bool {

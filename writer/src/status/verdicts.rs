@@ -11,7 +11,7 @@ use reseal_vault::heads::tenant_folder;
 use serde::{Deserialize, Serialize};
 
 use super::note;
-use crate::verify::{Report, What};
+use crate::verify::{Part, Report, What};
 use reseal_site::certificate::now;
 
 /// Restore points that are named for one VM.
@@ -61,10 +61,11 @@ impl Verdicts {
         Verdicts { folder: tenant_folder(state, scope).join("verified") }
     }
 
-    /// Notes what a verification found. One point that is whole says nothing about the others, so what was known stays.
-    pub fn note(&self, what: &What, report: &Report) -> io::Result<()> {
+    /// Notes what a verification found. One point, or a part, that is whole says nothing about the others, so what was known stays.
+    pub fn note(&self, what: &What, part: Part, report: &Report) -> io::Result<()> {
         let verdict = Verdict::of(report);
         let name = match what {
+            _ if part != Part::All && verdict.damaged == 0 => return Ok(()),
             What::Everything => WHOLE.to_owned(),
             What::Vm(vm) => name_of(vm),
             What::Point(vm, _) if verdict.damaged > 0 => name_of(vm),
@@ -120,16 +121,16 @@ mod tests {
         };
         let state = |vm: &VmName| verdicts.of_vm(vm, verdicts.whole().as_ref()).map(|verdict| verdict.damaged > 0);
         assert_eq!(state(&web), None);
-        verdicts.note(&What::Everything, &damaged(&["web@3", "web@4", "web@3"])).unwrap();
+        verdicts.note(&What::Everything, Part::All, &damaged(&["web@3", "web@4", "web@3"])).unwrap();
         assert_eq!((state(&web), state(&db)), (Some(true), Some(false)));
         assert_eq!(verdicts.whole().unwrap().hurts[&web], [4, 3]);
-        verdicts.note(&What::Point(web.clone(), 3), &Report::default()).unwrap();
+        verdicts.note(&What::Point(web.clone(), 3), Part::All, &Report::default()).unwrap();
         assert_eq!(state(&web), Some(true), "one point says nothing about the others");
-        verdicts.note(&What::Vm(web.clone()), &Report::default()).unwrap();
-        verdicts.note(&What::Point(db.clone(), 1), &damaged(&["d@b@1"])).unwrap();
+        verdicts.note(&What::Vm(web.clone()), Part::All, &Report::default()).unwrap();
+        verdicts.note(&What::Point(db.clone(), 1), Part::All, &damaged(&["d@b@1"])).unwrap();
         assert_eq!((state(&web), state(&db)), (Some(false), Some(true)));
         std::thread::sleep(std::time::Duration::from_millis(2));
-        verdicts.note(&What::Everything, &Report::default()).unwrap();
+        verdicts.note(&What::Everything, Part::All, &Report::default()).unwrap();
         assert_eq!((state(&web), state(&db)), (Some(false), Some(false)));
     }
 }

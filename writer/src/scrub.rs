@@ -1,0 +1,164 @@
+//! Looks for rot without any key: packs have a digest of their ciphertext in clear, and sealed objects their length.
+//!
+//! It finds what storage does to bytes. What somebody does to them on purpose, only a verification with keys finds.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use reseal_format::FormatError;
+use reseal_format::ids::Digest;
+use reseal_format::layout::{self, parse_note_file, parse_point_file};
+use reseal_format::names::TenantName;
+use reseal_format::pack::{TRAILER, Trailer};
+use reseal_format::seal::{MAX_OBJECT, check_clear};
+use reseal_store::{Store, StoreError};
+use reseal_vault::{PackFile, VaultError, list_packs};
+
+use crate::BackupError;
+use crate::spread::spread;
+use crate::throttle::Throttle;
+use crate::verify::{Damage, Part, Report};
+
+/// Bytes of a pack that are read at once.
+const WINDOW: usize = 4 << 20;
+/// Bytes of a trailer behind its digest's start: digest and end.
+const BEHIND: u64 = 40;
+
+/// What reads a vault's objects without keys.
+pub struct Scrub<'a> {
+    pub store: Arc<dyn Store>,
+    /// Of packs; all else is read whole.
+    pub part: Part,
+    pub threads: usize,
+    pub throttle: Option<Throttle>,
+    /// Told how many bytes there will be more than was known before.
+    pub expect: &'a (dyn Fn(u64) + Sync),
+    /// Told of each that was read.
+    pub progress: &'a (dyn Fn(u64) + Sync),
+}
+
+impl Scrub<'_> {
+    /// Reads what these tenants have.
+    pub fn run(&self, tenants: &[TenantName]) -> Result<Report, BackupError> {
+        let mut report = Report::default();
+        for tenant in tenants {
+            self.objects(tenant, &mut report)?;
+            self.packs(tenant, &mut report)?;
+        }
+        Ok(report)
+    }
+
+    fn objects(&self, tenant: &TenantName, report: &mut Report) -> Result<(), BackupError> {
+        let list = |folder: &str| self.store.list(folder).map_err(VaultError::from);
+        let vms = layout::vms(tenant);
+        for vm in list(&vms)?.into_iter().filter(|entry| entry.is_folder) {
+            let folder = format!("{vms}{}/", vm.name);
+            let notes = format!("{folder}notes/");
+            let points = list(&folder)?.into_iter().filter(|entry| parse_point_file(&entry.name).is_some());
+            let points = points.map(|entry| format!("{folder}{}", entry.name));
+            let noted = list(&notes)?.into_iter().filter(|entry| parse_note_file(&entry.name).is_some());
+            for key in points.chain(noted.map(|entry| format!("{notes}{}", entry.name))) {
+                report.points += u64::from(key.ends_with(".manifest"));
+                let what = match self.store.get(&key, MAX_OBJECT) {
+                    // Forgotten, or pruned, since it was listed.
+                    Err(StoreError::NotFound(_)) => continue,
+                    Ok(object) => check_clear(&object).err().map(|e| e.to_string()),
+                    Err(e) => Some(rot(e)?),
+                };
+                report.damaged.extend(what.map(|what| Damage { object: key, what, hurts: Vec::new() }));
+            }
+        }
+        Ok(())
+    }
+
+    fn packs(&self, tenant: &TenantName, report: &mut Report) -> Result<(), BackupError> {
+        let mut packs = list_packs(&*self.store, tenant)?;
+        self.part.choose(&mut packs, |pack| pack.id);
+        (self.expect)(packs.iter().map(|pack| pack.length).sum());
+        let (blobs, bytes, damaged) = (AtomicU64::new(0), AtomicU64::new(0), Mutex::new(Vec::new()));
+        spread(&packs, self.threads, &AtomicBool::new(false), |pack| {
+            let object = layout::pack(tenant, pack.id, pack.generation);
+            match self.pack(&object, *pack, &bytes) {
+                Ok(count) => _ = blobs.fetch_add(u64::from(count), Ordering::Relaxed),
+                // Pruned, or rewritten, since it was listed.
+                Err(Wrong::Store(StoreError::NotFound(_))) => {}
+                Err(Wrong::Store(e)) => damaged.lock().push(Damage { object, what: rot(e)?, hurts: Vec::new() }),
+                Err(Wrong::Format(e)) => {
+                    damaged.lock().push(Damage { object, what: e.to_string(), hurts: Vec::new() });
+                }
+                Err(Wrong::Digest) => {
+                    let what = "its digest does not match its bytes".to_owned();
+                    damaged.lock().push(Damage { object, what, hurts: Vec::new() });
+                }
+            }
+            (self.progress)(pack.length);
+            Ok(())
+        })?;
+        report.packs += packs.len() as u64;
+        report.blobs += blobs.into_inner();
+        report.bytes += bytes.into_inner();
+        let mut damaged = damaged.into_inner();
+        damaged.sort_by(|a, b| a.object.cmp(&b.object));
+        report.damaged.append(&mut damaged);
+        Ok(())
+    }
+
+    /// Reads a pack and compares its digest; how many blobs it has.
+    fn pack(&self, key: &str, pack: PackFile, bytes: &AtomicU64) -> Result<u32, Wrong> {
+        let (tail, length) = self.store.read_tail(key, TRAILER)?;
+        let cut = FormatError::Malformed("shorter than a trailer; it is cut off");
+        let trailer = Trailer::decode(tail.last_chunk::<TRAILER>().ok_or(cut)?, length)?;
+        if (trailer.id, trailer.generation) != (pack.id, pack.generation) {
+            return Err(FormatError::Mismatch("its trailer names another pack").into());
+        }
+        let mut hasher = blake3::Hasher::new();
+        let mut window = vec![0; WINDOW];
+        let (mut at, end) = (0, length - BEHIND);
+        while at < end {
+            let part = usize::try_from(end - at).map_or(WINDOW, |left| left.min(WINDOW));
+            if let Some(throttle) = &self.throttle {
+                throttle.take(part as u64, &AtomicBool::new(false));
+            }
+            self.store.read_at(key, at, &mut window[..part])?;
+            hasher.update(&window[..part]);
+            at += part as u64;
+        }
+        bytes.fetch_add(length, Ordering::Relaxed);
+        match Digest::from_bytes(*hasher.finalize().as_bytes()) == trailer.digest {
+            true => Ok(trailer.count),
+            false => Err(Wrong::Digest),
+        }
+    }
+}
+
+/// What is wrong with a pack.
+enum Wrong {
+    Store(StoreError),
+    Format(FormatError),
+    Digest,
+}
+
+impl From<StoreError> for Wrong {
+    fn from(error: StoreError) -> Wrong {
+        Wrong::Store(error)
+    }
+}
+
+impl From<FormatError> for Wrong {
+    fn from(error: FormatError) -> Wrong {
+        Wrong::Format(error)
+    }
+}
+
+/// What is wrong with an object that can't be read; a store that can't be reached says nothing about it.
+fn rot(error: StoreError) -> Result<String, VaultError> {
+    let error = VaultError::from(error);
+    match &error {
+        VaultError::Store(StoreError::Io { source, .. }) if source.raw_os_error() == Some(libc::EIO) => {
+            Ok(format!("can't be read: {source}"))
+        }
+        _ if error.damaged_object().is_some() => Ok(error.to_string()),
+        _ => Err(error),
+    }
+}
