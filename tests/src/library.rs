@@ -65,6 +65,7 @@ pub fn backup(tenant: &Arc<Tenant>, heads: &Heads, name: &str, disk: &Path) -> R
             tracking: None,
         }]),
         definition: None,
+        copy_of: None,
         encoding: Encoding::DEFAULT,
         throttle: None,
         expect: &|_| (),

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use reseal_format::ids::Digest;
+use reseal_format::ids::{Digest, PointId};
 use reseal_format::manifest::{Definition, Disk, MAX_TEXT, Manifest, Tracking};
 use reseal_format::names::{DiskName, VmName};
+use reseal_format::time::Timestamp;
 use reseal_vault::heads::Heads;
 use reseal_vault::{Tenant, VaultError, random};
 
@@ -82,6 +83,8 @@ pub struct Backup<'a> {
     pub vm: VmName,
     pub disks: Disks,
     pub definition: Option<Definition>,
+    /// The restore point that it is to be a copy of.
+    pub copy_of: Option<CopyOf>,
     pub encoding: Encoding,
     pub workers: usize,
     pub throttle: Option<Throttle>,
@@ -91,6 +94,14 @@ pub struct Backup<'a> {
     pub expect: &'a dyn Fn(u64),
     /// Told what the administrator should know, but which is no part of the restore point.
     pub say: &'a dyn Fn(&str),
+}
+
+/// What a copy has of the restore point that it is of.
+#[derive(Debug, Clone)]
+pub struct CopyOf {
+    pub point: PointId,
+    pub created: Timestamp,
+    pub warnings: Vec<String>,
 }
 
 /// The vault that a backup goes to, where its keys are in this process.
@@ -117,6 +128,9 @@ impl Backup<'_> {
         let what = format!("backup of {}", self.vm);
         let began = Instant::now();
         let mut draft = Draft::new(to.tenant, to.heads.clone(), &to.state, self.vm.clone(), what)?;
+        if let Some(of) = self.copy_of.take() {
+            draft.copy(of)?;
+        }
         self.make(&mut draft, began)?;
         let Some(Made { manifest, digest, not_remembered }) = draft.into_made() else {
             return Err(BackupError::Thread);

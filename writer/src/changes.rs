@@ -56,6 +56,17 @@ struct Area {
 }
 
 impl Changes {
+    /// Those of a disk of that length, ascending and disjoint, that somebody has found.
+    pub fn of_areas(length: u64, areas: Vec<Range<u64>>) -> Changes {
+        let windows = Some(0..length).filter(|whole| !whole.is_empty()).into_iter().collect();
+        Changes { since: None, now: None, windows, areas }
+    }
+
+    /// Bytes that they have.
+    pub fn bytes(&self) -> u64 {
+        self.areas.iter().map(|area| area.end - area.start).sum()
+    }
+
     /// Reads and checks such a file.
     pub fn read(path: &Path) -> Result<Changes, BackupError> {
         let wrong = |what: String| BackupError::Usage(format!("--changes {}: {what}", path.display()));

@@ -22,6 +22,7 @@ use reseal_vault::{Holder, PackFile, Packs, Points, Quota, Tenant, Tree, VaultEr
 
 use crate::BackupError;
 use crate::assemble::{Assembler, Counted};
+use crate::backup::CopyOf;
 use crate::finisher::Finisher;
 use crate::index_writer::IndexWriter;
 use crate::judge::Judge;
@@ -100,6 +101,8 @@ pub(crate) struct Draft {
     warnings: Vec<String>,
     current: Option<Current>,
     disks: Vec<Disk>,
+    /// The time of the point, where it is a copy.
+    created: Option<Timestamp>,
     /// When all was durable: the time of the point, and the bytes that were stored.
     closed: Option<(Timestamp, u64)>,
     made: Option<Made>,
@@ -175,9 +178,22 @@ impl Draft {
             warnings: Vec::from_iter(no_lookup),
             current: None,
             disks: Vec::new(),
+            created: None,
             closed: None,
             made: None,
         })
+    }
+
+    /// Becomes a copy of that restore point: with its id and its time, which has to be later than that of the newest.
+    pub(crate) fn copy(&mut self, of: CopyOf) -> Result<(), BackupError> {
+        if let Some(newest) = self.position.newest.as_ref().filter(|newest| newest.created >= of.created) {
+            let newest = format!("{}@{} of {}", self.vm, newest.number, newest.created);
+            return Err(BackupError::Usage(format!("what is to be copied is of {}, not after {newest}", of.created)));
+        }
+        self.point = of.point;
+        self.created = Some(of.created);
+        self.warnings.extend(of.warnings);
+        Ok(())
     }
 
     /// Takes the place of a draft of that id, which another connection began.
@@ -313,6 +329,10 @@ impl Target for Draft {
 
     fn close(&mut self) -> Result<(), BackupError> {
         self.assembler.close()?;
+        if let Some(created) = self.created {
+            self.closed = Some((created, self.finisher.wait()?));
+            return Ok(());
+        }
         let clock = now()?;
         let created = clock.max(Timestamp(self.position.not_before.0 + 1));
         if created.0 - clock.0 > MAX_AHEAD_MS {

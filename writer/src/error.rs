@@ -3,6 +3,7 @@
 use std::io;
 
 use reseal_cli::{Failure, Status};
+use reseal_format::names::VmName;
 use reseal_vault::VaultError;
 
 use crate::guardian::GuardianError;
@@ -28,6 +29,14 @@ pub enum BackupError {
          another VM name until then"
     )]
     Newest { source: VaultError },
+    /// What is read is a restore point.
+    #[error("the restore point that is copied: {source}")]
+    Copied { source: VaultError },
+    #[error(
+        "{vm}@{number} in the other vault is no copy of a restore point of {vm} here: copy to another tenant (--to-tenant), where \
+         nobody else makes restore points of it"
+    )]
+    NoCopy { vm: VmName, number: u32 },
     #[error("{0}")]
     Usage(String),
     #[error("a thread of the pipeline ended unexpectedly")]
@@ -57,7 +66,9 @@ impl BackupError {
     /// Exit status of a command that ends with it.
     pub fn status(&self) -> Status {
         match self {
-            BackupError::Vault(source) | BackupError::Newest { source } => source.class().into(),
+            BackupError::Vault(source) | BackupError::Newest { source } | BackupError::Copied { source } => {
+                source.class().into()
+            }
             BackupError::Source { source, .. } if source.kind() == io::ErrorKind::NotFound => Status::Failed,
             BackupError::Remote(e) => e.status(),
             BackupError::Nbd(e) => e.status(),
@@ -69,6 +80,7 @@ impl BackupError {
             BackupError::Guardian(_)
             | BackupError::TooLarge { .. }
             | BackupError::Thread
+            | BackupError::NoCopy { .. }
             | BackupError::Distrusted { .. } => Status::Failed,
         }
     }
@@ -79,7 +91,7 @@ impl From<BackupError> for Failure {
         match error {
             BackupError::Vault(error) => error.into(),
             // It says itself what its source says.
-            BackupError::Newest { .. } => Failure::new(error.status(), error.to_string()),
+            BackupError::Newest { .. } | BackupError::Copied { .. } => Failure::new(error.status(), error.to_string()),
             error => Failure::of(error.status(), &error),
         }
     }

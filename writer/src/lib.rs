@@ -14,6 +14,7 @@
 mod assemble;
 pub mod backup;
 pub mod changes;
+pub mod copy;
 mod draft;
 mod error;
 mod finisher;

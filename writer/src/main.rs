@@ -8,7 +8,8 @@ use clap::{Parser, Subcommand};
 use reseal_cli::{CommonArgs, Detach, Failure, Side, finish, harden};
 
 use commands::{
-    backup, delegate, forget, hold, init, key, list, prune, rekey, run as jobs, serve, show, status, tenant, verify,
+    backup, copy, delegate, forget, hold, init, key, list, prune, rekey, run as jobs, serve, show, status, tenant,
+    verify,
 };
 
 /// Backs up virtual machines so that whoever holds the backup can't read it without its keys
@@ -44,6 +45,8 @@ enum Command {
     Hold(hold::Args),
     /// Gives back the space of what no restore point needs any more
     Prune(prune::Args),
+    /// Copies restore points to another vault, sealed under its own keys: what is missing there
+    Copy(copy::Args),
     /// The recovery kit: written, printed, and used where a keyring or a KMS is lost
     Key(key::Args),
     /// The customers of a vault, each with a key of its own: add, list, show, set, remove, erase; and the
@@ -92,6 +95,7 @@ fn run(cli: Cli, detach: Option<Detach>) -> Result<(), Failure> {
         Command::Forget(args) => forget::run(common, &args),
         Command::Hold(args) => hold::run(common, &args),
         Command::Prune(args) => prune::run(common, &args),
+        Command::Copy(args) => copy::run(common, &args),
         Command::Guardian => reseal_writer::guardian::run(),
         Command::Key(args) => key::run(common, args),
         Command::Tenant(args) => tenant::run(common, args),

@@ -16,7 +16,7 @@ use reseal_format::geometry::CLUSTER_U64;
 use crate::BackupError;
 use crate::assemble::InOrder;
 use crate::plan::{Plan, Sample, Task, Unit};
-use crate::source::{Extents, Marked, Source};
+use crate::source::{Extents, Marked, Source, Still, StillExtents};
 use crate::throttle::Throttle;
 use crate::worker::{Buffer, Done, Encoding, Inbox, Right, Worker};
 use reseal_nbd::{Read, Request};
@@ -98,7 +98,8 @@ impl Job<'_> {
                 Box::new(nbd.extents(requests.clone(), serving))
             }
             (Source::Nbd(_), Outbox::Workers(_)) => unreachable!("an export is read by its connections"),
-            (Source::File(file), _) => Box::new(file.extents()),
+            (Source::File(file), _) => Box::new(StillExtents(file)),
+            (Source::Point(point), _) => Box::new(StillExtents(&**point)),
         };
         match self.told {
             // Whatever a bitmap of the export says: nobody believes it.
@@ -188,16 +189,22 @@ impl Job<'_> {
             };
             let (ticket, tickets) = bounded(in_flight);
             let (result, results) = bounded(in_flight);
-            let outbox = match self.source {
-                Source::File(file) => {
+            let still: Option<&dyn Still> = match self.source {
+                Source::File(file) => Some(file),
+                Source::Point(point) => Some(&**point),
+                Source::Nbd(_) => None,
+            };
+            let outbox = match (self.source, still) {
+                (_, Some(still)) => {
                     let (unit, units) = bounded(in_flight);
                     for right in rights {
-                        let (inbox, result) = (Inbox::File(units.clone(), file), result.clone());
+                        let (inbox, result) = (Inbox::Still(units.clone(), still), result.clone());
                         scope.spawn(move || self.work(inbox, right, &result));
                     }
                     Outbox::Workers(unit)
                 }
-                Source::Nbd(nbd) => {
+                (Source::File(_) | Source::Point(_), None) => unreachable!("they lie still"),
+                (Source::Nbd(nbd), None) => {
                     let (requests, requested) = bounded(in_flight);
                     let (filled, to_do) = bounded(in_flight);
                     let (empty, pool) = bounded(in_flight + rights.len());
@@ -239,7 +246,7 @@ impl Job<'_> {
                 };
                 let unit = done.unit;
                 (self.progress)(match self.source {
-                    Source::File(_) => done.read,
+                    Source::File(_) | Source::Point(_) => done.read,
                     // How much of an export will be read is not known before: what counts is how far on the disk it is.
                     Source::Nbd(_) => {
                         let end = ((unit.first + unit.count) * CLUSTER_U64).min(length);

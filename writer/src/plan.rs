@@ -141,7 +141,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::*;
-    use crate::source::{Extent, FileSource, Marked};
+    use crate::source::{Extent, FileSource, Marked, Still, StillExtents};
 
     fn units<E: Extents>(mut plan: Plan<E>) -> Vec<Unit> {
         std::iter::from_fn(|| plan.next_unit().unwrap()).collect()
@@ -158,7 +158,7 @@ mod tests {
             file.write_all_at(&[1; 4096], at).unwrap();
         }
         let source = FileSource::open(&path).unwrap();
-        let units = units(Plan::new(source.extents(), source.length(), false, None));
+        let units = units(Plan::new(StillExtents(&source), source.length(), false, None));
         for (nth, unit) in units.iter().enumerate() {
             assert!(unit.count >= 1 && unit.first / UNIT == (unit.first + unit.count - 1) / UNIT);
             assert_eq!((unit.sequence, unit.task), (nth as u64, Task::Read));

@@ -14,7 +14,7 @@ use crate::BackupError;
 use crate::judge::{ClusterHash, Judge, Verdict};
 use crate::plan::{Task, Unit};
 use crate::remote::{Answered, Asker, Next, Offered};
-use crate::source::FileSource;
+use crate::source::Still;
 use reseal_nbd::{NbdError, Read};
 
 /// Bytes of a disk on their way.
@@ -73,8 +73,8 @@ pub(crate) struct Done {
 
 /// Where a worker gets units from.
 pub(crate) enum Inbox<'a> {
-    /// Units to read from a file.
-    File(Receiver<Unit>, &'a FileSource),
+    /// Units to read from where the disk lies.
+    Still(Receiver<Unit>, &'a dyn Still),
     /// Units that were read from an NBD export, and where their buffers go back to.
     Nbd(Receiver<Result<Read<Unit>, NbdError>>, Sender<Buffer>),
 }
@@ -115,7 +115,7 @@ impl<'a> Worker<'a> {
     /// An answer, or a unit and how much of it was read: it is in the buffer, which is empty if it is known to be a hole.
     fn next(&mut self) -> Option<Result<Next<(Unit, u64)>, BackupError>> {
         let unit = match &self.inbox {
-            Inbox::File(units, _) => match self.right.next(units)? {
+            Inbox::Still(units, _) => match self.right.next(units)? {
                 Next::Unit(unit) => self.read(unit).map(|read| (unit, read)),
                 Next::Answered(answered) => return Some(Ok(Next::Answered(answered))),
             },
@@ -135,17 +135,17 @@ impl<'a> Worker<'a> {
         Some(unit.map(Next::Unit))
     }
 
-    /// Reads a unit of a file.
+    /// Reads a unit from where the disk lies.
     fn read(&mut self, unit: Unit) -> Result<u64, BackupError> {
-        let Inbox::File(_, file) = &self.inbox else { return Err(BackupError::Thread) };
-        let (at, length) = (unit.first * CLUSTER_U64, unit.length(file.length()));
+        let Inbox::Still(_, disk) = &self.inbox else { return Err(BackupError::Thread) };
+        let (at, length) = (unit.first * CLUSTER_U64, unit.length(disk.length()));
         // Zeros need not be read to be checked.
-        let is_hole = unit.task == Task::Check && file.is_hole(at, length)?;
+        let is_hole = unit.task == Task::Check && disk.is_hole(at, length)?;
         if let Right::There(asker) = &self.right {
             self.buffer = asker.buffer();
         }
         self.buffer.resize(if is_hole { 0 } else { length }, 0);
-        file.read_at(at, &mut self.buffer)?;
+        disk.read_at(at, &mut self.buffer)?;
         Ok(length as u64)
     }
 
@@ -192,7 +192,7 @@ impl<'a> Worker<'a> {
         asker.send(&offered, needed, |nth, out| encoder.encode(cluster(&offered.buffer, nth), out))?;
         let Offered { unit, read, buffer, .. } = offered;
         match &self.inbox {
-            Inbox::File(..) => asker.give_back(buffer),
+            Inbox::Still(..) => asker.give_back(buffer),
             Inbox::Nbd(_, pool) => drop(pool.send(buffer)),
         }
         Ok(Done { unit, read, clusters: Vec::new() })

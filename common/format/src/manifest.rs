@@ -98,6 +98,8 @@ pub mod method {
     pub const USER_BITMAP: &str = "user-bitmap";
     /// What was written over a restore point that was made writable: its name says over which.
     pub const OVERLAY: &str = "overlay";
+    /// The restore point that this one is a copy of, compared with the one that its parent is a copy of: its name is that one's id.
+    pub const COPY: &str = "copy";
 }
 
 /// What was taken as changed, so that the rest needed no reading.

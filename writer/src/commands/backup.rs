@@ -112,6 +112,7 @@ fn back_up(
         vm,
         disks,
         definition,
+        copy_of: None,
         encoding,
         workers: cores(),
         throttle: args.limit_rate.map(Throttle::new),

@@ -2,6 +2,7 @@
 
 pub(crate) mod backup;
 mod clients;
+pub(crate) mod copy;
 pub(crate) mod delegate;
 pub(crate) mod forget;
 mod forgetting;

@@ -8,7 +8,7 @@ use std::path::Path;
 use reseal_format::geometry::MAX_DISK;
 use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 
-use super::{Extent, Extents};
+use super::Still;
 use crate::BackupError;
 
 /// A disk that lies still.
@@ -87,11 +87,6 @@ impl FileSource {
         &self.path
     }
 
-    /// Bytes of the disk.
-    pub fn length(&self) -> u64 {
-        self.length
-    }
-
     /// About how many bytes will be read: what is allocated.
     pub fn expected(&self) -> u64 {
         match (&self.before, self.file.metadata()) {
@@ -100,8 +95,32 @@ impl FileSource {
         }
     }
 
-    /// Fills `buf` from `offset` on, which must not be past the end.
-    pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BackupError> {
+    /// An error if the file is shorter than when it was opened: what is gone must not count as a hole.
+    fn whole(&self) -> Result<(), BackupError> {
+        let end = match self.file.metadata() {
+            Ok(data) if data.is_file() => data.len(),
+            _ => return Ok(()),
+        };
+        match end < self.length {
+            true => Err(BackupError::Shrank { path: self.path.clone(), end, length: self.length }),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether somebody has written to it since it was opened.
+    pub fn changed(&self) -> Result<bool, BackupError> {
+        let data = self.file.metadata();
+        let data = data.map_err(|source| BackupError::Source { path: self.path.clone(), action: "look at", source })?;
+        Ok(Version::of(&data) != self.before)
+    }
+}
+
+impl Still for FileSource {
+    fn length(&self) -> u64 {
+        self.length
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BackupError> {
         let mut done = 0;
         while done < buf.len() {
             let at = offset + done as u64;
@@ -121,8 +140,7 @@ impl FileSource {
         Ok(())
     }
 
-    /// The next extent of data from `offset` on; `None` if only a hole follows.
-    pub fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>, BackupError> {
+    fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>, BackupError> {
         if offset >= self.length {
             return Ok(None);
         }
@@ -140,47 +158,6 @@ impl FileSource {
         };
         let end = seek(&self.file, SeekFrom::Hole(start)).map_err(failed)?;
         Ok((start < self.length).then(|| (start, end.min(self.length))))
-    }
-
-    /// Whether nothing is allocated for so many bytes, which are not past the end.
-    pub(crate) fn is_hole(&self, offset: u64, length: usize) -> Result<bool, BackupError> {
-        let end = offset + length as u64;
-        Ok(self.next_data(offset)?.is_none_or(|(start, _)| start >= end))
-    }
-
-    /// An error if the file is shorter than when it was opened: what is gone must not count as a hole.
-    fn whole(&self) -> Result<(), BackupError> {
-        let end = match self.file.metadata() {
-            Ok(data) if data.is_file() => data.len(),
-            _ => return Ok(()),
-        };
-        match end < self.length {
-            true => Err(BackupError::Shrank { path: self.path.clone(), end, length: self.length }),
-            false => Ok(()),
-        }
-    }
-
-    /// Its extents. Nobody says what changed, so all counts as changed.
-    pub(crate) fn extents(&self) -> FileExtents<'_> {
-        FileExtents(self)
-    }
-
-    /// Whether somebody has written to it since it was opened.
-    pub fn changed(&self) -> Result<bool, BackupError> {
-        let data = self.file.metadata();
-        let data = data.map_err(|source| BackupError::Source { path: self.path.clone(), action: "look at", source })?;
-        Ok(Version::of(&data) != self.before)
-    }
-}
-
-/// The extents of a file or block device.
-pub(crate) struct FileExtents<'a>(&'a FileSource);
-
-impl Extents for FileExtents<'_> {
-    fn next(&mut self, from: u64) -> Result<Extent, BackupError> {
-        let (start, end) = self.0.next_data(from)?.unwrap_or((self.0.length, self.0.length));
-        let (length, zero) = if start > from { (start - from, true) } else { (end - from, false) };
-        Ok(Extent { length, zero, dirty: true })
     }
 }
 

@@ -3,12 +3,14 @@
 mod extents;
 mod file;
 mod nbd;
+mod point;
 
 use std::path::Path;
 
 pub(crate) use extents::{Class, Extent, Extents, Marked, Run, Runs};
 pub use file::FileSource;
 pub use nbd::NbdSource;
+pub use point::PointSource;
 
 use reseal_nbd::server::SinceDisk;
 
@@ -20,6 +22,38 @@ pub enum Source {
     File(FileSource),
     /// An NBD export.
     Nbd(Box<NbdSource>),
+    /// A disk of a restore point of another vault.
+    Point(Box<PointSource>),
+}
+
+/// A disk that workers read where it lies.
+pub(crate) trait Still: Sync {
+    /// Bytes of the disk.
+    fn length(&self) -> u64;
+
+    /// Fills `buf` from `offset` on, which must not be past the end.
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BackupError>;
+
+    /// The next extent of data from `offset` on; `None` if only a hole follows.
+    fn next_data(&self, offset: u64) -> Result<Option<(u64, u64)>, BackupError>;
+
+    /// Whether nothing is there for so many bytes, which are not past the end.
+    fn is_hole(&self, offset: u64, length: usize) -> Result<bool, BackupError> {
+        let end = offset + length as u64;
+        Ok(self.next_data(offset)?.is_none_or(|(start, _)| start >= end))
+    }
+}
+
+/// The extents of such a disk. It does not say what changed, so all counts as changed.
+pub(crate) struct StillExtents<'a>(pub &'a dyn Still);
+
+impl Extents for StillExtents<'_> {
+    fn next(&mut self, from: u64) -> Result<Extent, BackupError> {
+        let end = self.0.length();
+        let (start, end) = self.0.next_data(from)?.unwrap_or((end, end));
+        let (length, zero) = if start > from { (start - from, true) } else { (end - from, false) };
+        Ok(Extent { length, zero, dirty: true })
+    }
 }
 
 impl Source {
@@ -33,6 +67,7 @@ impl Source {
         match self {
             Source::File(file) => file.path(),
             Source::Nbd(nbd) => nbd.name(),
+            Source::Point(point) => point.name(),
         }
     }
 
@@ -41,6 +76,7 @@ impl Source {
         match self {
             Source::File(file) => file.length(),
             Source::Nbd(nbd) => nbd.export().length(),
+            Source::Point(point) => point.length(),
         }
     }
 
@@ -49,13 +85,14 @@ impl Source {
         match self {
             Source::File(file) => file.expected(),
             Source::Nbd(nbd) => nbd.export().length(),
+            Source::Point(point) => point.used(),
         }
     }
 
     /// Since which disk of a restore point it tells what changed, if it says so itself.
     pub fn changed_since(&self) -> Option<SinceDisk> {
         match self {
-            Source::File(_) => None,
+            Source::File(_) | Source::Point(_) => None,
             Source::Nbd(nbd) => nbd.export().changed_since().and_then(SinceDisk::parse),
         }
     }
@@ -67,6 +104,7 @@ impl Source {
             Source::File(file) => file.changed()?.then(|| {
                 format!("{name} was written to while it was read, so the disk may hold parts of different moments")
             }),
+            Source::Point(_) => None,
             Source::Nbd(nbd) => Some(nbd.export().reconnected()).filter(|&times| times > 0).map(|times| {
                 format!("the connection to {name} was lost and made again {times} times while it was read")
             }),
