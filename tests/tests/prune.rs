@@ -10,12 +10,14 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use reseal_format::layout::parse_pack_file;
+use reseal_format::verdict_note::{BootVerdict, Expectation};
 use reseal_store::Local;
 use reseal_tests::faults::{Fault, Operation, Plan, Watched};
 use reseal_tests::library::{LibraryDisk, vm};
 use reseal_tests::mounting::Mounted;
 use reseal_tests::process::{Run, Running, signal};
 use reseal_tests::random::{Random, seeds};
+use reseal_tests::remote::Sites;
 use reseal_tests::site::{Site, copy_folder};
 use reseal_vault::{Holder, Pins, State, Tenant, VaultError};
 use reseal_writer::BackupError;
@@ -347,7 +349,7 @@ fn nothing_goes_while_something_is_damaged() {
         let run = life.site.reseal(["prune"]).expect(&[0, 3]);
         // What only the forgotten one needed need not be whole.
         if run.status == Some(3) {
-            run.fails(3, &["stays", "reseal verify"]);
+            run.fails(3, &["nothing was removed", "--despite-damage", "reseal verify"]);
             assert_eq!(life.site.contents(), before);
             stopped += 1;
         }
@@ -360,6 +362,36 @@ fn nothing_goes_while_something_is_damaged() {
     life.site.reseal(["prune"]).fails(3, &["00000002.forgotten", "reseal verify"]);
     assert_eq!(life.site.contents(), before);
     fs::remove_file(made_up).unwrap();
+    // A manifest that is gone may be put back.
+    let path = life.site.vault.join(&manifest);
+    let whole = fs::read(&path).unwrap();
+    fs::remove_file(&path).unwrap();
+    let before = life.site.contents();
+    for words in [&["prune"][..], &["prune", "--dry-run"]] {
+        life.site.reseal(words).fails(3, &["00000002.manifest is missing", "nothing was removed"]);
+        assert_eq!(life.site.contents(), before);
+    }
+    fs::write(&path, &whole).unwrap();
+    // A pack that is gone, or can't be opened, is in nobody's way.
+    let data = life.site.packs(1).into_iter().max().unwrap();
+    let pack = life.site.vault.join(&data);
+    let bytes = fs::read(&pack).unwrap();
+    fs::write(&pack, &bytes[..bytes.len() - 1]).unwrap();
+    let run = life.site.reseal(["prune", "--json"]).expect(&[0, 3]);
+    fs::write(&pack, &bytes).unwrap();
+    if run.status == Some(3) {
+        assert!(run.json()["bad_packs"][&data].is_string(), "{run:?}");
+        run.fails(3, &["all else was pruned"]);
+    }
+    life.check();
+    // Given up, on request only.
+    fs::remove_file(&path).unwrap();
+    let freed = life.site.reseal(["prune", "--json", "--despite-damage"]).ok();
+    assert!(freed.json()["freed"].as_u64().unwrap() > MIB as u64 && freed.stderr.contains("is missing"), "{freed:?}");
+    fs::write(&path, whole).unwrap();
+    assert!(life.site.reseal(["verify", "--json"]).expect(&[3]).json()["damaged"] != json!([]));
+    life.site.reseal(["forget", "web@2"]).ok();
+    life.points.retain(|(_, number, _)| *number != 2);
     life.prune(&[]);
     life.check();
     life.nothing_stays();
@@ -405,8 +437,16 @@ fn a_list_that_is_damaged_costs_space_and_nothing_else() {
 }
 
 fn prune_in(tenant: &Arc<Tenant>, grace: Duration) -> Result<Pruned, BackupError> {
-    let prune =
-        Prune { tenant: tenant.clone(), grace, percent: 25, most_read: None, workers: 1, throttle: None, say: &|_| {} };
+    let prune = Prune {
+        tenant: tenant.clone(),
+        grace,
+        percent: 25,
+        most_read: None,
+        despite_damage: false,
+        workers: 1,
+        throttle: None,
+        say: &|_| {},
+    };
     let _alone = tenant.rekey_lease(&Holder::this_process("prune".to_owned()))?;
     prune.run()
 }
@@ -571,6 +611,42 @@ fn nothing_goes_while_somebody_is_at_work_who_can_not_be_fenced() {
     life.check();
 }
 
+/// What was noted about a point that is forgotten goes with it; what serves the VM's others stays.
+#[test]
+fn notes_of_forgotten_points_go() {
+    let mut life = Life::new();
+    for seed in 0..3 {
+        life.backup("web", &content(seed, 1));
+    }
+    let tenant = life.site.tenant();
+    let notes = || {
+        let keys = life.site.objects();
+        keys.into_iter().filter(|key| key.ends_with(".note")).collect::<Vec<_>>()
+    };
+    for number in 1..=3 {
+        let point = tenant.point(&vm("web"), number).unwrap().manifest;
+        let verdict = BootVerdict {
+            passed: true,
+            expected: Expectation::Console("login:".into()),
+            took_ms: 31_000,
+            reason: None,
+            program: "reseal".into(),
+        };
+        tenant.note_boot(&point, &verdict).unwrap();
+        tenant.put_note(&point, "overlay", json!({})).unwrap();
+    }
+    life.site.reseal(["hold", "web@1"]).ok();
+    life.site.reseal(["hold", "web@1", "--release"]).ok();
+    assert_eq!(notes().len(), 8);
+    life.site.reseal(["forget", "web@1", "web@2"]).ok();
+    life.site.reseal(["prune", "--dry-run"]).ok();
+    assert_eq!(notes().len(), 8);
+    life.prune(&[]);
+    assert_eq!(notes().len(), 4, "keys of overlays, and the verdict on web@3: {:?}", notes());
+    assert!(life.site.reseal(["list"]).ok().stdout.contains("passed"));
+    life.site.verify();
+}
+
 /// One at a time rewrites packs.
 #[test]
 fn a_prune_and_a_change_of_keys_keep_out_of_each_others_way() {
@@ -616,4 +692,32 @@ fn what_is_made_and_forgotten_while_a_prune_looks_stops_it() {
     assert!(before.is_subset(&life.packs()));
     life.prune(&["--min-unused", "25"]);
     life.check();
+}
+
+/// A site that sends for too long is told, and what it has sent by then is pruned and not taken for there.
+#[test]
+fn a_site_that_sends_across_a_whole_prune_is_told_and_sends_again() {
+    let sites = Sites::new();
+    let (old, disk) = (sites.source.disk("old"), sites.source.disk("disk"));
+    fs::write(&old, content(1, 1)).unwrap();
+    fs::write(&disk, content(2, 5)).unwrap();
+    sites.source.reseal(sites.words(sites.port, "old", &[old.to_str().unwrap()])).ok();
+    sites.target.reseal(["forget", "old@1"]).ok();
+    let words = [&sites.words(sites.port, "new", &[disk.to_str().unwrap()])[..], &["--limit-rate".into(), "1M".into()]]
+        .concat();
+    let sending = sites.source.start(&words);
+    sleep(Duration::from_millis(1200));
+    let pruned = sites.target.reseal(["prune", "--json", "--grace", "1s"]).ok().json();
+    // The server has its tenants' keys all the time, which keeps nobody from pruning.
+    assert_eq!(pruned["fenced"], json!(["new@1"]), "{pruned}");
+    assert!(pruned["freed"].as_u64().unwrap() > MIB as u64, "{pruned}");
+    sending.wait().fails(1, &["the site gave it up", "run it again"]);
+    sites.target.verify();
+    sites.target.reseal(["prune"]).ok();
+    let sent = sites.source.reseal(sites.words(sites.port, "new", &[disk.to_str().unwrap()])).ok().json();
+    assert_eq!(sent["number"], 2);
+    assert_eq!(sites.target.verify()["points"], 1);
+    let restored = sites.target.path("restored");
+    sites.target.restore("new@2", "disk-0", &restored).ok();
+    assert!(fs::read(restored).unwrap() == content(2, 5));
 }

@@ -11,6 +11,9 @@
 //! Architecture invariant: nothing but the manifest is deleted here. What it led to is freed by who knows that nothing else leads there;
 //! and as long as a manifest is there, with a tombstone or without, what it leads to must stay.
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use reseal_format::FormatError;
 use reseal_format::dated_note::DatedKind;
 use reseal_format::hold_note::Hold;
@@ -32,6 +35,10 @@ pub struct HeldPoint {
     pub since: Timestamp,
     pub reason: Option<String>,
 }
+
+/// How long another process that forgets is waited for: each point takes it some milliseconds.
+const PATIENCE: Duration = Duration::from_secs(5);
+const NAP: Duration = Duration::from_millis(50);
 
 /// What is left of a restore point that has a tombstone.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,10 +83,16 @@ impl Tenant {
         }
     }
 
-    /// Begins to forget restore points: one process at a time does.
+    /// Begins to forget restore points: one process at a time does. Another one that does is waited for a while.
     pub fn forgetting(&self) -> Result<Forgetting<'_>, VaultError> {
         let holder = Holder::this_process("forgetting restore points".to_owned());
-        let alone = self.forget_lease(&holder)?;
+        let began = Instant::now();
+        let alone = loop {
+            match self.forget_lease(&holder) {
+                Err(VaultError::Busy { .. }) if began.elapsed() < PATIENCE => thread::sleep(NAP),
+                other => break other?,
+            }
+        };
         // As for a note: see `put_note`.
         let sealing = self.lease(&holder)?;
         self.refresh()?;

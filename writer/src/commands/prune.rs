@@ -32,6 +32,10 @@ pub(crate) struct Args {
     /// [default: a 32nd part of what is stored, and at least 64M]
     #[arg(long, value_name = "SIZE|all", value_parser = parse_most)]
     max_rewrite: Option<u64>,
+    /// Goes on although manifests or index nodes are missing or can't be opened: what only they need is removed, so that they can't be
+    /// put back from a copy
+    #[arg(long)]
+    despite_damage: bool,
     /// Reads at most so many bytes a second of packs that are rewritten, as 50M
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     limit_rate: Option<u64>,
@@ -53,6 +57,7 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
         most_read: args.max_rewrite,
         workers: cores(),
         throttle: args.limit_rate.map(Throttle::new),
+        despite_damage: args.despite_damage,
         say: &|text| output.warn(text),
     };
     for vm in opened.heads.known_vms()? {
@@ -74,7 +79,7 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
         }
     };
     told(output, &pruned, &forgotten, began.elapsed());
-    end(&pruned)?;
+    end(output, args, &pruned)?;
     failed.map_or(Ok(()), Err)
 }
 
@@ -129,18 +134,29 @@ fn told(output: Output, pruned: &Pruned, forgotten: &BTreeSet<PointName>, took: 
     }
 }
 
-fn end(pruned: &Pruned) -> Result<(), Failure> {
+fn end(output: Output, args: &Args, pruned: &Pruned) -> Result<(), Failure> {
     if let Some(who) = pruned.at_work.first() {
         let message =
             format!("nothing was removed, for it may still be relied on by {who}: wait for its end, or end it");
         return Err(Failure::new(Status::Failed, message));
     }
-    let Some((_, what)) = pruned.damaged.first_key_value() else { return Ok(()) };
-    let more = pruned.damaged.len() - 1;
+    let (mut first, mut more) = (None, 0);
+    for what in pruned.damaged.values().chain(pruned.bad_packs.values()) {
+        more += usize::from(first.is_some());
+        first.get_or_insert(what);
+    }
+    let Some(what) = first else { return Ok(()) };
     let more = if more == 0 { String::new() } else { format!(" (and {more} more)") };
-    let message = format!(
-        "{what}{more}. What it needs can't be told, so it stays, and so does all that may be needed by it; `reseal verify` tells \
-         which restore points are hurt"
-    );
-    Err(Failure::new(Status::Damaged, message))
+    let and_then = match (pruned.damaged.is_empty(), args.despite_damage) {
+        (true, _) => "It stays as it is, and all else was pruned; `reseal verify` tells which restore points are hurt",
+        (false, true) => {
+            output.warn(format!("{what}{more}. What only that needs was removed"));
+            return Ok(());
+        }
+        (false, false) => {
+            "What it needs can't be told, so nothing was removed. Put it back from a copy of the vault; or give it up with \
+             --despite-damage. `reseal verify` tells which restore points are hurt"
+        }
+    };
+    Err(Failure::new(Status::Damaged, format!("{what}{more}. {and_then}")))
 }

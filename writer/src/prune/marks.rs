@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use reseal_format::layout::{self, PointFile, parse_point_file};
 use reseal_format::names::VmName;
-use reseal_vault::{Forgetting, Left, Point, PointName, Tenant, Tree, VaultError};
+use reseal_vault::{Chain, Point, PointName, State, Tenant, Tree, VaultError};
 
 use crate::walk::{Collector, Needed};
 
@@ -33,12 +33,14 @@ pub(super) struct Marks<'a> {
     pub points: u64,
     /// What was forgotten and is read, and by whom.
     pub read: BTreeMap<String, String>,
-    /// What can't be opened, so that nobody knows what it needs.
+    /// What is missing or can't be opened, so that nobody knows what it needs.
     pub damaged: BTreeMap<String, String>,
+    /// Whether nothing may be changed.
+    is_dry: bool,
 }
 
 impl<'a> Marks<'a> {
-    pub(super) fn new(tenant: &'a Tenant, tree: &'a Tree) -> Marks<'a> {
+    pub(super) fn new(tenant: &'a Tenant, tree: &'a Tree, is_dry: bool) -> Marks<'a> {
         Marks {
             tenant,
             tree,
@@ -47,6 +49,7 @@ impl<'a> Marks<'a> {
             points: 0,
             read: BTreeMap::new(),
             damaged: BTreeMap::new(),
+            is_dry,
         }
     }
 
@@ -68,15 +71,31 @@ impl<'a> Marks<'a> {
         Ok(numbers)
     }
 
-    /// Marks from all that is there. Manifests beside tombstones go, with `forgetting`, unless somebody reads them. `without` are
-    /// points that count as forgotten.
-    pub(super) fn mark(
-        &mut self,
-        forgetting: Option<&Forgetting<'_>>,
-        without: &BTreeSet<PointName>,
-    ) -> Result<(), VaultError> {
+    /// Deletes manifests beside tombstones, unless somebody reads them.
+    pub(super) fn finish_forgotten(&mut self) -> Result<(), VaultError> {
+        let mut forgetting = None;
         for vm in self.tenant.vms()? {
             let Numbers { manifests, tombstones } = self.numbers(&vm)?;
+            for &number in manifests.intersection(&tombstones) {
+                let forgetting = match &forgetting {
+                    Some(forgetting) => forgetting,
+                    None => forgetting.insert(self.tenant.forgetting()?),
+                };
+                match forgetting.finish(&vm, number) {
+                    // Whatever it hides must stay.
+                    Err(e) if e.damaged_object().is_some() => self.damage(&e),
+                    other => _ = other?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Marks from all that is there. `without` are points that count as forgotten.
+    pub(super) fn mark(&mut self, without: &BTreeSet<PointName>) -> Result<(), VaultError> {
+        for vm in self.tenant.vms()? {
+            let Numbers { manifests, tombstones } = self.numbers(&vm)?;
+            self.check_gaps(&vm, &self.tenant.chain(&vm)?);
             for &number in tombstones.difference(&manifests) {
                 self.see(&vm, number, Seen::Forgotten);
             }
@@ -85,10 +104,8 @@ impl<'a> Marks<'a> {
                     self.see(&vm, number, Seen::Forgotten);
                 } else if !tombstones.contains(&number) {
                     self.live(&vm, number)?;
-                } else if self.is_read(forgetting, &vm, number)? {
-                    self.beside_tombstone(&vm, number)?;
                 } else {
-                    self.see(&vm, number, Seen::Forgotten);
+                    self.read(&vm, number)?;
                 }
             }
         }
@@ -126,27 +143,22 @@ impl<'a> Marks<'a> {
         self.seen.entry(vm.clone()).or_default().insert(number, seen);
     }
 
-    fn is_read(&mut self, forgetting: Option<&Forgetting<'_>>, vm: &VmName, number: u32) -> Result<bool, VaultError> {
-        let left = match forgetting {
-            Some(forgetting) => forgetting.finish(vm, number),
-            None => {
-                self.tenant.pinned(vm, number).map(|by| if by.is_empty() { Left::Tombstone } else { Left::Read(by) })
+    /// A manifest beside a tombstone: somebody reads it, or it is about to go.
+    fn read(&mut self, vm: &VmName, number: u32) -> Result<(), VaultError> {
+        let by: Vec<_> = self.tenant.pinned(vm, number)?.iter().map(ToString::to_string).collect();
+        if !by.is_empty() {
+            self.read.insert(format!("{vm}@{number}"), by.join("; "));
+        } else if self.is_dry {
+            match self.tenant.tombstone(vm, number) {
+                Err(e) if e.damaged_object().is_some() => self.damage(&e),
+                other => {
+                    other?;
+                    self.see(vm, number, Seen::Forgotten);
+                    return Ok(());
+                }
             }
-        };
-        match left {
-            Ok(Left::Tombstone) => Ok(false),
-            Ok(Left::Read(by)) => {
-                let by: Vec<_> = by.iter().map(ToString::to_string).collect();
-                self.read.insert(format!("{vm}@{number}"), by.join("; "));
-                Ok(true)
-            }
-            // Whatever it hides must stay.
-            Err(e) if e.damaged_object().is_some() => {
-                self.damage(&e);
-                Ok(true)
-            }
-            Err(e) => Err(e),
         }
+        self.beside_tombstone(vm, number)
     }
 
     fn live(&mut self, vm: &VmName, number: u32) -> Result<(), VaultError> {
@@ -157,7 +169,9 @@ impl<'a> Marks<'a> {
             }
             // A fence whose maker died, or it was forgotten a moment ago.
             Err(VaultError::NoPoint { .. }) => {
-                self.tenant.settle_fence(vm, number)?;
+                if !self.is_dry {
+                    self.tenant.settle_fence(vm, number)?;
+                }
                 self.see(vm, number, Seen::Forgotten);
                 Ok(())
             }
@@ -191,6 +205,23 @@ impl<'a> Marks<'a> {
         }
         self.see(vm, point.manifest.number, Seen::Marked);
         Ok(())
+    }
+
+    /// A number that has nothing had a manifest, which may be put back.
+    fn check_gaps(&mut self, vm: &VmName, chain: &Chain) {
+        for (number, _) in chain.numbers().filter(|(_, state)| *state == State::Missing) {
+            let object = layout::manifest(self.tenant.name(), vm, number);
+            let what = format!("{object} is missing, and no tombstone says that {vm}@{number} was forgotten");
+            self.damaged.insert(object, what);
+        }
+    }
+
+    /// Forgotten points, by VM.
+    pub(super) fn forgotten(&self) -> impl Iterator<Item = (&VmName, BTreeSet<u32>)> {
+        self.seen.iter().map(|(vm, seen)| {
+            let forgotten = seen.iter().filter(|(_, seen)| **seen == Seen::Forgotten);
+            (vm, forgotten.map(|(number, _)| *number).collect())
+        })
     }
 
     fn damage(&mut self, error: &VaultError) {

@@ -20,6 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use reseal_format::dated_note::DatedKind;
 use reseal_format::layout;
 use reseal_store::StoreError;
 use reseal_vault::{Held, PackFile, Packs, PointName, Tenant, Tree, VaultError};
@@ -51,6 +52,8 @@ pub struct Prune<'a> {
     pub workers: usize,
     /// For what is read of packs that are rewritten.
     pub throttle: Option<Throttle>,
+    /// Goes on where a manifest or an index node is missing or can't be opened: what only that needs goes, too.
+    pub despite_damage: bool,
     /// Told what the administrator should know meanwhile.
     pub say: &'a (dyn Fn(&str) + Sync),
 }
@@ -80,17 +83,12 @@ pub struct Pruned {
     pub fenced: Vec<String>,
     /// Packs that the storage does not let go of, as an object lock does, each with what it said.
     pub held_back: BTreeMap<String, String>,
-    /// What is damaged, and so stays as it is.
+    /// Manifests, tombstones and index nodes that are missing or can't be opened: nothing was removed, unless that was asked for.
     pub damaged: BTreeMap<String, String>,
+    /// Packs that are needed and missing or can't be opened: they stay as they are.
+    pub bad_packs: BTreeMap<String, String>,
     /// Who is still at work, and can't be fenced: nothing was removed.
     pub at_work: Vec<String>,
-}
-
-impl Pruned {
-    /// Whether all was done that there was to do.
-    pub fn is_complete(&self) -> bool {
-        self.damaged.is_empty() && self.at_work.is_empty()
-    }
 }
 
 impl Prune<'_> {
@@ -103,12 +101,12 @@ impl Prune<'_> {
         let packs = Arc::new(Packs::new(self.tenant.clone(), TABLES));
         let tree = Tree::new(packs.clone(), NODES);
         let listed = packs.list()?;
-        let mut marks = Marks::new(&self.tenant, &tree);
-        marks.mark(None, without)?;
+        let mut marks = Marks::new(&self.tenant, &tree, true);
+        marks.mark(without)?;
         let plan = Plan::new(&packs, listed, marks.needed(), self.worth(), self.workers)?;
         let mut pruned = Pruned { dry_run: true, ..Pruned::default() };
         pruned.tell(&marks, &plan);
-        if marks.damaged.is_empty() {
+        if self.may_go_on(&marks) {
             (pruned.freed, pruned.removed) = (plan.sizes.to_free, plan.unneeded.len() as u64);
             pruned.rewritten = plan.mostly_unused.len() as u64;
         }
@@ -122,12 +120,13 @@ impl Prune<'_> {
         let tree = Tree::new(packs.clone(), NODES);
         let before = tenant.condemned_lists()?;
         let listed = packs.list()?;
-        let mut marks = Marks::new(tenant, &tree);
-        marks.mark(Some(&tenant.forgetting()?), &BTreeSet::new())?;
+        let mut marks = Marks::new(tenant, &tree, false);
+        marks.finish_forgotten()?;
+        marks.mark(&BTreeSet::new())?;
         let plan = Plan::new(&packs, listed, marks.needed(), self.worth(), self.workers)?;
         let mut pruned = Pruned::default();
         pruned.tell(&marks, &plan);
-        if !marks.damaged.is_empty() {
+        if !self.may_go_on(&marks) {
             return Ok(pruned);
         }
         let lists = tenant.condemn(&plan.condemned)?;
@@ -138,14 +137,34 @@ impl Prune<'_> {
             }
             marks.mark_new()?;
             pruned.tell(&marks, &plan);
-            if !marks.damaged.is_empty() {
+            if !self.may_go_on(&marks) {
                 return Ok(pruned);
             }
         }
         self.remove(&packs, &plan, &marks, &mut pruned)?;
+        self.notes(&marks)?;
         tenant.drop_condemned(&before)?;
         tenant.drop_condemned(&lists)?;
         Ok(pruned)
+    }
+
+    fn may_go_on(&self, marks: &Marks<'_>) -> bool {
+        self.despite_damage || marks.damaged.is_empty()
+    }
+
+    /// Removes what was noted about restore points that were forgotten, but for what serves the VM's others, and keys of overlays: they are
+    /// removed with these.
+    fn notes(&self, marks: &Marks<'_>) -> Result<(), VaultError> {
+        for (vm, forgotten) in marks.forgotten() {
+            for entry in self.tenant.store().list(&layout::notes(self.tenant.name(), vm))? {
+                let Some((number, id)) = layout::parse_note_file(&entry.name) else { continue };
+                let kind = DatedKind::of(id).map(|(kind, _)| kind);
+                if forgotten.contains(&number) && matches!(kind, Some(DatedKind::BootVerdict | DatedKind::Hold)) {
+                    self.tenant.drop_note(vm, number, id)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Waits until all who were at work have ended. Those who have not in time are fenced.
@@ -275,7 +294,8 @@ impl Pruned {
         (self.points, self.before) = (marks.points, plan.sizes.all);
         (self.unused, self.postponed) = (plan.sizes.unused, plan.sizes.postponed);
         self.read.clone_from(&marks.read);
-        self.damaged = marks.damaged.iter().chain(&plan.damaged).map(|(of, what)| (of.clone(), what.clone())).collect();
+        self.damaged.clone_from(&marks.damaged);
+        self.bad_packs.clone_from(&plan.damaged);
     }
 }
 
@@ -283,7 +303,7 @@ impl Pruned {
 fn note_damage(error: VaultError, pruned: &Mutex<&mut Pruned>) -> Result<(), BackupError> {
     match error.damaged_object() {
         Some(object) => {
-            pruned.lock().damaged.insert(object.to_owned(), error.to_string());
+            pruned.lock().bad_packs.insert(object.to_owned(), error.to_string());
             Ok(())
         }
         None => Err(error.into()),

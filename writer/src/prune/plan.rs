@@ -1,10 +1,12 @@
 //! Which packs go, and which are worth rewriting.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::AtomicBool;
 
 use parking_lot::Mutex;
 use reseal_format::condemned::{Blobs, Condemned};
+use reseal_format::ids::PackId;
+use reseal_format::layout;
 use reseal_format::ordinals::Ordinals;
 use reseal_format::pack::TARGET_BYTES;
 use reseal_vault::{PackFile, Packs, VaultError};
@@ -156,6 +158,15 @@ impl Plan {
             Ok(())
         })?;
         let (mut plan, mut candidates) = (plan.into_inner(), candidates.into_inner());
+        let present: BTreeSet<PackId> = listed.iter().map(|pack| pack.newest.id).collect();
+        for (id, need) in needed.iter().filter(|(id, _)| !present.contains(id)) {
+            // One that was rewritten while all were listed may have been missed.
+            if packs.newest(*id)?.is_none() {
+                let object = layout::pack(packs.tenant().name(), *id, need.generation);
+                let what = format!("{object} is missing");
+                plan.damaged.insert(object, what);
+            }
+        }
         // Those first that free most for what is read of them.
         candidates.sort_by_key(|(pack, unused)| (unused.price(), pack.newest.id));
         let most = worth.most(&plan.sizes);

@@ -66,6 +66,10 @@ pub(super) fn trouble(error: &BackupError) -> Option<Trouble> {
             let lost = VaultError::LostRace { vm: vm.clone(), number: *number };
             return of(TroubleCode::LostRace, &lost.to_string());
         }
+        BackupError::Vault(VaultError::Fenced { .. }) => {
+            let message = "this restore point took so long that the site gave it up, to free space; nothing of it is lost, run it again";
+            return of(TroubleCode::LostRace, message);
+        }
         BackupError::Vault(VaultError::NoPoint { point, .. }) => {
             return of(TroubleCode::Failed, &format!("there is no restore point {point}"));
         }
