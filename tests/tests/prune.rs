@@ -9,6 +9,9 @@ use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use reseal_format::dated_note::DatedKind;
+use reseal_format::hold_note::Hold;
+use reseal_format::ids::PointId;
 use reseal_format::layout::parse_pack_file;
 use reseal_format::verdict_note::{BootVerdict, Expectation};
 use reseal_store::Local;
@@ -384,6 +387,14 @@ fn nothing_goes_while_something_is_damaged() {
         run.fails(3, &["all else was pruned"]);
     }
     life.check();
+    // One that is there and can't be opened is given up on request, too.
+    copy_folder(&life.site.vault, &life.site.path("before"));
+    flip(&manifest);
+    let pruned = life.site.reseal(["prune", "--json", "--despite-damage"]).ok();
+    assert!(pruned.json()["damaged"][&manifest].is_string() && pruned.stderr.contains("was removed"), "{pruned:?}");
+    assert!(fs::read_dir(life.site.tenant_folder().join("gc")).unwrap().next().is_none());
+    fs::remove_dir_all(&life.site.vault).unwrap();
+    copy_folder(&life.site.path("before"), &life.site.vault);
     // Given up, on request only.
     fs::remove_file(&path).unwrap();
     let freed = life.site.reseal(["prune", "--json", "--despite-damage"]).ok();
@@ -437,12 +448,16 @@ fn a_list_that_is_damaged_costs_space_and_nothing_else() {
 }
 
 fn prune_in(tenant: &Arc<Tenant>, grace: Duration) -> Result<Pruned, BackupError> {
+    prune_with(tenant, grace, false)
+}
+
+fn prune_with(tenant: &Arc<Tenant>, grace: Duration, despite_damage: bool) -> Result<Pruned, BackupError> {
     let prune = Prune {
         tenant: tenant.clone(),
         grace,
         percent: 25,
         most_read: None,
-        despite_damage: false,
+        despite_damage,
         workers: 1,
         throttle: None,
         say: &|_| {},
@@ -510,6 +525,84 @@ fn wherever_a_prune_dies_the_vault_is_right_and_the_next_one_ends_it() {
         }
     }
     copy_folder(&copy, &life.site.path("again"));
+    life.check();
+}
+
+/// A store that fails once, at whichever moment, is no damage: nothing is given up because of it.
+#[test]
+fn a_store_that_fails_is_not_taken_for_damage() {
+    let life = to_be_pruned();
+    let copy = life.site.path("copy");
+    copy_folder(&life.site.vault, &copy);
+    for after in 0.. {
+        fs::remove_dir_all(&life.site.vault).unwrap();
+        copy_folder(&copy, &life.site.vault);
+        let store = Arc::new(Watched::new(Arc::new(Local::new(&life.site.vault))));
+        let tenant = life.site.tenant_in(store.clone()).unwrap();
+        store.plan(Some(Plan { operation: None, after, lasting: false, fault: Fault::Fails(ErrorKind::TimedOut) }));
+        let result = prune_with(&tenant, Duration::from_secs(9), true);
+        let happened = store.happened();
+        store.plan(None);
+        life.read(&life.site.tenant());
+        if !happened {
+            assert!(result.unwrap().damaged.is_empty());
+            break;
+        }
+        if let Ok(pruned) = result {
+            assert!(pruned.damaged.is_empty(), "{:?}", pruned.damaged);
+        }
+    }
+}
+
+/// Who forgets dies between his tombstone and the look whether the point is held by now: it is, and so it stays.
+#[test]
+fn a_point_that_somebody_was_told_is_held_is_not_pruned() {
+    let mut life = Life::new();
+    for seed in 0..2 {
+        life.backup("web", &content(seed, 1));
+    }
+    let store = Arc::new(Watched::new(life.site.store()));
+    let tenant = life.site.tenant_in(store.clone()).unwrap();
+    let point = tenant.point(&vm("web"), 1).unwrap();
+    let tombstone = life.site.tenant_folder().join("vms/web/00000001.forgotten");
+    // It dies at the first operation after that which makes the tombstone.
+    for after in 0.. {
+        let forgetting = tenant.forgetting().unwrap();
+        let fault = Fault::Fails(ErrorKind::NotConnected);
+        store.plan(Some(Plan { operation: None, after, lasting: true, fault }));
+        forgetting.forget(&point, "test").unwrap_err();
+        store.plan(None);
+        if tombstone.exists() {
+            break;
+        }
+    }
+    let hold = Hold { held: true, reason: None };
+    life.site.tenant().put_note(&point.manifest, DatedKind::Hold.name(), hold.content()).unwrap();
+    assert_eq!(life.prune(&[])["freed"], 0);
+    assert!(!tombstone.exists());
+    life.check();
+    life.site.reseal(["forget", "web@1"]).fails(1, &["is held"]);
+    life.site.reseal(["hold", "web@1", "--release"]).ok();
+    life.nothing_stays();
+}
+
+/// Of two that made one number one was late, saw a tombstone, and died: nobody was told of what it had made.
+#[test]
+fn a_manifest_beside_the_tombstone_of_another_point_goes() {
+    let mut life = Life::new();
+    for seed in 0..2 {
+        life.backup("web", &content(seed, 1));
+    }
+    let tenant = life.site.tenant();
+    let mut late = tenant.point(&vm("web"), 2).unwrap().manifest;
+    life.forget("web", 2);
+    late.point_id = PointId::from_bytes([9; 16]);
+    let (object, _) = late.seal(&tenant.keys(), [7; 32]).unwrap();
+    let path = life.site.tenant_folder().join("vms/web/00000002.manifest");
+    fs::write(&path, object).unwrap();
+    life.check();
+    assert!(life.prune(&[])["freed"].as_u64().unwrap() > MIB as u64);
+    assert!(!path.exists());
     life.check();
 }
 

@@ -19,6 +19,7 @@ use reseal_format::ids::PointId;
 use reseal_format::index::BlobRef;
 use reseal_format::manifest::{Disk, Manifest, method};
 use reseal_format::names::VmName;
+use reseal_store::StoreError;
 use reseal_vault::disk::DiskReader;
 use reseal_vault::heads::Heads;
 use reseal_vault::{Packs, Point, Points, State, Tenant, Tree, VaultError, Wait};
@@ -90,7 +91,6 @@ impl Copy<'_> {
     /// What the other vault lacks of a VM.
     pub fn missing(&self, vm: &VmName) -> Result<Missing, BackupError> {
         let theirs = self.to_heads.whole_chain(&*self.to, vm)?;
-        self.to.settle_fence(vm, theirs.last())?;
         // The newest that is a copy, forgotten or not; what was given up never was one.
         let mut newest = None;
         for (number, _) in theirs.numbers().rev().filter(|(_, state)| *state != State::Missing) {
@@ -134,7 +134,11 @@ impl Copy<'_> {
             Err(VaultError::NoPoint { .. }) => {}
             Err(e) => return Err(e.into()),
         }
-        let tombstone = tenant.tombstone(vm, number)?;
+        let tombstone = match tenant.tombstone(vm, number) {
+            // A fence whose maker died.
+            Err(VaultError::Store(StoreError::NotFound(_))) => tenant.fenced(vm, number)?,
+            other => other?,
+        };
         Ok((!tombstone.fenced).then_some(tombstone.point_id))
     }
 

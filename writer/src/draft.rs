@@ -394,12 +394,12 @@ impl Target for Draft {
 fn begin(tenant: &Tenant, heads: &Heads, vm: &VmName, what: &str) -> Result<(Box<dyn Lease>, Position), BackupError> {
     loop {
         let last = tenant.chain(vm)?.last();
-        tenant.settle_fence(vm, last)?;
         let holder = Holder::this_process(what.to_owned()).making(vm.clone(), last.saturating_add(1));
         // Before the record is read on which all that follows relies.
         let lease = tenant.lease(&holder)?;
         tenant.refresh()?;
         tenant.settle_new_epoch()?;
+        tenant.settle_fence(vm, last)?;
         let position = position(tenant, heads, vm).map_err(|e| match e {
             BackupError::Vault(source) if source.damaged_object().is_some() => BackupError::Newest { source },
             other => other,

@@ -12,6 +12,7 @@ use reseal_format::layout::{self, parse_note_file, parse_point_file};
 use reseal_format::names::TenantName;
 use reseal_format::pack::{TRAILER, Trailer};
 use reseal_format::seal::{MAX_OBJECT, check_clear};
+use reseal_format::tenant::{MAX_RECORD, TenantRecord};
 use reseal_store::{Store, StoreError};
 use reseal_vault::{PackFile, VaultError, list_packs};
 
@@ -43,6 +44,12 @@ impl Scrub<'_> {
     pub fn run(&self, tenants: &[TenantName]) -> Result<Report, BackupError> {
         let mut report = Report::default();
         for tenant in tenants {
+            let key = layout::tenant_record(tenant);
+            let what = match self.store.get(&key, MAX_RECORD) {
+                Ok(record) => TenantRecord::decode(&record).err().map(|e| e.to_string()),
+                Err(e) => Some(rot(e)?),
+            };
+            report.damaged.extend(what.map(|what| Damage { object: key, what, hurts: Vec::new() }));
             self.objects(tenant, &mut report)?;
             self.packs(tenant, &mut report)?;
         }

@@ -53,24 +53,17 @@ pub enum Part {
 }
 
 impl Part {
-    /// Whether a pack is read.
-    pub(crate) fn has(self, pack: PackId) -> bool {
-        match self {
-            Part::All | Part::Since(_) => true,
-            Part::Sample { percent, seed } => {
-                let hash = blake3::Hasher::new().update(&seed.to_le_bytes()).update(pack.as_bytes()).finalize();
-                let number = hash.as_bytes().first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
-                // A float is exact enough to compare with a percentage.
-                (number as f64) < percent / 100.0 * u64::MAX as f64
-            }
-        }
-    }
-
     /// Leaves out what is not read; of a sample one is left at least.
     pub(crate) fn choose<T>(self, packs: &mut Vec<T>, id: impl Fn(&T) -> PackId) {
-        let first = packs.pop();
-        packs.retain(|pack| self.has(id(pack)));
-        packs.extend(first.filter(|first| packs.is_empty() || self.has(id(first))));
+        let Part::Sample { percent, seed } = self else { return };
+        let lot = |pack: &T| {
+            let hash = blake3::Hasher::new().update(&seed.to_le_bytes()).update(id(pack).as_bytes()).finalize();
+            hash.as_bytes().first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
+        };
+        let least = packs.iter().map(&lot).min();
+        // A float is exact enough to compare with a percentage.
+        let is_chosen = |number: u64| (number as f64) < percent / 100.0 * u64::MAX as f64;
+        packs.retain(|pack| is_chosen(lot(pack)) || Some(lot(pack)) == least);
     }
 }
 

@@ -68,7 +68,7 @@ pub enum VaultError {
     )]
     LostRace { vm: VmName, number: u32 },
     #[error(
-        "a prune gave up waiting for the backup that was to make {vm}@{number}: nothing that it stored is lost, run it again. \
+        "a prune gave up waiting for the backup that was to make {vm}@{number}: that number stays unused, run it again. \
          `reseal prune --grace` says how long a prune waits"
     )]
     Fenced { vm: VmName, number: u32 },

@@ -153,17 +153,23 @@ impl Forgetting<'_> {
         let key = layout::manifest(&tenant.name, vm, number);
         let beside = tenant.open_sealed(&key, |keys, object| match is_fence(object) {
             true => Ok(None),
-            false => Manifest::open(keys, vm, number, object).map(|(manifest, _)| Some(manifest.point_id)),
+            false => Manifest::open(keys, vm, number, object).map(|(manifest, _)| Some(manifest)),
         });
         match beside {
             Err(VaultError::Store(StoreError::NotFound(_))) => return Ok(Left::Tombstone),
             // The number is forgotten, whatever it was.
             Ok(None) | Err(VaultError::Damaged { .. }) => {}
-            Ok(Some(id)) if tombstone.fenced || id == tombstone.point_id => {}
-            Ok(Some(_)) => {
-                let source = FormatError::Mismatch("it is of another restore point than the tombstone beside it");
-                return Err(VaultError::Damaged { object: key, source });
+            // Who died before he looked again whether it is held: he may have been too late.
+            Ok(Some(manifest)) if manifest.point_id == tombstone.point_id => {
+                if let Err(e) = tenant.check_not_held(&manifest) {
+                    if matches!(e, VaultError::Held { .. }) {
+                        tenant.store.delete(&layout::tombstone(&tenant.name, vm, number))?;
+                    }
+                    return Err(e);
+                }
             }
+            // Nobody was told that it is there: who makes a manifest looks for a tombstone then.
+            Ok(Some(_)) => {}
             Err(e) => return Err(e),
         }
         let readers = tenant.pinned(vm, number)?;

@@ -65,7 +65,11 @@ impl Heads {
     /// listing proves nothing before its object was opened.
     pub fn chain(&self, points: &dyn Points, vm: &VmName) -> Result<(Chain, Option<VaultError>), VaultError> {
         let seen = self.read().map_err(|e| self.error(e))?.number(vm);
-        let chain = points.chain(vm)?;
+        let mut chain = points.chain(vm)?;
+        if chain.last() < seen {
+            // A listing that is made while a tombstone takes the place of the newest manifest may show neither.
+            chain = points.chain(vm)?;
+        }
         let now = chain.last();
         if now >= seen {
             return Ok((chain, None));

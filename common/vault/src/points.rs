@@ -310,8 +310,13 @@ impl Tenant {
 
     /// The numbers of a VM's restore points. A VM that has none has an empty chain.
     pub fn chain(&self, vm: &VmName) -> Result<Chain, VaultError> {
-        let entries = self.store.list(&layout::vm(&self.name, vm))?;
-        Ok(Chain::from_names(entries.iter().map(|entry| entry.name.as_str())))
+        let list = || -> Result<Chain, VaultError> {
+            let entries = self.store.list(&layout::vm(&self.name, vm))?;
+            Ok(Chain::from_names(entries.iter().map(|entry| entry.name.as_str())))
+        };
+        let chain = list()?;
+        // A listing that is made while a tombstone takes the place of a manifest may show neither.
+        if chain.numbers().any(|(_, state)| state == State::Missing) { list() } else { Ok(chain) }
     }
 
     /// Opens a manifest.

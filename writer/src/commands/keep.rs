@@ -63,8 +63,10 @@ pub(super) fn options(policy: &Policy) -> String {
     let counts = counts.into_iter().filter(|(_, count)| *count > 0);
     let mut words: Vec<String> = counts.map(|(rule, count)| format!("--keep-{rule} {count}")).collect();
     words.extend(policy.within.map(|seconds| {
-        let span = span::show(Duration::from_secs(seconds)).replace(' ', "");
-        format!("--keep-within {span}")
+        // In the largest unit that says it exactly.
+        let units = [(7 * 86_400, "w"), (86_400, "d"), (3600, "h"), (60, "m"), (1, "s")];
+        let (unit, name) = units.into_iter().find(|(unit, _)| seconds % unit == 0).unwrap_or((1, "s"));
+        format!("--keep-within {}{name}", seconds / unit)
     }));
     words.extend(policy.unknown().map(|rule| format!("{rule} (unknown to this version: nothing is forgotten by it)")));
     words.join(" ")

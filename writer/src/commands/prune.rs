@@ -68,11 +68,11 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
         true => Ended { forgotten: BTreeSet::new(), kept: 0, failed: None },
         false => by_policies(output, &opened, args.dry_run)?,
     };
+    // One at a time rewrites packs; and who changes the data keys meanwhile waits.
+    let _alone = tenant.rekey_lease(&Holder::this_process("prune".to_owned()))?;
     let pruned = match args.dry_run {
         true => prune.look(&forgotten)?,
         false => {
-            // One at a time rewrites packs; and who changes the data keys meanwhile waits.
-            let _alone = tenant.rekey_lease(&Holder::this_process("prune".to_owned()))?;
             tenant.refresh()?;
             tenant.settle_new_epoch()?;
             prune.run()?
@@ -150,8 +150,13 @@ fn end(output: Output, args: &Args, pruned: &Pruned) -> Result<(), Failure> {
     let and_then = match (pruned.damaged.is_empty(), args.despite_damage) {
         (true, _) => "It stays as it is, and all else was pruned; `reseal verify` tells which restore points are hurt",
         (false, true) => {
-            output.warn(format!("{what}{more}. What only that needs was removed"));
-            return Ok(());
+            let what = pruned.damaged.values().cloned().collect::<Vec<_>>().join("; ");
+            let would = if pruned.dry_run { "would be" } else { "was" };
+            output.warn(format!("{what}. What only that needs {would} removed"));
+            return match pruned.bad_packs.values().next() {
+                None => Ok(()),
+                Some(bad) => Err(Failure::new(Status::Damaged, format!("{bad}. It stays as it is"))),
+            };
         }
         (false, false) => {
             "What it needs can't be told, so nothing was removed. Put it back from a copy of the vault; or give it up with \

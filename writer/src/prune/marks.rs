@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use reseal_format::layout::{self, PointFile, parse_point_file};
 use reseal_format::names::VmName;
+use reseal_store::StoreError;
 use reseal_vault::{Chain, Point, PointName, State, Tenant, Tree, VaultError};
 
 use crate::walk::{Collector, Needed};
@@ -14,6 +15,8 @@ enum Seen {
     Marked,
     /// It has a tombstone, and nothing else that counts.
     Forgotten,
+    /// It can't be opened.
+    Damaged,
 }
 
 /// What stands in a VM's folder.
@@ -82,6 +85,8 @@ impl<'a> Marks<'a> {
                     None => forgetting.insert(self.tenant.forgetting()?),
                 };
                 match forgetting.finish(&vm, number) {
+                    // Its maker took it back, for the point is held.
+                    Err(VaultError::Store(StoreError::NotFound(_)) | VaultError::Held { .. }) => {}
                     // Whatever it hides must stay.
                     Err(e) if e.damaged_object().is_some() => self.damage(&e),
                     other => _ = other?,
@@ -109,8 +114,7 @@ impl<'a> Marks<'a> {
                 }
             }
         }
-        self.check_nodes();
-        Ok(())
+        self.check_nodes()
     }
 
     /// Marks from what was made since. Nobody may have forgotten meanwhile what was not marked: somebody may have taken it for the
@@ -130,13 +134,12 @@ impl<'a> Marks<'a> {
                     true => self.beside_tombstone(&vm, number)?,
                     false => self.live(&vm, number)?,
                 }
-                if self.seen.get(&vm).and_then(|seen| seen.get(&number)) != Some(&Seen::Marked) {
+                if self.seen.get(&vm).and_then(|seen| seen.get(&number)) == Some(&Seen::Forgotten) {
                     return Err(changed(&vm, number));
                 }
             }
         }
-        self.check_nodes();
-        Ok(())
+        self.check_nodes()
     }
 
     fn see(&mut self, vm: &VmName, number: u32, seen: Seen) {
@@ -177,6 +180,7 @@ impl<'a> Marks<'a> {
             }
             Err(e) if e.damaged_object().is_some() => {
                 self.damage(&e);
+                self.see(vm, number, Seen::Damaged);
                 Ok(())
             }
             Err(e) => Err(e),
@@ -193,6 +197,7 @@ impl<'a> Marks<'a> {
             }
             Err(e) if e.damaged_object().is_some() => {
                 self.damage(&e);
+                self.see(vm, number, Seen::Damaged);
                 Ok(())
             }
             Err(e) => Err(e),
@@ -230,11 +235,20 @@ impl<'a> Marks<'a> {
         }
     }
 
-    fn check_nodes(&mut self) {
-        for error in self.collector.broken.values() {
-            let object = error.damaged_object().map_or_else(|| "an index node".to_owned(), str::to_owned);
-            self.damaged.insert(object, error.to_string());
+    /// What could not be read for another reason than damage says nothing, and must not look like it.
+    fn check_nodes(&mut self) -> Result<(), VaultError> {
+        let is_other = |(_, error): &(&_, &VaultError)| error.damaged_object().is_none();
+        if let Some(place) = self.collector.broken.iter().find(is_other).map(|(place, _)| *place)
+            && let Some(error) = self.collector.broken.remove(&place)
+        {
+            return Err(error);
         }
+        for error in self.collector.broken.values() {
+            if let Some(object) = error.damaged_object() {
+                self.damaged.insert(object.to_owned(), error.to_string());
+            }
+        }
+        Ok(())
     }
 }
 

@@ -143,8 +143,11 @@ impl Prune<'_> {
         }
         self.remove(&packs, &plan, &marks, &mut pruned)?;
         self.notes(&marks)?;
-        tenant.drop_condemned(&before)?;
-        tenant.drop_condemned(&lists)?;
+        // What is condemned and still there must not be relied on.
+        if pruned.held_back.is_empty() && pruned.bad_packs.len() == plan.damaged.len() {
+            tenant.drop_condemned(&before)?;
+            tenant.drop_condemned(&lists)?;
+        }
         Ok(pruned)
     }
 

@@ -67,7 +67,7 @@ pub(super) fn trouble(error: &BackupError) -> Option<Trouble> {
             return of(TroubleCode::LostRace, &lost.to_string());
         }
         BackupError::Vault(VaultError::Fenced { .. }) => {
-            let message = "this restore point took so long that the site gave it up, to free space; nothing of it is lost, run it again";
+            let message = "this restore point took so long that the site gave it up, to free space; run it again";
             return of(TroubleCode::LostRace, message);
         }
         BackupError::Vault(VaultError::NoPoint { point, .. }) => {
