@@ -25,7 +25,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "TIME", value_parser = parse_objective)]
     objective: Option<Objective>,
     /// They may be as old as they like; of one VM whatever the tenant's objective is
-    #[arg(long)]
+    #[arg(long, conflicts_with = "objective")]
     no_objective: bool,
     #[command(flatten)]
     keep: KeepArgs,
