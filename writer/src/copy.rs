@@ -17,9 +17,8 @@ use std::sync::Arc;
 use reseal_format::geometry::{CLUSTER_U64, FANOUT, clusters_below, root_level};
 use reseal_format::ids::PointId;
 use reseal_format::index::BlobRef;
-use reseal_format::manifest::{Disk, Manifest, method};
+use reseal_format::manifest::{Disk, method};
 use reseal_format::names::VmName;
-use reseal_store::StoreError;
 use reseal_vault::disk::DiskReader;
 use reseal_vault::heads::Heads;
 use reseal_vault::{Packs, Point, Points, State, Tenant, Tree, VaultError, Wait};
@@ -77,7 +76,7 @@ impl Missing {
 /// What became of one.
 pub enum Outcome {
     Copied {
-        from: Box<Manifest>,
+        number: u32,
         made: Box<Backed>,
     },
     /// It is damaged in the source.
@@ -134,11 +133,7 @@ impl Copy<'_> {
             Err(VaultError::NoPoint { .. }) => {}
             Err(e) => return Err(e.into()),
         }
-        let tombstone = match tenant.tombstone(vm, number) {
-            // A fence whose maker died.
-            Err(VaultError::Store(StoreError::NotFound(_))) => tenant.fenced(vm, number)?,
-            other => other?,
-        };
+        let tombstone = tenant.forgotten(vm, number)?;
         Ok((!tombstone.fenced).then_some(tombstone.point_id))
     }
 
@@ -164,7 +159,7 @@ impl Copy<'_> {
             };
             match self.point(&tree, &reader, &point, base.as_ref()) {
                 Ok(made) => {
-                    told(Outcome::Copied { from: Box::new(point.manifest.clone()), made: Box::new(made) });
+                    told(Outcome::Copied { number, made: Box::new(made) });
                     base = Some(point);
                 }
                 Err(error @ BackupError::Copied { .. }) if error.status() == reseal_cli::Status::Damaged => {

@@ -399,11 +399,14 @@ fn begin(tenant: &Tenant, heads: &Heads, vm: &VmName, what: &str) -> Result<(Box
         let lease = tenant.lease(&holder)?;
         tenant.refresh()?;
         tenant.settle_new_epoch()?;
-        tenant.settle_fence(vm, last)?;
-        let position = position(tenant, heads, vm).map_err(|e| match e {
-            BackupError::Vault(source) if source.damaged_object().is_some() => BackupError::Newest { source },
-            other => other,
-        })?;
+        let position = match position(tenant, heads, vm) {
+            // Where the newest would be stands a fence whose maker died.
+            Err(BackupError::Vault(VaultError::NoPoint { .. })) if tenant.settle_fence(vm, last)? => continue,
+            Err(BackupError::Vault(source)) if source.damaged_object().is_some() => {
+                return Err(BackupError::Newest { source });
+            }
+            position => position?,
+        };
         // Otherwise somebody else was faster: a prune has to know the number.
         if holder.makes.is_some_and(|point| point.number == position.number) {
             return Ok((lease, position));

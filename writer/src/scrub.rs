@@ -6,11 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use reseal_format::FormatError;
 use reseal_format::ids::Digest;
 use reseal_format::layout::{self, parse_note_file, parse_point_file};
 use reseal_format::names::TenantName;
-use reseal_format::pack::{TRAILER, Trailer};
+use reseal_format::pack::TRAILER;
 use reseal_format::seal::{MAX_OBJECT, check_clear};
 use reseal_format::tenant::{MAX_RECORD, TenantRecord};
 use reseal_store::{Store, StoreError};
@@ -20,6 +19,7 @@ use crate::BackupError;
 use crate::spread::spread;
 use crate::throttle::Throttle;
 use crate::verify::{Damage, Part, Report};
+use crate::verify_pack::{DIGEST, damage, reason};
 
 /// Bytes of a pack that are read at once.
 const WINDOW: usize = 4 << 20;
@@ -47,7 +47,7 @@ impl Scrub<'_> {
             let key = layout::tenant_record(tenant);
             let what = match self.store.get(&key, MAX_RECORD) {
                 Ok(record) => TenantRecord::decode(&record).err().map(|e| e.to_string()),
-                Err(e) => Some(rot(e)?),
+                Err(e) => Some(reason(damage(e.into())?)),
             };
             report.damaged.extend(what.map(|what| Damage { object: key, what, hurts: Vec::new() }));
             self.objects(tenant, &mut report)?;
@@ -71,7 +71,7 @@ impl Scrub<'_> {
                     // Forgotten, or pruned, since it was listed.
                     Err(StoreError::NotFound(_)) => continue,
                     Ok(object) => check_clear(&object).err().map(|e| e.to_string()),
-                    Err(e) => Some(rot(e)?),
+                    Err(e) => Some(reason(damage(e.into())?)),
                 };
                 report.damaged.extend(what.map(|what| Damage { object: key, what, hurts: Vec::new() }));
             }
@@ -86,19 +86,17 @@ impl Scrub<'_> {
         let (blobs, bytes, damaged) = (AtomicU64::new(0), AtomicU64::new(0), Mutex::new(Vec::new()));
         spread(&packs, self.threads, &AtomicBool::new(false), |pack| {
             let object = layout::pack(tenant, pack.id, pack.generation);
-            match self.pack(&object, *pack, &bytes) {
-                Ok(count) => _ = blobs.fetch_add(u64::from(count), Ordering::Relaxed),
+            let what = match self.pack(&object, *pack, &bytes) {
+                Ok(Some(count)) => {
+                    blobs.fetch_add(u64::from(count), Ordering::Relaxed);
+                    None
+                }
+                Ok(None) => Some(DIGEST.to_owned()),
                 // Pruned, or rewritten, since it was listed.
-                Err(Wrong::Store(StoreError::NotFound(_))) => {}
-                Err(Wrong::Store(e)) => damaged.lock().push(Damage { object, what: rot(e)?, hurts: Vec::new() }),
-                Err(Wrong::Format(e)) => {
-                    damaged.lock().push(Damage { object, what: e.to_string(), hurts: Vec::new() });
-                }
-                Err(Wrong::Digest) => {
-                    let what = "its digest does not match its bytes".to_owned();
-                    damaged.lock().push(Damage { object, what, hurts: Vec::new() });
-                }
-            }
+                Err(VaultError::Store(StoreError::NotFound(_))) => None,
+                Err(e) => Some(reason(damage(e)?)),
+            };
+            damaged.lock().extend(what.map(|what| Damage { object, what, hurts: Vec::new() }));
             (self.progress)(pack.length);
             Ok(())
         })?;
@@ -111,14 +109,10 @@ impl Scrub<'_> {
         Ok(())
     }
 
-    /// Reads a pack and compares its digest; how many blobs it has.
-    fn pack(&self, key: &str, pack: PackFile, bytes: &AtomicU64) -> Result<u32, Wrong> {
+    /// Reads a pack and compares its digest; how many blobs it has, if that is right.
+    fn pack(&self, key: &str, pack: PackFile, bytes: &AtomicU64) -> Result<Option<u32>, VaultError> {
         let (tail, length) = self.store.read_tail(key, TRAILER)?;
-        let cut = FormatError::Malformed("shorter than a trailer; it is cut off");
-        let trailer = Trailer::decode(tail.last_chunk::<TRAILER>().ok_or(cut)?, length)?;
-        if (trailer.id, trailer.generation) != (pack.id, pack.generation) {
-            return Err(FormatError::Mismatch("its trailer names another pack").into());
-        }
+        let trailer = pack.trailer(key, &tail, length)?;
         let mut hasher = blake3::Hasher::new();
         let mut window = vec![0; WINDOW];
         let (mut at, end) = (0, length - BEHIND);
@@ -132,40 +126,6 @@ impl Scrub<'_> {
             at += part as u64;
         }
         bytes.fetch_add(length, Ordering::Relaxed);
-        match Digest::from_bytes(*hasher.finalize().as_bytes()) == trailer.digest {
-            true => Ok(trailer.count),
-            false => Err(Wrong::Digest),
-        }
-    }
-}
-
-/// What is wrong with a pack.
-enum Wrong {
-    Store(StoreError),
-    Format(FormatError),
-    Digest,
-}
-
-impl From<StoreError> for Wrong {
-    fn from(error: StoreError) -> Wrong {
-        Wrong::Store(error)
-    }
-}
-
-impl From<FormatError> for Wrong {
-    fn from(error: FormatError) -> Wrong {
-        Wrong::Format(error)
-    }
-}
-
-/// What is wrong with an object that can't be read; a store that can't be reached says nothing about it.
-fn rot(error: StoreError) -> Result<String, VaultError> {
-    let error = VaultError::from(error);
-    match &error {
-        VaultError::Store(StoreError::Io { source, .. }) if source.raw_os_error() == Some(libc::EIO) => {
-            Ok(format!("can't be read: {source}"))
-        }
-        _ if error.damaged_object().is_some() => Ok(error.to_string()),
-        _ => Err(error),
+        Ok((Digest::from_bytes(*hasher.finalize().as_bytes()) == trailer.digest).then_some(trailer.count))
     }
 }

@@ -8,10 +8,9 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use parking_lot::Mutex;
 use reseal_format::ids::{Digest, PackId, VmId};
 use reseal_format::layout;
-use reseal_format::manifest::{Manifest, Tombstone};
+use reseal_format::manifest::Manifest;
 use reseal_format::names::VmName;
 use reseal_format::time::Timestamp;
-use reseal_store::StoreError;
 use reseal_vault::heads::Heads;
 use reseal_vault::{PackFile, Packs, Point, State, Tenant, Tree, VaultError};
 use serde::Serialize;
@@ -235,7 +234,7 @@ impl<'a> Verify<'a> {
                 self.damage(key, what, vec![name]);
                 return Ok(None);
             }
-            State::Forgotten => match self.forgotten(vm, number) {
+            State::Forgotten => match self.tenant.forgotten(vm, number) {
                 Ok(tombstone) => (tombstone.digest, tombstone.vm_id, tombstone.parent),
                 Err(e) => {
                     let e = about_object(e)?;
@@ -256,7 +255,7 @@ impl<'a> Verify<'a> {
                     facts
                 }
                 // It was forgotten since it was listed.
-                Err(VaultError::NoPoint { .. }) if self.forgotten(vm, number).is_ok() => {
+                Err(VaultError::NoPoint { .. }) if self.tenant.forgotten(vm, number).is_ok() => {
                     return self.number(vm, number, State::Forgotten, previous);
                 }
                 Err(e) => {
@@ -272,14 +271,6 @@ impl<'a> Verify<'a> {
             self.damage(key, "does not follow the restore point before it: one of the two was replaced", vec![name]);
         }
         Ok(Some((number, digest, vm_id)))
-    }
-
-    /// What says that a number was forgotten, or is about to: a fence whose maker died stands where the manifest would.
-    fn forgotten(&self, vm: &VmName, number: u32) -> Result<Tombstone, VaultError> {
-        match self.tenant.tombstone(vm, number) {
-            Err(VaultError::Store(StoreError::NotFound(_))) => self.tenant.fenced(vm, number),
-            other => other,
-        }
     }
 
     fn notes(&mut self, vm: &VmName) -> Result<(), BackupError> {

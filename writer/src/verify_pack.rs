@@ -17,6 +17,8 @@ use crate::walk::Need;
 
 /// The error number of a medium that can't be read.
 const EIO: i32 = libc::EIO;
+/// What is said of a pack whose clear digest is not that of its bytes.
+pub(crate) const DIGEST: &str = "its digest does not match its bytes";
 /// Bytes that are read at once.
 const WINDOW: usize = 4 << 20;
 /// How often a pack may be rewritten while it is verified.
@@ -164,7 +166,7 @@ impl<'a> PackVerifier<'a> {
         // The digest covers all before it: it stands 40 bytes before the end.
         hasher.update(&window[..trailer.tail_bytes() - 40]);
         if whole && Digest::from_bytes(*hasher.finalize().as_bytes()) != trailer.digest {
-            findings.whole.get_or_insert("its digest does not match its bytes".into());
+            findings.whole.get_or_insert(DIGEST.into());
         }
         Ok(())
     }
@@ -236,7 +238,7 @@ impl<'a> PackVerifier<'a> {
 
 /// Passes on errors that say nothing about the object: those of a store that can't be reached. One that can't read a
 /// stretch of a medium (EIO) says that this is lost.
-fn damage(error: VaultError) -> Result<VaultError, VaultError> {
+pub(crate) fn damage(error: VaultError) -> Result<VaultError, VaultError> {
     match &error {
         VaultError::Store(StoreError::Io { source, .. }) if source.raw_os_error() == Some(EIO) => Ok(error),
         _ if error.damaged_object().is_some() => Ok(error),
@@ -245,7 +247,7 @@ fn damage(error: VaultError) -> Result<VaultError, VaultError> {
 }
 
 /// What is wrong, without the object's name, which stands before it.
-fn reason(error: VaultError) -> String {
+pub(crate) fn reason(error: VaultError) -> String {
     match error {
         VaultError::Damaged { source, .. } => source.to_string(),
         VaultError::Store(StoreError::Io { source, .. }) => format!("can't be read: {source}"),

@@ -142,10 +142,11 @@ impl Forgetting<'_> {
             tenant.store.delete(&key)?;
             return Err(e);
         }
-        self.finish(&manifest.vm, manifest.number)
+        self.delete_manifest(&manifest.vm, manifest.number)
     }
 
-    /// Deletes the manifest that may still stand beside a tombstone, unless somebody reads that restore point.
+    /// Finishes what one who forgot and died has begun: the manifest that still stands beside a tombstone goes, unless the restore point is
+    /// held, or somebody reads it.
     pub fn finish(&self, vm: &VmName, number: u32) -> Result<Left, VaultError> {
         let tenant = self.tenant;
         // One that somebody made up hides a point, and must not be what deletes it.
@@ -172,11 +173,16 @@ impl Forgetting<'_> {
             Ok(Some(_)) => {}
             Err(e) => return Err(e),
         }
+        self.delete_manifest(vm, number)
+    }
+
+    fn delete_manifest(&self, vm: &VmName, number: u32) -> Result<Left, VaultError> {
+        let tenant = self.tenant;
         let readers = tenant.pinned(vm, number)?;
         if !readers.is_empty() {
             return Ok(Left::Read(readers));
         }
-        match tenant.store.delete(&key) {
+        match tenant.store.delete(&layout::manifest(&tenant.name, vm, number)) {
             Ok(()) | Err(StoreError::NotFound(_)) => Ok(Left::Tombstone),
             Err(e) => Err(e.into()),
         }

@@ -114,10 +114,15 @@ impl Tenant {
         }
     }
 
-    /// Opens what stands where a manifest would, and says that there never will be one.
-    pub fn fenced(&self, vm: &VmName, number: u32) -> Result<Tombstone, VaultError> {
-        let key = layout::manifest(&self.name, vm, number);
-        self.open_sealed(&key, |keys, object| Tombstone::open(keys, vm, number, object))
+    /// What says that a number was forgotten, or is about to: a fence whose maker died stands where the manifest would.
+    pub fn forgotten(&self, vm: &VmName, number: u32) -> Result<Tombstone, VaultError> {
+        match self.tombstone(vm, number) {
+            Err(VaultError::Store(StoreError::NotFound(_))) => {
+                let key = layout::manifest(&self.name, vm, number);
+                self.open_sealed(&key, |keys, object| Tombstone::open(keys, vm, number, object))
+            }
+            other => other,
+        }
     }
 
     /// Finishes a fence of this number whose maker died in the midst; whether there was one.

@@ -122,6 +122,20 @@ pub struct PackFile {
     pub length: u64,
 }
 
+impl PackFile {
+    /// The trailer at the end of the object of that key and length, which must name this generation of this pack. No key is needed, and
+    /// nothing of it is authenticated.
+    pub fn trailer(self, key: &str, tail: &[u8], length: u64) -> Result<Trailer, VaultError> {
+        let cut = FormatError::Malformed("shorter than a trailer; it is cut off");
+        let trailer = tail.last_chunk::<TRAILER>().ok_or(cut).and_then(|bytes| Trailer::decode(bytes, length));
+        let trailer = trailer.map_err(VaultError::damaged(key))?;
+        match (trailer.id, trailer.generation) == (self.id, self.generation) {
+            true => Ok(trailer),
+            false => Err(VaultError::damaged(key)(FormatError::Mismatch("its trailer names another pack"))),
+        }
+    }
+}
+
 /// All packs that a tenant has, of every generation, from a listing.
 pub fn list_packs(store: &dyn Store, tenant: &TenantName) -> Result<Vec<PackFile>, VaultError> {
     let folder = layout::packs(tenant);
@@ -228,11 +242,7 @@ impl Packs {
         let store = &self.tenant.store;
         let (mut tail, length) = store.read_tail(&key, at_first)?;
         let damaged = |source| VaultError::Damaged { object: key.clone(), source };
-        let cut = || damaged(FormatError::Malformed("shorter than a trailer; it is cut off"));
-        let trailer = Trailer::decode(tail.last_chunk::<TRAILER>().ok_or_else(cut)?, length).map_err(damaged)?;
-        if (trailer.id, trailer.generation) != (id, generation) {
-            return Err(damaged(FormatError::Mismatch("its trailer names another pack")));
-        }
+        let trailer = PackFile { id, generation, length }.trailer(&key, &tail, length)?;
         let wanted = trailer.length_table_bytes() + TRAILER;
         if tail.len() < wanted {
             let mut more = vec![0; wanted - tail.len()];

@@ -12,6 +12,7 @@ use reseal_writer::verify::{Part, Verify, What};
 use serde_json::json;
 
 use super::cores;
+use super::failures::Failures;
 
 /// Arguments of `copy`.
 #[derive(clap::Args)]
@@ -112,15 +113,13 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
         say: &|text| output.warn(text),
     };
     let mut counts = Counts::default();
-    let mut failed: Option<Failure> = None;
+    let mut failed = Failures::new(output);
     for vm in &vms {
         let missing = match copy.missing(vm) {
             Ok(missing) => missing,
             // One that has only tombstones, say: the others can be copied all the same.
             Err(e) if vms.len() > 1 && e.status() != Status::Unreachable => {
-                if let Some(before) = failed.replace(e.into()) {
-                    output.warn(before.message);
-                }
+                failed.add(e.into());
                 continue;
             }
             Err(e) => return Err(e.into()),
@@ -135,12 +134,12 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
         }
         let mut first: Option<Timestamp> = None;
         copy.run(missing, &mut |outcome| match outcome {
-            Outcome::Copied { from, made } => {
+            Outcome::Copied { number, made } => {
                 let (manifest, stats) = (&made.manifest, made.manifest.stats);
                 first.get_or_insert(manifest.created);
                 counts.copied += 1;
                 counts.stored += stats.stored;
-                let (of, to) = (format!("{vm}@{}", from.number), format!("{vm}@{}", manifest.number));
+                let (of, to) = (format!("{vm}@{number}"), format!("{vm}@{}", manifest.number));
                 output.json(&json!({
                     "event": "copied", "point": of, "to": to, "time": manifest.created.to_string(), "stats": stats,
                 }));
@@ -167,9 +166,7 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
             let report = verify.run(&What::Vm(vm.clone()), cores(), |_| {}, &|_| {})?;
             if let Some(damage) = report.damaged.first() {
                 let message = format!("{} of the copy is not as it was stored: {}", damage.object, damage.what);
-                if let Some(before) = failed.replace(Failure::new(Status::Damaged, message)) {
-                    output.warn(before.message);
-                }
+                failed.add(Failure::new(Status::Damaged, message));
             }
         }
     }
@@ -186,12 +183,9 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
             format!("{copied} {points} copied, {stored} stored, in {took}")
         }
     });
-    match failed {
-        Some(failure) => Err(failure),
-        None if left_out > 0 => {
-            let message = format!("{left_out} restore points are damaged and were left out; later ones were copied");
-            Err(Failure::new(Status::Damaged, message))
-        }
-        None => Ok(()),
+    if failed.is_empty() && left_out > 0 {
+        let message = format!("{left_out} restore points are damaged and were left out; later ones were copied");
+        failed.add(Failure::new(Status::Damaged, message));
     }
+    failed.end()
 }

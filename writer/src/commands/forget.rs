@@ -69,5 +69,5 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
     let stay = if kept == 0 { String::new() } else { format!(", {kept} kept") };
     output.say(format!("{} {points} {would}{stay}", forgotten.len()));
     output.json(&json!({ "event": "summary", "forgotten": forgotten.len(), "kept": kept, "dry_run": args.dry_run }));
-    failed.map_or(Ok(()), Err)
+    failed.end()
 }

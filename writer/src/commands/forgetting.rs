@@ -9,6 +9,7 @@ use reseal_vault::{Forgetting, Left, Point, PointName, VaultError};
 use reseal_writer::retention::{Candidate, judge};
 use serde_json::json;
 
+use super::failures::Failures;
 use super::point_name;
 
 /// What is said of each restore point.
@@ -28,8 +29,7 @@ pub(super) struct Run<'a> {
     /// None where nothing is to be forgotten.
     forgetting: Option<Forgetting<'a>>,
     reason: &'a str,
-    /// What went wrong last; what came before was said.
-    failed: Option<Failure>,
+    failed: Failures,
     /// What was forgotten, or would be.
     pub forgotten: BTreeSet<PointName>,
     pub kept: usize,
@@ -45,14 +45,21 @@ impl<'a> Run<'a> {
         reason: &'a str,
     ) -> Result<Run<'a>, Failure> {
         let forgetting = if is_dry { None } else { Some(opened.tenant.forgetting()?) };
-        Ok(Run { output, telling, opened, forgetting, reason, failed: None, forgotten: BTreeSet::new(), kept: 0 })
+        Ok(Run {
+            output,
+            telling,
+            opened,
+            forgetting,
+            reason,
+            failed: Failures::new(output),
+            forgotten: BTreeSet::new(),
+            kept: 0,
+        })
     }
 
     /// Notes what is wrong, and goes on.
     pub(super) fn wrong(&mut self, failure: Failure) {
-        if let Some(before) = self.failed.replace(failure) {
-            self.output.warn(before.message);
-        }
+        self.failed.add(failure);
     }
 
     /// What is wrong with one point does not stop the others; a vault that does not answer does.
@@ -140,6 +147,5 @@ impl<'a> Run<'a> {
 pub(super) struct Ended {
     pub forgotten: BTreeSet<PointName>,
     pub kept: usize,
-    /// What went wrong last.
-    pub failed: Option<Failure>,
+    pub failed: Failures,
 }

@@ -7,6 +7,7 @@ use reseal_site::Reading;
 use reseal_vault::{Class, Point, Points, State, VaultError};
 use reseal_writer::status::boot as boot_report;
 
+use super::failures::Failures;
 use super::{PointJson, point_name};
 
 /// Points that are asked for together: where each answer takes its time, many are under way.
@@ -33,13 +34,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
             vms
         }
     };
-    let mut damaged: Option<Failure> = None;
-    // Each is named; the last one ends the command.
-    let mut damage = |failure: Failure| {
-        if let Some(before) = damaged.replace(failure) {
-            output.warn(before.message);
-        }
-    };
+    let mut damaged = Failures::new(output);
     let mut shown = 0;
     // Another site does not tell of boots.
     let boot = if reading.tenant().is_some() { "BOOT" } else { "" };
@@ -50,7 +45,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
             return Err(VaultError::NoVm { vm }.into());
         }
         if let Some(e) = rollback {
-            damage(e.into());
+            damaged.add(e.into());
         }
         let mut authenticated = 0;
         let notes = reading.tenant().map(|tenant| tenant.note_names(&vm)).transpose()?;
@@ -68,7 +63,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
                 // A site that is gone is not asked for each of them.
                 Err(e @ VaultError::Elsewhere { class: Class::Unreachable, .. }) => return Err(e.into()),
                 Err(e) => {
-                    damage(e.into());
+                    damaged.add(e.into());
                     continue;
                 }
             };
@@ -84,7 +79,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
                     Ok(None) => ("-".to_owned(), None),
                     Ok(Some(booted)) => (boot_report::brief(&booted), Some(booted)),
                     Err(e) => {
-                        damage(e.into());
+                        damaged.add(e.into());
                         ("damaged".to_owned(), None)
                     }
                 },
@@ -94,7 +89,7 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
                 None => None,
                 Some(Ok(held)) => held,
                 Some(Err(e)) => {
-                    damage(e.into());
+                    damaged.add(e.into());
                     None
                 }
             };
@@ -113,10 +108,10 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
         }
         heads.remember(reading.record_generation(), &[(vm, authenticated)])?;
     }
-    if shown == 0 && damaged.is_none() {
+    if shown == 0 && damaged.is_empty() {
         output.say("no restore points yet; make one with `reseal backup VM DISK`");
     }
-    damaged.map_or(Ok(()), Err)
+    damaged.end()
 }
 
 /// What stands at a number.

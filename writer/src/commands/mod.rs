@@ -4,6 +4,7 @@ pub(crate) mod backup;
 mod clients;
 pub(crate) mod copy;
 pub(crate) mod delegate;
+mod failures;
 pub(crate) mod forget;
 mod forgetting;
 pub(crate) mod hold;

@@ -11,6 +11,7 @@ use reseal_writer::throttle::Throttle;
 use serde_json::json;
 
 use super::cores;
+use super::failures::Failures;
 use super::forgetting::{Ended, Run, Telling};
 
 /// Arguments of `prune`.
@@ -65,7 +66,7 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
         opened.heads.whole_chain(&**tenant, &vm)?;
     }
     let Ended { forgotten, kept: _, failed } = match args.no_forget {
-        true => Ended { forgotten: BTreeSet::new(), kept: 0, failed: None },
+        true => Ended { forgotten: BTreeSet::new(), kept: 0, failed: Failures::new(output) },
         false => by_policies(output, &opened, args.dry_run)?,
     };
     // One at a time rewrites packs; and who changes the data keys meanwhile waits.
@@ -80,7 +81,7 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
     };
     told(output, &pruned, &forgotten, began.elapsed());
     end(output, args, &pruned)?;
-    failed.map_or(Ok(()), Err)
+    failed.end()
 }
 
 /// Forgets what the tenant's policies do not keep. What is wrong with one VM does not stop the others.

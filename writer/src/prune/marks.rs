@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use reseal_format::layout::{self, PointFile, parse_point_file};
 use reseal_format::names::VmName;
 use reseal_store::StoreError;
-use reseal_vault::{Chain, Point, PointName, State, Tenant, Tree, VaultError};
+use reseal_vault::{Chain, PointName, State, Tenant, Tree, VaultError};
 
 use crate::walk::{Collector, Needed};
 
@@ -100,7 +100,10 @@ impl<'a> Marks<'a> {
     pub(super) fn mark(&mut self, without: &BTreeSet<PointName>) -> Result<(), VaultError> {
         for vm in self.tenant.vms()? {
             let Numbers { manifests, tombstones } = self.numbers(&vm)?;
-            self.check_gaps(&vm, &self.tenant.chain(&vm)?);
+            let last = manifests.last().max(tombstones.last()).copied().unwrap_or(0);
+            if manifests.union(&tombstones).count() != last as usize {
+                self.check_gaps(&vm, &self.tenant.chain(&vm)?);
+            }
             for &number in tombstones.difference(&manifests) {
                 self.see(&vm, number, Seen::Forgotten);
             }
@@ -130,11 +133,11 @@ impl<'a> Marks<'a> {
                 self.see(&vm, number, Seen::Forgotten);
             }
             for &number in manifests.iter().filter(|number| !seen.contains_key(number)) {
-                match tombstones.contains(&number) {
-                    true => self.beside_tombstone(&vm, number)?,
+                let seen = match tombstones.contains(&number) {
+                    true => self.open(&vm, number)?,
                     false => self.live(&vm, number)?,
-                }
-                if self.seen.get(&vm).and_then(|seen| seen.get(&number)) == Some(&Seen::Forgotten) {
+                };
+                if seen == Seen::Forgotten {
                     return Err(changed(&vm, number));
                 }
             }
@@ -161,55 +164,39 @@ impl<'a> Marks<'a> {
                 }
             }
         }
-        self.beside_tombstone(vm, number)
+        self.open(vm, number).map(drop)
     }
 
-    fn live(&mut self, vm: &VmName, number: u32) -> Result<(), VaultError> {
-        match self.tenant.point(vm, number) {
+    fn live(&mut self, vm: &VmName, number: u32) -> Result<Seen, VaultError> {
+        let seen = self.open(vm, number)?;
+        self.points += u64::from(seen == Seen::Marked);
+        Ok(seen)
+    }
+
+    /// Opens a manifest, and marks what it needs.
+    fn open(&mut self, vm: &VmName, number: u32) -> Result<Seen, VaultError> {
+        let seen = match self.tenant.point(vm, number) {
             Ok(point) => {
-                self.points += 1;
-                self.need(vm, &point)
+                for disk in &point.manifest.disks {
+                    self.collector.disk(self.tree, disk)?;
+                }
+                Seen::Marked
             }
             // A fence whose maker died, or it was forgotten a moment ago.
             Err(VaultError::NoPoint { .. }) => {
                 if !self.is_dry {
                     self.tenant.settle_fence(vm, number)?;
                 }
-                self.see(vm, number, Seen::Forgotten);
-                Ok(())
+                Seen::Forgotten
             }
             Err(e) if e.damaged_object().is_some() => {
                 self.damage(&e);
-                self.see(vm, number, Seen::Damaged);
-                Ok(())
+                Seen::Damaged
             }
-            Err(e) => Err(e),
-        }
-    }
-
-    fn beside_tombstone(&mut self, vm: &VmName, number: u32) -> Result<(), VaultError> {
-        match self.tenant.point(vm, number) {
-            Ok(point) => self.need(vm, &point),
-            // A fence is about to go by itself.
-            Err(VaultError::NoPoint { .. }) => {
-                self.see(vm, number, Seen::Forgotten);
-                Ok(())
-            }
-            Err(e) if e.damaged_object().is_some() => {
-                self.damage(&e);
-                self.see(vm, number, Seen::Damaged);
-                Ok(())
-            }
-            Err(e) => Err(e),
-        }
-    }
-
-    fn need(&mut self, vm: &VmName, point: &Point) -> Result<(), VaultError> {
-        for disk in &point.manifest.disks {
-            self.collector.disk(self.tree, disk)?;
-        }
-        self.see(vm, point.manifest.number, Seen::Marked);
-        Ok(())
+            Err(e) => return Err(e),
+        };
+        self.see(vm, number, seen);
+        Ok(seen)
     }
 
     /// A number that has nothing had a manifest, which may be put back.

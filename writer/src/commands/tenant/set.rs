@@ -5,7 +5,8 @@ use reseal_cli::{CommonArgs, Failure, Status, human_bytes, of_tenant, parse_size
 use reseal_format::names::{TenantName, VmName};
 use reseal_format::objectives::Objective;
 use reseal_format::retention::{Policy, Retention};
-use reseal_vault::Holdings;
+use reseal_kms::Kms;
+use reseal_vault::{Holdings, Record, VaultError};
 use reseal_writer::span;
 use serde_json::json;
 
@@ -104,11 +105,21 @@ pub(super) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
     set_objective(common, &name, vm.as_ref(), objective)
 }
 
-fn set_quota(common: &CommonArgs, name: &TenantName, quota: Option<u64>) -> Result<(), Failure> {
+/// Replaces the tenant's record by what `next` makes of it, and remembers that.
+fn replaced(
+    common: &CommonArgs,
+    name: &TenantName,
+    next: impl FnOnce(&Record, &dyn Kms) -> Result<Record, VaultError>,
+) -> Result<Record, Failure> {
     let found = common.find(name)?;
     let kms = common.kms_of(&found.record)?;
-    let new = found.record.set_quota(&*kms, quota).map_err(|e| of_tenant(name, e))?;
+    let new = next(&found.record, &*kms).map_err(|e| of_tenant(name, e))?;
     found.heads.remember(new.generation(), &[])?;
+    Ok(new)
+}
+
+fn set_quota(common: &CommonArgs, name: &TenantName, quota: Option<u64>) -> Result<(), Failure> {
+    let new = replaced(common, name, |record, kms| record.set_quota(kms, quota))?;
     let output = common.output();
     let used = Holdings::of(&*common.vault()?.0, name)?.pack_bytes;
     output.json(&json!({
@@ -130,10 +141,7 @@ fn set_objective(
     vm: Option<&VmName>,
     objective: Objective,
 ) -> Result<(), Failure> {
-    let found = common.find(name)?;
-    let kms = common.kms_of(&found.record)?;
-    let new = found.record.set_objective(&*kms, vm, objective).map_err(|e| of_tenant(name, e))?;
-    found.heads.remember(new.generation(), &[])?;
+    let new = replaced(common, name, |record, kms| record.set_objective(kms, vm, objective))?;
     let output = common.output();
     let (seconds, said) = match objective {
         Objective::Within(seconds) => (Some(seconds), human_objective(Some(seconds))),
@@ -160,10 +168,7 @@ fn set_retention(
     vm: Option<&VmName>,
     retention: Retention,
 ) -> Result<(), Failure> {
-    let found = common.find(name)?;
-    let kms = common.kms_of(&found.record)?;
-    let new = found.record.set_retention(&*kms, vm, retention.clone()).map_err(|e| of_tenant(name, e))?;
-    found.heads.remember(new.generation(), &[])?;
+    let new = replaced(common, name, |record, kms| record.set_retention(kms, vm, retention.clone()))?;
     let output = common.output();
     let (policy, said) = match retention {
         Retention::By(policy) => (json!(policy), human_retention(Some(&policy))),
