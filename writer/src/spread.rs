@@ -7,11 +7,11 @@ use crate::BackupError;
 
 /// Does each piece on one of at most so many threads. The first that fails sets `stop`, and no other piece is begun; so does whoever
 /// else sets it.
-pub(crate) fn spread<P: Sync>(
-    pieces: &[P],
+pub(crate) fn spread<'p, P: Sync>(
+    pieces: &'p [P],
     threads: usize,
     stop: &AtomicBool,
-    work: impl Fn(&P) -> Result<(), BackupError> + Sync,
+    work: impl Fn(&'p P) -> Result<(), BackupError> + Sync,
 ) -> Result<(), BackupError> {
     let next = AtomicUsize::new(0);
     let one = || {

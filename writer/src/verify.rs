@@ -150,19 +150,13 @@ impl<'a> Verify<'a> {
     /// Collects what points need. Of packs only what is given is read, if something is.
     fn collect(&self, collector: &mut Collector) -> Result<Option<Needed>, BackupError> {
         let Part::Since(since) = self.part else {
-            for disk in self.points.iter().flat_map(|point| &point.manifest.disks) {
-                collector.disk(&self.tree, disk)?;
-            }
+            collector.disks(&self.tree, self.points.iter().flat_map(|point| &point.manifest.disks))?;
             return Ok(None);
         };
         let (new, old): (Vec<_>, Vec<_>) = self.points.iter().partition(|point| point.manifest.created >= since);
-        for disk in old.iter().flat_map(|point| &point.manifest.disks) {
-            collector.disk(&self.tree, disk)?;
-        }
+        collector.disks(&self.tree, old.iter().flat_map(|point| &point.manifest.disks))?;
         let before = collector.needed.clone();
-        for disk in new.iter().flat_map(|point| &point.manifest.disks) {
-            collector.disk(&self.tree, disk)?;
-        }
+        collector.disks(&self.tree, new.iter().flat_map(|point| &point.manifest.disks))?;
         let mut read = collector.needed.clone();
         for (id, need) in &before {
             if let Some(more) = read.get_mut(id) {

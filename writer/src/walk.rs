@@ -2,15 +2,20 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
+use std::sync::atomic::AtomicBool;
 
+use parking_lot::Mutex;
 use reseal_format::FormatError;
 use reseal_format::geometry::{FANOUT, root_level};
 use reseal_format::ids::PackId;
-use reseal_format::index::BlobRef;
+use reseal_format::index::{BlobRef, IndexNode};
 use reseal_format::keys::Kind;
 use reseal_format::manifest::Disk;
 use reseal_format::ordinals::Ordinals;
 use reseal_vault::{Tree, VaultError, Wait};
+
+use crate::BackupError;
+use crate::spread::spread;
 
 /// What restore points need of a pack.
 #[derive(Clone)]
@@ -38,13 +43,40 @@ pub(crate) struct Collector {
     pub broken: Broken,
 }
 
+/// Nodes that are read at a time: enough to hide the delay of an object store behind one another.
+const WALKERS: usize = 16;
+/// Nodes between which nothing is done but reading.
+const BATCH: usize = 256;
+
 impl Collector {
     /// Fails only where keys can't be had.
-    pub(crate) fn disk(&mut self, tree: &Tree, disk: &Disk) -> Result<(), VaultError> {
-        match disk.root {
-            Some(root) => self.node(tree, root.into(), root_level(disk.length)),
-            None => Ok(()),
+    pub(crate) fn disks<'d>(
+        &mut self,
+        tree: &Tree,
+        disks: impl IntoIterator<Item = &'d Disk>,
+    ) -> Result<(), BackupError> {
+        // The last one first, so that not many wait: a node's children come before its neighbours.
+        let mut waiting: Vec<(BlobRef, u8)> = Vec::new();
+        for disk in disks {
+            if let Some(root) = disk.root.map(BlobRef::from).filter(|root| self.need(*root, Kind::IndexPack)) {
+                waiting.push((root, root_level(disk.length)));
+            }
         }
+        while !waiting.is_empty() {
+            let batch = waiting.split_off(waiting.len().saturating_sub(BATCH));
+            let found = Mutex::new((&mut *self, &mut waiting));
+            spread(&batch, WALKERS, &AtomicBool::new(false), |(blob, level)| {
+                let node = tree.node(*blob, *level, Wait::May);
+                let (collector, waiting) = &mut *found.lock();
+                match node {
+                    Ok(node) => collector.node(&node, *level, waiting),
+                    Err(e @ VaultError::NoNewKeys { .. }) => return Err(e.into()),
+                    Err(e) => _ = collector.broken.insert((blob.pack, blob.ordinal), e),
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
     }
 
     /// Whether it was not needed before.
@@ -61,26 +93,14 @@ impl Collector {
         need.ordinals.insert(blob.ordinal)
     }
 
-    fn node(&mut self, tree: &Tree, blob: BlobRef, level: u8) -> Result<(), VaultError> {
-        if !self.need(blob, Kind::IndexPack) {
-            return Ok(());
-        }
-        let place = (blob.pack, blob.ordinal);
-        let node = match tree.node(blob, level, Wait::May) {
-            Ok(node) => node,
-            Err(e @ VaultError::NoNewKeys { .. }) => return Err(e),
-            Err(e) => {
-                self.broken.insert(place, e);
-                return Ok(());
-            }
-        };
+    fn node(&mut self, node: &IndexNode, level: u8, waiting: &mut Vec<(BlobRef, u8)>) {
         for child in (0..FANOUT).filter_map(|slot| node.get(slot)) {
             match level {
                 0 => _ = self.need(child, Kind::DataPack),
-                _ => self.node(tree, child, level - 1)?,
+                _ if self.need(child, Kind::IndexPack) => waiting.push((child, level - 1)),
+                _ => {}
             }
         }
-        Ok(())
     }
 }
 

@@ -1,13 +1,22 @@
 //! What the tenant's restore points need: marked from each manifest, also from one beside a tombstone while somebody reads it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::AtomicBool;
 
+use parking_lot::Mutex;
 use reseal_format::layout::{self, PointFile, parse_point_file};
 use reseal_format::names::VmName;
 use reseal_store::StoreError;
 use reseal_vault::{Chain, PointName, State, Tenant, Tree, VaultError};
 
+use crate::BackupError;
+use crate::spread::spread;
 use crate::walk::{Collector, Needed};
+
+/// Manifests that are opened at a time: enough to hide the delay of an object store behind one another.
+const OPENERS: usize = 16;
+/// Manifests that are kept until what they need is marked.
+const TOGETHER: usize = 256;
 
 /// What was found of a number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,7 +106,8 @@ impl<'a> Marks<'a> {
     }
 
     /// Marks from all that is there. `without` are points that count as forgotten.
-    pub(super) fn mark(&mut self, without: &BTreeSet<PointName>) -> Result<(), VaultError> {
+    pub(super) fn mark(&mut self, without: &BTreeSet<PointName>) -> Result<(), BackupError> {
+        let mut there = Vec::new();
         for vm in self.tenant.vms()? {
             let Numbers { manifests, tombstones } = self.numbers(&vm)?;
             let last = manifests.last().max(tombstones.last()).copied().unwrap_or(0);
@@ -108,49 +118,51 @@ impl<'a> Marks<'a> {
                 self.see(&vm, number, Seen::Forgotten);
             }
             for &number in &manifests {
-                if without.contains(&PointName { vm: vm.clone(), number }) {
+                let point = PointName { vm: vm.clone(), number };
+                if without.contains(&point) {
                     self.see(&vm, number, Seen::Forgotten);
                 } else if !tombstones.contains(&number) {
-                    self.live(&vm, number)?;
-                } else {
-                    self.read(&vm, number)?;
+                    there.push((point, true));
+                } else if self.is_to_be_marked(&vm, number)? {
+                    there.push((point, false));
                 }
             }
         }
-        self.check_nodes()
+        self.open(&there)?;
+        Ok(self.check_nodes()?)
     }
 
     /// Marks from what was made since. Nobody may have forgotten meanwhile what was not marked: somebody may have taken it for the
     /// parent of what he makes.
-    pub(super) fn mark_new(&mut self) -> Result<(), VaultError> {
+    pub(super) fn mark_new(&mut self) -> Result<(), BackupError> {
         for vm in self.tenant.vms()? {
             let Numbers { manifests, tombstones } = self.numbers(&vm)?;
             let seen = self.seen.get(&vm).cloned().unwrap_or_default();
             for &number in tombstones.difference(&manifests).filter(|number| !seen.contains_key(number)) {
                 if !self.tenant.tombstone(&vm, number)?.fenced {
-                    return Err(changed(&vm, number));
+                    return Err(changed(&vm, number).into());
                 }
                 self.see(&vm, number, Seen::Forgotten);
             }
-            for &number in manifests.iter().filter(|number| !seen.contains_key(number)) {
-                let seen = match tombstones.contains(&number) {
-                    true => self.open(&vm, number)?,
-                    false => self.live(&vm, number)?,
-                };
-                if seen == Seen::Forgotten {
-                    return Err(changed(&vm, number));
-                }
+            let new = manifests.iter().filter(|number| !seen.contains_key(number));
+            let new: Vec<_> =
+                new.map(|&number| (PointName { vm: vm.clone(), number }, !tombstones.contains(&number))).collect();
+            self.open(&new)?;
+            let seen = self.seen.get(&vm);
+            let is_forgotten = |number| seen.and_then(|seen| seen.get(&number)) == Some(&Seen::Forgotten);
+            if let Some((point, _)) = new.iter().find(|(point, _)| is_forgotten(point.number)) {
+                return Err(changed(&vm, point.number).into());
             }
         }
-        self.check_nodes()
+        Ok(self.check_nodes()?)
     }
 
     fn see(&mut self, vm: &VmName, number: u32, seen: Seen) {
         self.seen.entry(vm.clone()).or_default().insert(number, seen);
     }
 
-    /// A manifest beside a tombstone: somebody reads it, or it is about to go.
-    fn read(&mut self, vm: &VmName, number: u32) -> Result<(), VaultError> {
+    /// Whether a manifest beside a tombstone counts: somebody reads it, or it is about to go.
+    fn is_to_be_marked(&mut self, vm: &VmName, number: u32) -> Result<bool, VaultError> {
         let by: Vec<_> = self.tenant.pinned(vm, number)?.iter().map(ToString::to_string).collect();
         if !by.is_empty() {
             self.read.insert(format!("{vm}@{number}"), by.join("; "));
@@ -160,43 +172,54 @@ impl<'a> Marks<'a> {
                 other => {
                     other?;
                     self.see(vm, number, Seen::Forgotten);
-                    return Ok(());
+                    return Ok(false);
                 }
             }
         }
-        self.open(vm, number).map(drop)
+        Ok(true)
     }
 
-    fn live(&mut self, vm: &VmName, number: u32) -> Result<Seen, VaultError> {
-        let seen = self.open(vm, number)?;
-        self.points += u64::from(seen == Seen::Marked);
-        Ok(seen)
-    }
-
-    /// Opens a manifest, and marks what it needs.
-    fn open(&mut self, vm: &VmName, number: u32) -> Result<Seen, VaultError> {
-        let seen = match self.tenant.point(vm, number) {
-            Ok(point) => {
-                for disk in &point.manifest.disks {
-                    self.collector.disk(self.tree, disk)?;
-                }
-                Seen::Marked
+    /// Opens manifests, and marks what they need. Those of which it is said count as restore points that are to be there.
+    fn open(&mut self, points: &[(PointName, bool)]) -> Result<(), BackupError> {
+        for points in points.chunks(TOGETHER) {
+            let opened = Mutex::new(Vec::new());
+            spread(points, OPENERS, &AtomicBool::new(false), |(PointName { vm, number }, counts)| {
+                let point = self.tenant.point(vm, *number);
+                opened.lock().push((vm, *number, *counts, point));
+                Ok(())
+            })?;
+            let mut disks = Vec::new();
+            for (vm, number, counts, point) in opened.into_inner() {
+                let seen = match point {
+                    Ok(point) => {
+                        disks.extend(point.manifest.disks);
+                        self.points += u64::from(counts);
+                        Seen::Marked
+                    }
+                    Err(e) => self.not_opened(vm, number, e)?,
+                };
+                self.see(vm, number, seen);
             }
+            self.collector.disks(self.tree, &disks)?;
+        }
+        Ok(())
+    }
+
+    fn not_opened(&mut self, vm: &VmName, number: u32, error: VaultError) -> Result<Seen, VaultError> {
+        match error {
             // A fence whose maker died, or it was forgotten a moment ago.
-            Err(VaultError::NoPoint { .. }) => {
+            VaultError::NoPoint { .. } => {
                 if !self.is_dry {
                     self.tenant.settle_fence(vm, number)?;
                 }
-                Seen::Forgotten
+                Ok(Seen::Forgotten)
             }
-            Err(e) if e.damaged_object().is_some() => {
-                self.damage(&e);
-                Seen::Damaged
+            error if error.damaged_object().is_some() => {
+                self.damage(&error);
+                Ok(Seen::Damaged)
             }
-            Err(e) => return Err(e),
-        };
-        self.see(vm, number, seen);
-        Ok(seen)
+            error => Err(error),
+        }
     }
 
     /// A number that has nothing had a manifest, which may be put back.

@@ -61,7 +61,7 @@ impl Own {
         // Once, whatever is asked: when it is done must tell nothing.
         if let Some(newest) = self.newest.take() {
             let mut collector = Collector::default();
-            newest.disks.iter().try_for_each(|disk| collector.disk(&known.tree, disk))?;
+            collector.disks(&known.tree, &newest.disks)?;
             let data = collector.needed.iter().filter(|(_, need)| need.kind == Kind::DataPack);
             data.for_each(|(pack, need)| self.places.add_pack(*pack, &need.ordinals));
         }
