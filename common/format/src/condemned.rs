@@ -43,6 +43,11 @@ impl Condemned {
         self.0.iter().map(|(id, blobs)| (*id, blobs))
     }
 
+    /// What is condemned of a pack, if anything is.
+    pub fn of(&self, pack: PackId) -> Option<&Blobs> {
+        self.0.get(&pack)
+    }
+
     pub fn contains(&self, pack: PackId, ordinal: u32) -> bool {
         match self.0.get(&pack) {
             None => false,

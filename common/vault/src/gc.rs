@@ -9,6 +9,10 @@
 //! sees may rely on anything until he has ended: by then his restore point exists and is marked, or, once he is fenced, never will.
 //! No clock decides that, only how long is waited.
 //!
+//! Nor is a prune believed to have ended because nothing is heard of it: it may stand still before a rewriting or a removal, and go on
+//! another day. All that it may still do is to generations of packs that it has condemned. So the next one gives each pack that is left of
+//! those another generation, before it says that they are no longer condemned.
+//!
 //! Architecture invariant: what was condemned stays so until it is gone, or no prune wants to remove it any more.
 
 use reseal_format::condemned::{Condemned, MAX_LIST};
@@ -37,15 +41,18 @@ impl Tenant {
     /// All that is condemned. Asked before packs are listed: a list is gone only after what it names.
     pub fn condemned(&self) -> Result<Condemned, VaultError> {
         let mut condemned = Condemned::default();
-        for id in self.condemned_lists()? {
-            let key = layout::condemned(&self.name, id);
-            match self.store.get(&key, MAX_LIST) {
-                Ok(list) => condemned.decode(&list).map_err(VaultError::damaged(key))?,
-                Err(StoreError::NotFound(_)) => {}
-                Err(e) => return Err(e.into()),
-            }
-        }
+        self.condemned_lists()?.into_iter().try_for_each(|id| self.add_condemned(id, &mut condemned))?;
         Ok(condemned)
+    }
+
+    /// Adds what a list says; one that is gone says nothing.
+    pub fn add_condemned(&self, id: CondemnedId, to: &mut Condemned) -> Result<(), VaultError> {
+        let key = layout::condemned(&self.name, id);
+        match self.store.get(&key, MAX_LIST) {
+            Ok(list) => to.decode(&list).map_err(VaultError::damaged(key)),
+            Err(StoreError::NotFound(_)) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
     }
 
     /// Says what is about to be removed; durable when it returns. The lists that say so.

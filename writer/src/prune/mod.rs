@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Why nothing goes that somebody relies on is told in `vault/gc.rs`. Whoever dies in the midst leaves nothing that would have to be
-//! finished: the next prune begins anew, and what was condemned stays so until it has ended.
+//! finished: the next prune begins anew, and what was condemned stays so until it has ended. What the one before was about to rewrite it
+//! rewrites in any case.
 //!
 //! Architecture invariant: nothing goes before everything that is there was marked, and that only if all of it could be read.
 
@@ -20,7 +21,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use reseal_format::condemned::Condemned;
 use reseal_format::dated_note::DatedKind;
+use reseal_format::ids::CondemnedId;
 use reseal_format::layout;
 use reseal_store::StoreError;
 use reseal_vault::{Held, PackFile, Packs, PointName, Tenant, Tree, VaultError};
@@ -103,7 +106,8 @@ impl Prune<'_> {
         let listed = packs.list()?;
         let mut marks = Marks::new(&self.tenant, &tree, true);
         marks.mark(without)?;
-        let plan = Plan::new(&packs, listed, marks.needed(), self.worth(), self.workers)?;
+        let begun = self.begun(&self.tenant.condemned_lists()?)?;
+        let plan = Plan::new(&packs, listed, marks.needed(), &begun, self.worth(), self.workers)?;
         let mut pruned = Pruned { dry_run: true, ..Pruned::default() };
         pruned.tell(&marks, &plan);
         if self.may_go_on(&marks) {
@@ -119,11 +123,12 @@ impl Prune<'_> {
         let packs = Arc::new(Packs::new(tenant.clone(), TABLES));
         let tree = Tree::new(packs.clone(), NODES);
         let before = tenant.condemned_lists()?;
+        let begun = self.begun(&before)?;
         let listed = packs.list()?;
         let mut marks = Marks::new(tenant, &tree, false);
         marks.finish_forgotten()?;
         marks.mark(&BTreeSet::new())?;
-        let plan = Plan::new(&packs, listed, marks.needed(), self.worth(), self.workers)?;
+        let plan = Plan::new(&packs, listed, marks.needed(), &begun, self.worth(), self.workers)?;
         let mut pruned = Pruned::default();
         pruned.tell(&marks, &plan);
         if !self.may_go_on(&marks) {
@@ -144,11 +149,23 @@ impl Prune<'_> {
         self.remove(&packs, &plan, &marks, &mut pruned)?;
         self.notes(&marks)?;
         // What is condemned and still there must not be relied on.
-        if pruned.held_back.is_empty() && pruned.bad_packs.len() == plan.damaged.len() {
+        if pruned.held_back.is_empty() && pruned.bad_packs.len() == plan.damaged.len() && !plan.leaves_begun {
             tenant.drop_condemned(&before)?;
             tenant.drop_condemned(&lists)?;
         }
         Ok(pruned)
+    }
+
+    /// What these lists of other prunes condemn. One that is damaged says nothing.
+    fn begun(&self, lists: &[CondemnedId]) -> Result<Condemned, VaultError> {
+        let mut begun = Condemned::default();
+        for id in lists {
+            match self.tenant.add_condemned(*id, &mut begun) {
+                Err(e) if e.damaged_object().is_some() => {}
+                other => other?,
+            }
+        }
+        Ok(begun)
     }
 
     fn may_go_on(&self, marks: &Marks<'_>) -> bool {
@@ -178,8 +195,9 @@ impl Prune<'_> {
         loop {
             let mut held: Vec<Held> = Vec::new();
             for lease in at_work {
-                if self.tenant.is_held(&lease)? {
-                    held.push(lease);
+                match self.tenant.find_again(&lease)? {
+                    Some(lease) if lease.is_silent => self.end(lease, pruned, &mut held)?,
+                    lease => held.extend(lease),
                 }
             }
             if held.is_empty() {
@@ -198,10 +216,21 @@ impl Prune<'_> {
         }
     }
 
+    /// Ends the lease of a process that was not heard of for long. One that can't be ended is waited for.
+    fn end(&self, lease: Held, pruned: &mut Pruned, held: &mut Vec<Held>) -> Result<(), BackupError> {
+        if !self.tenant.end_silent(&lease)? {
+            held.push(lease);
+            return Ok(());
+        }
+        (self.say)(&format!("not waited for any longer, and may make nothing any more: {lease}"));
+        pruned.fenced.extend(lease.makes().map(ToString::to_string));
+        Ok(())
+    }
+
     fn fence(&self, held: &[Held], pruned: &mut Pruned) -> Result<(), BackupError> {
         for lease in held {
             // One that ended since has nothing to be fenced.
-            if !self.tenant.is_held(lease)? {
+            if self.tenant.find_again(lease)?.is_none() {
                 continue;
             }
             let Some(PointName { vm, number }) = lease.makes() else {

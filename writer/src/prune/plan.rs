@@ -34,13 +34,15 @@ pub(super) struct Plan {
     pub condemned: Condemned,
     /// Packs of which nothing is needed.
     pub unneeded: Vec<Listed>,
-    /// Packs that are mostly unused.
+    /// Packs that are mostly unused, or that another prune was about to rewrite or remove.
     pub mostly_unused: Vec<Listed>,
     /// Packs that stay as they are, but have older generations.
     pub superseded: Vec<Listed>,
     pub sizes: Sizes,
     /// Packs that are needed, and can't be opened or are missing.
     pub damaged: BTreeMap<String, String>,
+    /// Whether one of these is what another prune was about to rewrite or remove.
+    pub leaves_begun: bool,
 }
 
 /// Bytes of packs.
@@ -75,19 +77,23 @@ struct Unused {
     bytes: u64,
     /// Of those that are needed.
     rest: u64,
+    /// Whether there is something that another prune has condemned.
+    is_begun: bool,
 }
 
 impl Unused {
-    fn of(packs: &Packs, file: PackFile, need: &Need) -> Result<Unused, VaultError> {
+    fn of(packs: &Packs, file: PackFile, need: &Need, begun: &Condemned) -> Result<Unused, VaultError> {
         let handle = packs.open_listed(file)?;
         let (mut ordinals, mut bytes) = (Ordinals::default(), 0);
+        let is_there = |ordinal: &u32| handle.lengths().place(*ordinal).is_some();
+        let is_begun = (0..handle.lengths().count()).filter(is_there).any(|ordinal| begun.contains(file.id, ordinal));
         for ordinal in (0..handle.lengths().count()).filter(|ordinal| !need.ordinals.contains(*ordinal)) {
             if let Some((_, length)) = handle.lengths().place(ordinal) {
                 ordinals.insert(ordinal);
                 bytes += length as u64;
             }
         }
-        Ok(Unused { ordinals, bytes, rest: handle.trailer().blob_bytes.saturating_sub(bytes) })
+        Ok(Unused { ordinals, bytes, is_begun, rest: handle.trailer().blob_bytes.saturating_sub(bytes) })
     }
 
     fn is_at_least(&self, percent: u8) -> bool {
@@ -121,6 +127,7 @@ impl Plan {
         packs: &Packs,
         listed: Vec<PackFile>,
         needed: &Needed,
+        begun: &Condemned,
         worth: Worth,
         threads: usize,
     ) -> Result<Plan, BackupError> {
@@ -130,7 +137,7 @@ impl Plan {
         spread(&listed, threads, &AtomicBool::new(false), |pack| {
             let file = pack.newest;
             let older: u64 = pack.older.iter().map(|file| file.length).sum();
-            let found = needed.get(&file.id).map(|need| Unused::of(packs, file, need)).transpose();
+            let found = needed.get(&file.id).map(|need| Unused::of(packs, file, need, begun)).transpose();
             let mut plan = plan.lock();
             plan.sizes.all += file.length + older;
             match found {
@@ -140,7 +147,7 @@ impl Plan {
                     plan.unneeded.push(pack.clone());
                     return Ok(());
                 }
-                Ok(Some(unused)) if unused.is_at_least(worth.percent) => {
+                Ok(Some(unused)) if unused.is_begun || unused.is_at_least(worth.percent) => {
                     candidates.lock().push((pack.clone(), unused));
                     return Ok(());
                 }
@@ -148,6 +155,7 @@ impl Plan {
                 Err(e) => match e.damaged_object() {
                     // Who reads it says what is wrong with it; here it only stays.
                     Some(object) => {
+                        plan.leaves_begun |= begun.of(file.id).is_some();
                         plan.damaged.insert(object.to_owned(), e.to_string());
                         return Ok(());
                     }
@@ -172,8 +180,9 @@ impl Plan {
         let most = worth.most(&plan.sizes);
         let mut read = 0;
         for (pack, unused) in candidates {
-            read += unused.rest;
-            if read > most {
+            // What was begun is of no more than a prune may read.
+            read += if unused.is_begun { 0 } else { unused.rest };
+            if read > most && !unused.is_begun {
                 plan.sizes.postponed += unused.bytes;
                 plan.leave(&pack);
                 continue;
