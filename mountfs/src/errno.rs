@@ -145,6 +145,7 @@ fn vault_errno(error: &VaultError) -> Errno {
             StoreError::NotFound(_) | StoreError::NotAFile(_) => Errno::EIO,
             StoreError::TooLong { .. } | StoreError::Short { .. } | StoreError::Io { .. } => Errno::EIO,
             StoreError::Exists(_) | StoreError::Changed(_) | StoreError::Full(_) => Errno::EIO,
+            StoreError::Lost(_) | StoreError::Unconditional => Errno::EIO,
         },
     }
 }

@@ -50,7 +50,9 @@ fn main() -> ExitCode {
     if let Err(failure) = check_version() {
         return finish(PROGRAM, Err(failure));
     }
-    let Cli { common, verb } = Cli::parse();
+    let Cli { mut common, verb } = Cli::parse();
+    // A restore reads all of a disk once: it would only push out what the others come back for.
+    common.is_reader = matches!(verb, Verb::Mount(_) | Verb::Nbd(_) | Verb::Boot(_));
     match verb {
         Verb::Mount(arguments) => mount(&common, &arguments),
         Verb::Umount { mountpoint } => finish(PROGRAM, unmount(&mountpoint)),

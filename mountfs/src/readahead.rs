@@ -37,6 +37,10 @@ struct State {
     ordered: u64,
     /// Bytes for which the store still counts as slow.
     slow: u64,
+    /// How far ahead is read; 0 before anything was.
+    window: u64,
+    /// Where the reader was when that grew last.
+    grown: u64,
 }
 
 /// What one open file is read for.
@@ -46,7 +50,12 @@ pub(crate) struct Stream(Mutex<State>);
 impl Stream {
     /// The store made this reader wait.
     pub(crate) fn waited(&self) {
-        self.0.lock().slow = PATIENCE;
+        let mut state = self.0.lock();
+        state.slow = PATIENCE;
+        // One who waits for what was ordered needs it ordered earlier. Once for what is under way, not for each request.
+        if state.window > 0 && state.expected >= state.grown + state.window {
+            (state.window, state.grown) = (state.window * 2, state.expected);
+        }
     }
 
     /// Notes a read; the clusters to open ahead, if it is one of a sequence.
@@ -54,7 +63,7 @@ impl Stream {
         let mut state = self.0.lock();
         let end = offset + length;
         if offset.abs_diff(state.expected) > SLACK {
-            *state = State { expected: end, run: length, ordered: 0, slow: state.slow };
+            *state = State { expected: end, run: length, slow: state.slow, ..State::default() };
             return 0..0;
         }
         state.run = state.run.saturating_add(length);
@@ -64,7 +73,8 @@ impl Stream {
             return 0..0;
         }
         let from = state.ordered.max(state.expected).div_ceil(CLUSTER_U64);
-        let to = (state.expected + reach.window).min(disk_length).div_ceil(CLUSTER_U64);
+        state.window = state.window.clamp(reach.window, reach.most.max(reach.window));
+        let to = (state.expected + state.window).min(disk_length).div_ceil(CLUSTER_U64);
         state.ordered = to * CLUSTER_U64;
         from..to.max(from)
     }
@@ -114,7 +124,7 @@ mod tests {
     use super::*;
 
     const DISK: u64 = 1 << 30;
-    const SLOW: Reach = Reach { window: 4 << 20, is_always: false };
+    const SLOW: Reach = Reach { window: 4 << 20, most: 16 << 20, is_always: false };
 
     #[test]
     fn a_sequence_is_read_ahead_of_each_cluster_once() {
@@ -174,8 +184,21 @@ mod tests {
     }
 
     #[test]
+    fn a_reader_who_waits_all_the_same_is_read_further_ahead_of() {
+        let stream = Stream::default();
+        let mut ahead = Vec::new();
+        for request in 0..1000u64 {
+            stream.waited();
+            let clusters = stream.advance(request * 131_072, 131_072, DISK, SLOW);
+            ahead.push((clusters.end * CLUSTER_U64).saturating_sub((request + 1) * 131_072));
+        }
+        assert_eq!(ahead.iter().copied().max(), Some(SLOW.most), "it grows, and not beyond that");
+        assert!(ahead[60] <= SLOW.window * 2 + CLUSTER_U64, "step by step");
+    }
+
+    #[test]
     fn a_line_is_read_ahead_of_without_waiting_first() {
-        let reach = Reach { window: 16 << 20, is_always: true };
+        let reach = Reach { window: 16 << 20, most: 16 << 20, is_always: true };
         let stream = Stream::default();
         let ordered = (0..100u64).flat_map(|request| stream.advance(request * 131_072, 131_072, DISK, reach)).count();
         assert_eq!(ordered as u64, (100 * 131_072 + reach.window - PROOF) / CLUSTER_U64);

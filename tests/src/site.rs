@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use reseal_store::Variables;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -14,8 +15,10 @@ use crate::random::Random;
 /// Everything that the programs know of the world lies in this folder, and goes with it.
 pub struct Site {
     folder: TempDir,
-    /// The vault, which may be elsewhere.
+    /// The vault, which may be elsewhere, also in an object store.
     pub vault: PathBuf,
+    /// What the programs find in their environment beside what this site says.
+    pub variables: Variables,
     pub keyring: PathBuf,
     pub state: PathBuf,
     /// The KMS configuration, where the site has one.
@@ -47,8 +50,14 @@ impl Site {
     pub fn bare() -> Site {
         let folder = tempfile::Builder::new().prefix("reseal-test-").tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
-        let site =
-            Site { vault: at("vault"), keyring: at("keys/keyring.json"), state: at("state"), kms_config: None, folder };
+        let site = Site {
+            vault: at("vault"),
+            variables: Variables::new(),
+            keyring: at("keys/keyring.json"),
+            state: at("state"),
+            kms_config: None,
+            folder,
+        };
         for folder in ["home", "tmp", "disks"] {
             fs::create_dir(site.path(folder)).unwrap();
         }
@@ -57,7 +66,7 @@ impl Site {
 
     /// Another machine, which sees the same vault and has nothing else.
     pub fn elsewhere(&self) -> Site {
-        Site { vault: self.vault.clone(), ..Site::bare() }
+        Site { vault: self.vault.clone(), variables: self.variables.clone(), ..Site::bare() }
     }
 
     /// A path in the site's folder.
@@ -91,6 +100,7 @@ impl Site {
         command.args(arguments).env_clear().current_dir(self.folder.path());
         command.env("PATH", std::env::var_os("PATH").unwrap_or_default());
         command.env("HOME", self.path("home")).env("TMPDIR", self.path("tmp"));
+        command.envs(&self.variables);
         command.env("RESEAL_REPO", &self.vault).env("RESEAL_KEYRING", &self.keyring).env("RESEAL_STATE", &self.state);
         if let Some(config) = &self.kms_config {
             command.env("RESEAL_KMS_CONFIG", config);

@@ -120,8 +120,11 @@ impl Rekey<'_> {
         loop {
             let mut held = Vec::new();
             for lease in at_work.drain(..) {
-                if self.tenant.is_held(&lease)? {
-                    held.push(lease);
+                match self.tenant.find_again(&lease)? {
+                    Some(lease) if lease.is_silent && self.tenant.end_silent(&lease)? => {
+                        (self.say)(&format!("not waited for any longer, and may make nothing any more: {lease}"));
+                    }
+                    lease => held.extend(lease),
                 }
             }
             *at_work = held;

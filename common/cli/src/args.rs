@@ -6,11 +6,12 @@ use std::sync::Arc;
 use clap::Args;
 use reseal_format::names::{TenantName, VmName};
 use reseal_kms::Keyring;
-use reseal_store::Store;
+use reseal_store::{Cached, Store, is_address};
 use reseal_vault::heads::Heads;
 use reseal_vault::{Chain, Record, Tenant};
 
-use crate::{Failure, Output, Paths, Status, open_store, read_passphrase};
+use crate::paths::{cache_folder, open_bucket};
+use crate::{Failure, Output, Paths, Status, open_store, parse_size, read_passphrase};
 
 /// The tenant of whoever has but one.
 pub const DEFAULT_TENANT: &str = "default";
@@ -18,7 +19,7 @@ pub const DEFAULT_TENANT: &str = "default";
 /// Common arguments.
 #[derive(Debug, Clone, Args)]
 pub struct CommonArgs {
-    /// The vault: a folder; or, for commands that make or read restore points, the enrolment file of a vault at another site
+    /// The vault: a folder, or s3://BUCKET/PREFIX, az://CONTAINER/PREFIX, gs://BUCKET/PREFIX; or, for commands that make or read restore points, the enrolment file of a vault at another site
     #[arg(long, env = "RESEAL_REPO", global = true, value_name = "URL")]
     pub repo: Option<String>,
     /// Whose restore points
@@ -46,6 +47,16 @@ pub struct CommonArgs {
     /// What this machine remembers of vaults [default: /var/lib/reseal for root, otherwise in the user's state]
     #[arg(long, env = "RESEAL_STATE", global = true, value_name = "FOLDER")]
     pub state: Option<PathBuf>,
+    /// Where mounts, boots and exports keep what they read of an object store, sealed as it is there [default: /var/cache/reseal for
+    /// root, otherwise in the user's cache]
+    #[arg(long, env = "RESEAL_STORE_CACHE", global = true, value_name = "FOLDER")]
+    pub store_cache: Option<PathBuf>,
+    /// How much of that is kept, such as 50G; 0 for nothing
+    #[arg(long, env = "RESEAL_STORE_CACHE_SIZE", global = true, default_value = "10G", value_name = "SIZE", value_parser = parse_size)]
+    pub store_cache_size: u64,
+    /// Whether this process is one that reads, and may do so from what is kept.
+    #[arg(skip)]
+    pub is_reader: bool,
     /// Takes a vault that is older than what was seen before as it is, and remembers that
     #[arg(long, global = true)]
     pub accept_rollback: bool,
@@ -92,7 +103,12 @@ impl CommonArgs {
 
     /// The vault's name as given.
     pub fn repo(&self) -> Result<String, Failure> {
-        let missing = || Failure::new(Status::Usage, "which vault? give --repo FOLDER or set RESEAL_REPO");
+        let missing = || {
+            Failure::new(
+                Status::Usage,
+                "which vault? give --repo FOLDER or --repo s3://BUCKET/PREFIX, or set RESEAL_REPO",
+            )
+        };
         self.repo.clone().filter(|repo| !repo.is_empty()).ok_or_else(missing)
     }
 
@@ -112,7 +128,27 @@ impl CommonArgs {
     /// The vault as a store, and its name.
     pub fn vault(&self) -> Result<(Arc<dyn Store>, String), Failure> {
         let repo = self.repo()?;
-        Ok((open_store(&repo)?, repo))
+        let store = match is_address(&repo) && self.is_reader && self.store_cache_size > 0 {
+            true => self.cached(&repo)?,
+            false => open_store(&repo)?,
+        };
+        Ok((store, repo))
+    }
+
+    /// The vault in an object store, and what is kept of it here.
+    fn cached(&self, repo: &str) -> Result<Arc<dyn Store>, Failure> {
+        let folder = match &self.store_cache {
+            Some(folder) => folder.clone(),
+            None => cache_folder()?,
+        };
+        match Cached::new(open_bucket(repo)?, repo, &folder, self.store_cache_size) {
+            Ok(cached) => Ok(Arc::new(cached)),
+            Err(e) => {
+                let what = "all that is read is asked for anew; see --store-cache";
+                eprintln!("reseal: nothing can be kept in {}: {e}; {what}", folder.display());
+                open_store(repo)
+            }
+        }
     }
 
     /// Reads the record of a tenant, and refuses one that is older than what was seen.

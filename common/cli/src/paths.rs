@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use reseal_store::{Local, Store};
+use reseal_store::{Bucket, Local, Store};
 
 use crate::{Failure, Status};
 
@@ -23,19 +23,8 @@ impl Paths {
         kms_config: Option<PathBuf>,
         state: Option<PathBuf>,
     ) -> Result<Paths, Failure> {
-        let root = rustix::process::geteuid().is_root();
         let or = |given: Option<PathBuf>, system: &str, variable: &str, below_home: &str, name: &str, option: &str| {
-            if let Some(path) = given {
-                return Ok::<_, Failure>(path);
-            }
-            if root {
-                return Ok(PathBuf::from(system));
-            }
-            let base = std::env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute());
-            let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(below_home));
-            let base = base.or_else(home);
-            let none = || Failure::new(Status::Usage, format!("neither {variable} nor HOME is set; set {option}"));
-            Ok(base.ok_or_else(none)?.join("reseal").join(name))
+            given.map_or_else(|| usual(system, variable, below_home, name, option), Ok)
         };
         Ok(Paths {
             keyring: or(
@@ -60,6 +49,22 @@ impl Paths {
     }
 }
 
+/// Where something is kept on this machine unless the user says otherwise.
+fn usual(system: &str, variable: &str, below_home: &str, name: &str, option: &str) -> Result<PathBuf, Failure> {
+    if rustix::process::geteuid().is_root() {
+        return Ok(PathBuf::from(system));
+    }
+    let base = std::env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute());
+    let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(below_home));
+    let none = || Failure::new(Status::Usage, format!("neither {variable} nor HOME is set; set {option}"));
+    Ok(base.or_else(home).ok_or_else(none)?.join("reseal").join(name))
+}
+
+/// Where what was read of object stores is kept.
+pub(crate) fn cache_folder() -> Result<PathBuf, Failure> {
+    usual("/var/cache/reseal", "XDG_CACHE_HOME", ".cache", "", "RESEAL_STORE_CACHE")
+}
+
 /// The server's configuration: as given, or the default.
 pub fn serve_config(given: Option<&Path>) -> Result<PathBuf, Failure> {
     // Beside the KMS configuration, which has a place of its own if the environment says so.
@@ -71,16 +76,20 @@ pub fn serve_config(given: Option<&Path>) -> Result<PathBuf, Failure> {
 
 /// The store that `--repo` names.
 pub fn open_store(repo: &str) -> Result<Arc<dyn Store>, Failure> {
-    if let Some((scheme, _)) = repo.split_once("://") {
-        let message = format!("--repo {scheme}://…: this version keeps vaults in a folder only; give its path");
-        return Err(Failure::new(Status::Usage, message));
+    if reseal_store::is_address(repo) {
+        return Ok(Arc::new(open_bucket(repo)?));
     }
     if Path::new(repo).is_file() {
         let message = format!(
-            "--repo {repo} is a file; a vault is a folder. An enrolment file is for `reseal backup`, `run` and `status`, and with the \
+            "--repo {repo} is a file; a vault is a folder, or an address such as s3://BUCKET/PREFIX. An enrolment file is for `reseal backup`, `run` and `status`, and with the \
              role restore for `list`, `show`, `restore` and `mount`: the rest is done where the vault is"
         );
         return Err(Failure::new(Status::Usage, message));
     }
     Ok(Arc::new(Local::new(repo)))
+}
+
+/// The object store that `--repo` names.
+pub(crate) fn open_bucket(repo: &str) -> Result<Bucket, Failure> {
+    Bucket::open(repo).map_err(|e| Failure::new(Status::Usage, format!("--repo {e}")))
 }

@@ -1,15 +1,20 @@
 //! Objects by key: where a vault lives.
 //!
 //! [`Store`] is what the vault needs of a place: ranged reads, create-only writes that are durable when they return, the
-//! replacement of what is known to be there, and listings. [`local`] is a folder of a file system.
+//! replacement of what is known to be there, and listings. [`local`] is a folder of a file system, [`bucket`] an object store, and [`cache`] keeps
+//! what was read of one on a disk.
 //!
 //! Architecture invariant: synchronous, because a FUSE read must not pay for a task switch. Faults are injected by
 //! another `Store` around a real one, never by hooks in here.
 
+mod bucket;
+mod cache;
 mod local;
 
 use std::io;
 
+pub use bucket::{AddressError, Bucket, Variables, is_address};
+pub use cache::Cached;
 pub use local::Local;
 
 /// What a listing says of one name.
@@ -37,6 +42,14 @@ pub trait Store: Send + Sync {
     /// Says that these bytes will be wanted soon. A store that can have them at hand by then, without anybody waiting for
     /// them, begins to and answers `true`.
     fn expect(&self, _key: &str, _offset: u64, _length: u64) -> bool {
+        false
+    }
+
+    /// Says that what was read of an object is not authentic: nothing that is remembered of it is believed any more.
+    fn doubt(&self, _key: &str) {}
+
+    /// Whether each request takes so long that many should be under way at a time.
+    fn is_far(&self) -> bool {
         false
     }
 
@@ -79,16 +92,53 @@ pub trait Store: Send + Sync {
     /// Removes what writers that died have left behind.
     fn sweep(&self) -> Result<(), StoreError>;
 
-    /// Makes an object that says that this process is at work. It goes when the lease is dropped; where the process dies
-    /// before, it stays, but [`Store::is_held`] tells the difference. It is not durable: nor is the process.
-    fn lease(&self, key: &str, bytes: &[u8]) -> Result<Box<dyn Lease>, StoreError>;
+    /// Refuses a place that does not honour what `create` and `replace` promise.
+    fn probe(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
 
-    /// Whether the process that made a lease still has it. What is left of one that nobody has is removed.
-    fn is_held(&self, key: &str) -> Result<bool, StoreError>;
+    /// Makes an object that says that this process is at work. It goes when the lease is dropped; where the process dies
+    /// before, it stays, but [`Store::standing`] tells the difference. It is not durable: nor is the process. Fails with
+    /// [`StoreError::Exists`] where somebody has it.
+    fn lease(&self, key: &str, bytes: &[u8], of: LeaseUse) -> Result<Box<dyn Lease>, StoreError>;
+
+    /// What a process says that still has a lease, or may have; `None` where nobody has. What is left of such a one may be removed.
+    fn standing(&self, key: &str) -> Result<Option<Standing>, StoreError>;
+
+    /// Removes a lease that is silent; fails with [`StoreError::Changed`] where it is not any more. Who does has seen to it that
+    /// nothing counts which its process might still do.
+    fn end(&self, key: &str) -> Result<(), StoreError> {
+        match self.standing(key)? {
+            Some(_) => Err(StoreError::Changed(key.into())),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What a lease is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LeaseUse {
+    /// Others wait for its end, and count on nothing being changed after it.
+    Changing,
+    /// Others leave alone what it reads.
+    Reading,
+}
+
+/// A lease that some process has, or may have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Standing {
+    /// What it says.
+    pub bytes: Vec<u8>,
+    /// Whether nothing was heard of its process for so long that it has probably ended. Where a lease ends with its process, none is.
+    pub is_silent: bool,
 }
 
 /// A lease that this process has, until this is dropped.
-pub trait Lease: Send + Sync {}
+pub trait Lease: Send + Sync {
+    /// An error if another process has ended it, for nothing was heard of this one for too long. Asked after a change that counts only while
+    /// the lease stands.
+    fn check(&self) -> Result<(), StoreError>;
+}
 
 /// An object in the making. Dropped unfinished, it never existed.
 pub trait Upload: Send {
@@ -116,6 +166,16 @@ pub enum StoreError {
     NotAFile(String),
     #[error("no space left for {0}; free some on the file system of the vault")]
     Full(String),
+    #[error(
+        "the lease {0} was lost: the store could not be reached for too long, or this process stood still, and another one went on; \
+         nothing more is changed; begin again"
+    )]
+    Lost(String),
+    #[error(
+        "this object store does not honour conditional writes (If-None-Match and If-Match): of two who write at a time both would be told that \
+         they had succeeded; use an engine, or a version of it, that does"
+    )]
+    Unconditional,
     #[error("can't {action} {key}: {source}")]
     Io { key: String, action: &'static str, source: io::Error },
 }
@@ -131,7 +191,8 @@ impl StoreError {
     pub fn key(&self) -> &str {
         match self {
             StoreError::NotFound(key) | StoreError::NotAFile(key) => key,
-            StoreError::Exists(key) | StoreError::Changed(key) | StoreError::Full(key) => key,
+            StoreError::Exists(key) | StoreError::Changed(key) | StoreError::Full(key) | StoreError::Lost(key) => key,
+            StoreError::Unconditional => "tmp",
             StoreError::TooLong { key, .. } | StoreError::Short { key, .. } | StoreError::Io { key, .. } => key,
         }
     }

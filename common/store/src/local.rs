@@ -23,7 +23,7 @@ use rustix::fs::{Advice, AtFlags, CWD, FlockOperation, Mode, OFlags, fadvise, fl
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use rustix::process::{Resource, getrlimit};
 
-use crate::{Entry, Lease, Store, StoreError, Upload};
+use crate::{Entry, Lease, LeaseUse, Standing, Store, StoreError, Upload};
 
 /// Folder of unfinished objects.
 const TMP: &str = "tmp";
@@ -33,6 +33,8 @@ const REPLACE_LOCK: &str = "replace.lock";
 const REPLACE_PATIENCE: Duration = Duration::from_secs(60);
 /// How deep folders are looked into to remove them: deeper than any key goes.
 const MAX_DEPTH: u8 = 16;
+/// Longest lease that is read.
+const MAX_LEASE: usize = 64 << 10;
 /// Most files kept open: packs of 256 GiB.
 const MAX_OPEN_FILES: usize = 4096;
 
@@ -375,7 +377,7 @@ impl Store for Local {
         Ok(())
     }
 
-    fn lease(&self, key: &str, bytes: &[u8]) -> Result<Box<dyn Lease>, StoreError> {
+    fn lease(&self, key: &str, bytes: &[u8], _: LeaseUse) -> Result<Box<dyn Lease>, StoreError> {
         let mut upload = self.begin(key)?;
         upload.append(bytes)?;
         let linked = || -> io::Result<()> {
@@ -387,6 +389,15 @@ impl Store for Local {
         Ok(Box::new(LocalLease(upload)))
     }
 
+    fn standing(&self, key: &str) -> Result<Option<Standing>, StoreError> {
+        // Read before it is asked for: it may go in between, but not come.
+        let bytes = self.get(key, MAX_LEASE).unwrap_or_default();
+        Ok(self.is_held(key)?.then_some(Standing { bytes, is_silent: false }))
+    }
+}
+
+impl Local {
+    /// Whether the process that made a lease still has it. What is left of one that nobody has is removed.
     fn is_held(&self, key: &str) -> Result<bool, StoreError> {
         let path = self.shared.path(key)?;
         // Opened for writing, because network file systems take no exclusive lock otherwise; and never a link or a pipe.
@@ -415,7 +426,12 @@ impl Store for Local {
 /// The locked file. Its first name, under `tmp/`, goes with it too.
 struct LocalLease(LocalUpload);
 
-impl Lease for LocalLease {}
+impl Lease for LocalLease {
+    fn check(&self) -> Result<(), StoreError> {
+        // It ends with the process.
+        Ok(())
+    }
+}
 
 impl Drop for LocalLease {
     fn drop(&mut self) {
@@ -513,9 +529,9 @@ mod tests {
     #[test]
     fn a_lease_is_held_until_it_is_dropped_or_its_process_is_gone() {
         let (_folder, store) = store();
-        let lease = store.lease("t/leases/1.lease", b"who").unwrap();
+        let lease = store.lease("t/leases/1.lease", b"who", LeaseUse::Changing).unwrap();
         assert!(store.is_held("t/leases/1.lease").unwrap());
-        assert!(matches!(store.lease("t/leases/1.lease", b"other"), Err(StoreError::Exists(_))));
+        assert!(matches!(store.lease("t/leases/1.lease", b"other", LeaseUse::Changing), Err(StoreError::Exists(_))));
         store.sweep().unwrap();
         assert_eq!(store.get("t/leases/1.lease", 9).unwrap(), b"who");
         drop(lease);

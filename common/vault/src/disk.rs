@@ -118,6 +118,11 @@ impl DiskReader {
         self.frames.resize(self.room());
     }
 
+    /// Whether each request to the store takes long.
+    pub fn is_far(&self) -> bool {
+        self.tree.packs().tenant().store().is_far()
+    }
+
     /// Bytes of frames that it may keep now: what nodes and tables leave.
     fn room(&self) -> usize {
         let others = self.tree.cached_bytes() + self.tree.packs().cached_bytes();

@@ -202,6 +202,7 @@ impl VaultError {
                 StoreError::NotFound(_) | StoreError::NotAFile(_) => Class::Damaged,
                 StoreError::TooLong { .. } | StoreError::Short { .. } => Class::Damaged,
                 StoreError::Exists(_) | StoreError::Changed(_) | StoreError::Full(_) => Class::Failed,
+                StoreError::Lost(_) | StoreError::Unconditional => Class::Failed,
                 StoreError::Io { source, .. } => match source.kind() {
                     // Trying again changes nothing.
                     ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem | ErrorKind::InvalidInput => {

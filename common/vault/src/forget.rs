@@ -97,14 +97,14 @@ impl Tenant {
         let sealing = self.lease(&holder)?;
         self.refresh()?;
         self.settle_new_epoch()?;
-        Ok(Forgetting { tenant: self, _leases: [alone, sealing] })
+        Ok(Forgetting { tenant: self, leases: [alone, sealing] })
     }
 }
 
 /// The one who forgets, for as long as it lives.
 pub struct Forgetting<'a> {
     tenant: &'a Tenant,
-    _leases: [Box<dyn Lease>; 2],
+    leases: [Box<dyn Lease>; 2],
 }
 
 impl Forgetting<'_> {
@@ -128,7 +128,13 @@ impl Forgetting<'_> {
         let key = layout::tombstone(&tenant.name, &manifest.vm, manifest.number);
         let sealed = tombstone.seal(&tenant.keys(), random()?).map_err(VaultError::damaged(&key))?;
         match tenant.store.create(&key, &sealed) {
-            Ok(()) => {}
+            Ok(()) => {
+                // Who has ended one of them may have changed the keys since.
+                if let Err(e) = self.leases.iter().try_for_each(|lease| lease.check()) {
+                    tenant.store.delete(&key)?;
+                    return Err(e.into());
+                }
+            }
             Err(StoreError::Exists(_)) => {
                 let there = tenant.tombstone(&manifest.vm, manifest.number)?;
                 if (there.point_id, there.digest) != (manifest.point_id, point.digest) {

@@ -6,7 +6,7 @@ use reseal_format::layout::{self, PointFile, parse_point_file};
 use reseal_format::names::{TenantName, VmName};
 use reseal_store::{Store, StoreError};
 
-use crate::leases::{Holder, exclusive, holders};
+use crate::leases::{Holder, end, exclusive, holders};
 use crate::notes::NoteNames;
 use crate::quota::used;
 use crate::record::Record;
@@ -112,8 +112,11 @@ impl Record {
         let remover = Holder::this_process(format!("removal of tenant {}", self.name));
         let alone = exclusive(&**store, &self.name, &layout::remove_lease(&self.name), &remover)?;
         // What processes that died have left goes with this.
-        if let Some(at_work) = holders(&**store, &self.name)?.first() {
-            return Err(VaultError::Busy { tenant: self.name.clone(), who: at_work.to_string() });
+        for held in holders(&**store, &self.name)? {
+            match held.is_silent {
+                true => end(&**store, &held)?,
+                false => return Err(VaultError::Busy { tenant: self.name.clone(), who: held.to_string() }),
+            }
         }
         let removed = {
             let holdings = Holdings::of(&**store, &self.name)?;

@@ -2,7 +2,9 @@
 //!
 //! Whoever seals objects takes a lease first and reads the tenant record then. So who changes the record, and looks at the
 //! leases after that, knows all who may still seal as the record before it said: those who have one of these leases.
-//! No clock is in it: a lease ends with its process.
+//! No clock is in it: in a folder a lease ends with its process. In an object store it can only be silent, which tells little: before such
+//! a process counts as ended, what it may still make is fenced and its lease is removed. Whoever relies on his lease looks for it after what
+//! he did, so one of the two sees the other.
 //!
 //! Whoever only reads, but for long, has a lease of another kind: nobody waits for it but who erases the tenant, and nothing is
 //! pruned that it says it reads.
@@ -14,14 +16,12 @@ use reseal_format::ids::LeaseId;
 use reseal_format::layout;
 use reseal_format::names::{TenantName, VmName};
 use reseal_format::time::Timestamp;
-use reseal_store::{Lease, Store, StoreError};
+use reseal_store::{Lease, LeaseUse, Store, StoreError};
 use serde::{Deserialize, Serialize};
 
 use crate::tenant::random;
 use crate::{Point, Tenant, VaultError};
 
-/// Longest lease that is read.
-const MAX_LEASE: usize = 4096;
 /// As much of a text in it as is shown.
 const SHOWN: usize = 120;
 
@@ -114,13 +114,19 @@ pub struct Held {
     key: String,
     /// `None` if it says nothing that can be read.
     pub holder: Option<Holder>,
+    /// Whether nothing was heard of the process for so long that it has probably ended.
+    pub is_silent: bool,
 }
 
 impl Held {
-    /// What stands there; whether it is held is another question.
-    fn read(store: &dyn Store, key: &str) -> Held {
-        let holder = store.get(key, MAX_LEASE).ok().and_then(|text| serde_json::from_slice(&text).ok());
-        Held { key: key.to_owned(), holder }
+    /// What stands there, if somebody has it.
+    fn find(store: &dyn Store, key: &str) -> Result<Option<Held>, VaultError> {
+        let standing = store.standing(key)?;
+        Ok(standing.map(|standing| Held {
+            key: key.to_owned(),
+            holder: serde_json::from_slice(&standing.bytes).ok(),
+            is_silent: standing.is_silent,
+        }))
     }
 
     /// The restore point that it is making, if it says so.
@@ -136,8 +142,12 @@ impl Held {
 impl fmt::Display for Held {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.holder {
-            Some(holder) => holder.fmt(f),
-            None => write!(f, "a process that says nothing of itself ({})", self.key),
+            Some(holder) => holder.fmt(f)?,
+            None => write!(f, "a process that says nothing of itself ({})", self.key)?,
+        }
+        match self.is_silent {
+            true => f.write_str(", which was not heard of for long"),
+            false => Ok(()),
         }
     }
 }
@@ -165,11 +175,8 @@ pub fn holders(store: &dyn Store, tenant: &TenantName) -> Result<Vec<Held>, Vaul
 fn held(store: &dyn Store, tenant: &TenantName, key: impl Fn(&str) -> Option<String>) -> Result<Vec<Held>, VaultError> {
     let mut held = Vec::new();
     for entry in store.list(&layout::leases(tenant))? {
-        let Some(key) = key(&entry.name) else { continue };
-        // Read before it is asked for: it may go in between, but not come.
-        let lease = Held::read(store, &key);
-        if store.is_held(&key)? {
-            held.push(lease);
+        if let Some(key) = key(&entry.name) {
+            held.extend(Held::find(store, &key)?);
         }
     }
     Ok(held)
@@ -187,19 +194,19 @@ pub(crate) fn exclusive(
     holder: &Holder,
 ) -> Result<Box<dyn Lease>, VaultError> {
     loop {
-        match store.lease(key, &text_of(holder)) {
+        // Takes the place of one that is silent.
+        match store.lease(key, &text_of(holder), LeaseUse::Changing) {
             Err(StoreError::Exists(_)) => {}
             other => return Ok(other?),
         }
-        let busy = busy(store, tenant, key);
-        if store.is_held(key)? {
-            return Err(busy);
+        if let Some(held) = Held::find(store, key)?.filter(|held| !held.is_silent) {
+            return Err(busy(tenant, &held));
         }
     }
 }
 
-fn busy(store: &dyn Store, tenant: &TenantName, key: &str) -> VaultError {
-    VaultError::Busy { tenant: tenant.clone(), who: Held::read(store, key).to_string() }
+fn busy(tenant: &TenantName, held: &Held) -> VaultError {
+    VaultError::Busy { tenant: tenant.clone(), who: held.to_string() }
 }
 
 impl Tenant {
@@ -208,7 +215,7 @@ impl Tenant {
         // What those that died have left goes when somebody else comes.
         self.leases()?;
         let key = layout::lease(&self.name, LeaseId::from_bytes(random()?));
-        let lease = self.store.lease(&key, &text_of(holder))?;
+        let lease = self.store.lease(&key, &text_of(holder), LeaseUse::Changing)?;
         self.check_stays()?;
         Ok(lease)
     }
@@ -216,10 +223,9 @@ impl Tenant {
     /// Refuses to begin where the tenant is about to be removed. Asked after a lease was taken: who removes takes his before
     /// he looks for others, so one of the two sees the other.
     fn check_stays(&self) -> Result<(), VaultError> {
-        let key = layout::remove_lease(&self.name);
-        match self.store.is_held(&key)? {
-            true => Err(busy(&*self.store, &self.name, &key)),
-            false => Ok(()),
+        match Held::find(&*self.store, &layout::remove_lease(&self.name))? {
+            Some(held) if !held.is_silent => Err(busy(&self.name, &held)),
+            _ => Ok(()),
         }
     }
 
@@ -229,7 +235,7 @@ impl Tenant {
         // What those that died have left goes when somebody else comes.
         holders(&*self.store, &self.name).ok()?;
         let key = layout::reader_lease(&self.name, LeaseId::from_bytes(random().ok()?));
-        self.store.lease(&key, &text_of(holder)).ok()
+        self.store.lease(&key, &text_of(holder), LeaseUse::Reading).ok()
     }
 
     /// Takes a lease on a restore point, so that it is not pruned while it is read. An error if it was forgotten before.
@@ -252,7 +258,10 @@ impl Tenant {
 
     /// Who reads a restore point now, as far as they say.
     pub fn pinned(&self, vm: &VmName, number: u32) -> Result<Vec<Held>, VaultError> {
-        let mut readers = readers(&*self.store, &self.name)?;
+        let (silent, mut readers): (Vec<_>, Vec<_>) =
+            readers(&*self.store, &self.name)?.into_iter().partition(|held| held.is_silent);
+        // One who only reads loses nothing but what he reads.
+        silent.iter().try_for_each(|held| end(&*self.store, held))?;
         readers.retain(|held| held.has_pinned(vm, number));
         Ok(readers)
     }
@@ -274,12 +283,29 @@ impl Tenant {
         leases(&*self.store, &self.name)
     }
 
-    /// Whether a lease is still held.
-    pub fn is_held(&self, lease: &Held) -> Result<bool, VaultError> {
-        match self.store.is_held(&lease.key) {
-            Err(StoreError::NotFound(_)) => Ok(false),
-            other => Ok(other?),
+    /// What a lease says now; `None` where it has ended.
+    pub fn find_again(&self, lease: &Held) -> Result<Option<Held>, VaultError> {
+        Held::find(&*self.store, &lease.key)
+    }
+
+    /// Sees to it that nothing counts any more which a silent process might do, and ends its lease; whether that could be done.
+    pub fn end_silent(&self, lease: &Held) -> Result<bool, VaultError> {
+        if let Some(PointName { vm, number }) = lease.makes()
+            && !self.fence(vm, *number)?
+            && self.chain(vm)?.last() < *number
+        {
+            return Ok(false);
         }
+        end(&*self.store, lease)?;
+        Ok(true)
+    }
+}
+
+/// Ends a silent lease, unless its process was heard of meanwhile: then it is looked at again by who asks next.
+pub(crate) fn end(store: &dyn Store, lease: &Held) -> Result<(), VaultError> {
+    match store.end(&lease.key) {
+        Err(StoreError::Changed(_) | StoreError::NotFound(_)) => Ok(()),
+        other => Ok(other?),
     }
 }
 

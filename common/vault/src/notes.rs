@@ -157,7 +157,7 @@ impl Tenant {
     pub fn put_note(&self, point: &Manifest, kind: &str, content: serde_json::Value) -> Result<NoteId, VaultError> {
         let what = format!("note about {}@{}", point.vm, point.number);
         // Before the record is read: whoever changes the data keys waits for those who may still seal under the old ones.
-        let _lease = self.lease(&Holder::this_process(what))?;
+        let lease = self.lease(&Holder::this_process(what))?;
         self.refresh()?;
         self.settle_new_epoch()?;
         let created = now();
@@ -179,6 +179,11 @@ impl Tenant {
         let sealed = note.seal(&self.keys(), random()?);
         note.wipe();
         self.store.create(&key, &sealed.map_err(VaultError::damaged(&key))?)?;
+        // Who has ended it may have changed the keys since.
+        if let Err(e) = lease.check() {
+            self.drop_note(&point.vm, point.number, note.note_id)?;
+            return Err(e.into());
+        }
         Ok(note.note_id)
     }
 

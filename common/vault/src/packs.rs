@@ -289,6 +289,8 @@ impl Packs {
         if wait == Wait::MustNot {
             return Err(VaultError::WouldBlock);
         }
+        let generation = self.handles.get(&blob.pack).map_or(blob.generation, |handle| handle.trailer().generation);
+        self.tenant.store.doubt(&layout::pack(&self.tenant.name, blob.pack, generation));
         self.handles.remove(&blob.pack);
         self.ids.remove(&blob.pack);
         let mut tried = None;

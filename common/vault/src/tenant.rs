@@ -71,6 +71,7 @@ pub fn create_vault(store: &dyn Store, repo: &str) -> Result<VaultId, VaultError
     if !found.is_empty() {
         return Err(VaultError::NotEmpty(repo.into()));
     }
+    store.probe()?;
     let id = VaultId::from_bytes(random()?);
     match store.create(layout::VAULT_FILE, &VaultFile::new(id).encode()) {
         Ok(()) => Ok(id),

@@ -31,6 +31,8 @@ pub use there::{Opens, There};
 /// How far ahead of the kernel's own readahead clusters are prepared here: it hides 50 ms of delay at 80 MB/s, and is a
 /// small part of the cache.
 const WINDOW: u64 = 4 << 20;
+/// How far that may grow for a reader who has to wait all the same: it hides 20 ms at some gigabytes each second.
+const MOST_WINDOW: u64 = 64 << 20;
 /// Manifests that are opened at a time: enough to hide the delay of an object store behind one another.
 const OPENERS: usize = 16;
 /// Stretches of a restore that are under way where each waits for a long line.
@@ -79,8 +81,10 @@ impl<'a> DiskOf<'a> {
 /// What a sequential reader is worth.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Reach {
-    /// How far ahead of it is read.
+    /// How far ahead of it is read at first.
     pub window: u64,
+    /// How far at most, where it has to wait all the same.
+    pub most: u64,
     /// Whether it is read ahead of always, and not only after it had to wait.
     pub is_always: bool,
 }
@@ -173,8 +177,8 @@ impl Disks {
     /// How sequential readers are read ahead of.
     pub fn reach(&self) -> Reach {
         match self {
-            Disks::Here(_) => Reach { window: WINDOW, is_always: false },
-            Disks::There(there) => Reach { window: there.window(), is_always: true },
+            Disks::Here(reader) => Reach { window: WINDOW, most: MOST_WINDOW, is_always: reader.is_far() },
+            Disks::There(there) => Reach { window: there.window(), most: there.window(), is_always: true },
         }
     }
 
@@ -182,8 +186,8 @@ impl Disks {
     /// line.
     pub fn readers(&self) -> usize {
         match self {
-            Disks::Here(_) => thread::available_parallelism().map_or(1, usize::from),
-            Disks::There(_) => READERS,
+            Disks::Here(reader) if !reader.is_far() => thread::available_parallelism().map_or(1, usize::from),
+            Disks::Here(_) | Disks::There(_) => READERS,
         }
     }
 

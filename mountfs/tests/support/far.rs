@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, ThreadId};
 use std::time::Duration;
 
-use reseal_store::{Entry, Lease, Store, StoreError, Upload};
+use reseal_store::{Entry, Lease, LeaseUse, Standing, Store, StoreError, Upload};
 
 pub struct Far {
     inner: Arc<dyn Store>,
@@ -80,11 +80,11 @@ impl Store for Far {
         self.inner.sweep()
     }
 
-    fn lease(&self, key: &str, bytes: &[u8]) -> Result<Box<dyn Lease>, StoreError> {
-        self.inner.lease(key, bytes)
+    fn lease(&self, key: &str, bytes: &[u8], of: LeaseUse) -> Result<Box<dyn Lease>, StoreError> {
+        self.inner.lease(key, bytes, of)
     }
 
-    fn is_held(&self, key: &str) -> Result<bool, StoreError> {
-        self.inner.is_held(key)
+    fn standing(&self, key: &str) -> Result<Option<Standing>, StoreError> {
+        self.inner.standing(key)
     }
 }

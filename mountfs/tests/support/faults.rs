@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Condvar, Mutex};
-use reseal_store::{Entry, Lease, Store, StoreError, Upload};
+use reseal_store::{Entry, Lease, LeaseUse, Standing, Store, StoreError, Upload};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mood {
@@ -101,11 +101,11 @@ impl Store for Faulty {
         self.pass("tmp")?.sweep()
     }
 
-    fn lease(&self, key: &str, bytes: &[u8]) -> Result<Box<dyn Lease>, StoreError> {
-        self.pass(key)?.lease(key, bytes)
+    fn lease(&self, key: &str, bytes: &[u8], of: LeaseUse) -> Result<Box<dyn Lease>, StoreError> {
+        self.pass(key)?.lease(key, bytes, of)
     }
 
-    fn is_held(&self, key: &str) -> Result<bool, StoreError> {
-        self.pass(key)?.is_held(key)
+    fn standing(&self, key: &str) -> Result<Option<Standing>, StoreError> {
+        self.pass(key)?.standing(key)
     }
 }

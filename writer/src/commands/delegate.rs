@@ -12,7 +12,7 @@ const EXPECT_VERSION: &str = "RESEAL_EXPECT_VERSION";
 const VERBS: [&str; 6] = ["mount", "umount", "restore", "nbd", "boot", "overlay"];
 
 /// Common options that are followed by a value.
-const TAKE_VALUES: [&str; 9] = [
+const TAKE_VALUES: [&str; 11] = [
     "--repo",
     "--tenant",
     "--keyring",
@@ -22,6 +22,8 @@ const TAKE_VALUES: [&str; 9] = [
     "--recovery-passphrase-file",
     "--recovery-identity",
     "--state",
+    "--store-cache",
+    "--store-cache-size",
 ];
 
 /// Whatever the other program takes.

@@ -177,7 +177,8 @@ impl TenantReport {
         report.epoch = Some(keys.current_epoch());
         report.quota = keys.quota();
         if keys.epochs().count() > 1 {
-            let running = store.is_held(&layout::rekey_lease(tenant.name())).unwrap_or(false);
+            let standing = store.standing(&layout::rekey_lease(tenant.name()));
+            let running = standing.is_ok_and(|standing| standing.is_some_and(|standing| !standing.is_silent));
             report.rekey = Some(if running { RekeyState::Running } else { RekeyState::Interrupted });
             if !running {
                 let what = "a change of the data keys was interrupted: `reseal rekey --data` goes on with it";

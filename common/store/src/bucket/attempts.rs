@@ -1,0 +1,182 @@
+//! Asking an object store, again where it does not answer, and no longer than somebody waits.
+//!
+//! What a store answers with is its last word, unless it says that it could not: a server error, a request to slow down, silence, a cut
+//! connection. After those the same is asked again, later and later.
+
+use std::future::Future;
+use std::io;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use object_store::Error;
+use tokio::runtime::{Builder, Runtime};
+use tokio::time::{sleep, timeout};
+
+use crate::StoreError;
+
+/// How long a request is made again, from its first time on.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The same for a store that has never answered: its address is more likely wrong than it is away.
+const FIRST_PATIENCE: Duration = Duration::from_secs(10);
+/// The first pause; each is twice the one before, up to the longest.
+const PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// How long one request may take: this, and the time for its bytes over a line that is hardly worth the name.
+const ONE: Duration = Duration::from_secs(20);
+const SLOWEST: u64 = 128 << 10;
+/// As much of what a store says as is shown.
+const SHOWN: usize = 300;
+
+/// Runs the requests of this process.
+fn runtime() -> io::Result<&'static Runtime> {
+    static RUNTIME: OnceLock<io::Result<Runtime>> = OnceLock::new();
+    let made =
+        RUNTIME.get_or_init(|| Builder::new_multi_thread().worker_threads(2).thread_name("store").enable_all().build());
+    made.as_ref().map_err(|e| io::Error::new(e.kind(), e.to_string()))
+}
+
+/// Runs a request in the background.
+pub(super) fn spawn(work: impl Future<Output = ()> + Send + 'static) -> io::Result<()> {
+    runtime()?.spawn(work);
+    Ok(())
+}
+
+/// Runs a request and waits for it, on a thread that may wait.
+pub(super) fn wait<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> io::Result<T> {
+    let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+    spawn(async move { _ = sender.send(work.await) })?;
+    receiver.recv().map_err(|_| io::Error::other("the request ended without an answer"))
+}
+
+/// The last word of a store that was asked, and whether it may have done before what it was asked for.
+pub(super) struct Refusal {
+    pub error: Error,
+    pub was_repeated: bool,
+}
+
+/// Whether a store has ever answered.
+#[derive(Default)]
+pub(super) struct Attempts {
+    answered: AtomicBool,
+}
+
+impl Attempts {
+    /// Asks until there is an answer, or nobody waits any more. `bytes` are about how many go over the line.
+    pub(super) async fn ask<T, F>(&self, bytes: u64, mut request: impl FnMut() -> F) -> Result<T, Refusal>
+    where
+        F: Future<Output = Result<T, Error>>,
+    {
+        let began = Instant::now();
+        let limit = ONE + Duration::from_secs(bytes / SLOWEST);
+        let mut pause = PAUSE;
+        let mut was_repeated = false;
+        loop {
+            let error = match timeout(limit, request()).await {
+                Ok(Ok(answer)) => {
+                    self.answered.store(true, Ordering::Relaxed);
+                    return Ok(answer);
+                }
+                Ok(Err(error)) => error,
+                Err(_) => silent(limit),
+            };
+            let patience = match self.answered.load(Ordering::Relaxed) {
+                true => PATIENCE,
+                false => FIRST_PATIENCE,
+            };
+            if !is_passing(&error) || began.elapsed() + pause >= patience {
+                return Err(Refusal { error, was_repeated });
+            }
+            was_repeated = true;
+            sleep(with_jitter(pause)).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+}
+
+fn silent(limit: Duration) -> Error {
+    let source = format!("it has not answered within {} s", limit.as_secs()).into();
+    Error::Generic { store: "the object store", source }
+}
+
+/// Whether asking again may bring something else. What a request is refused for that is wrong in itself is known by its text only; should
+/// that be another one some day, such a request is made again in vain.
+fn is_passing(error: &Error) -> bool {
+    match error {
+        Error::Generic { source, .. } => {
+            let text = source.to_string();
+            let status = text.split("status code: ").nth(1).and_then(|rest| rest.get(..3));
+            status.is_none_or(|status| !status.starts_with('4') || matches!(status, "408" | "425" | "429"))
+        }
+        Error::JoinError { .. } => true,
+        _ => false,
+    }
+}
+
+/// Between half and all of it, so that many who were refused together don't come back together.
+fn with_jitter(pause: Duration) -> Duration {
+    let mut random = [0u8; 1];
+    // Without randomness it is only less even.
+    let _ = getrandom::fill(&mut random);
+    pause / 2 + pause * u32::from(random[0]) / 512
+}
+
+/// What is told of a refusal.
+pub(super) fn told(key: &str, action: &'static str, error: Error) -> StoreError {
+    let kind = match &error {
+        Error::NotFound { .. } => return StoreError::NotFound(key.into()),
+        Error::AlreadyExists { .. } => return StoreError::Exists(key.into()),
+        Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => io::ErrorKind::PermissionDenied,
+        Error::NotSupported { .. } | Error::NotImplemented { .. } | Error::InvalidPath { .. } => {
+            io::ErrorKind::InvalidInput
+        }
+        _ => io::ErrorKind::Other,
+    };
+    StoreError::Io { key: key.into(), action, source: io::Error::new(kind, shown(&error)) }
+}
+
+/// What a store says comes from outside: it is cut, and without what could drive a terminal.
+fn shown(error: &Error) -> String {
+    let text: String = error.to_string().chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    match text.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn generic() -> Error {
+        Error::Generic { store: "S3", source: "503\u{1b}[2J".repeat(99).into() }
+    }
+
+    #[test]
+    fn what_passes_is_asked_again_and_what_is_an_answer_is_not() {
+        let attempts = Attempts::default();
+        let count = std::cell::Cell::new(0);
+        let ask = |failures: u32, error: fn() -> Error| {
+            count.set(0);
+            let request = || {
+                count.set(count.get() + 1);
+                let fails = count.get() <= failures;
+                async move { if fails { Err(error()) } else { Ok(()) } }
+            };
+            Builder::new_current_thread().enable_all().build().unwrap().block_on(attempts.ask(0, request))
+        };
+        assert!(ask(2, generic).is_ok() && count.get() == 3);
+        let missing = || Error::NotFound { path: "k".into(), source: "404".into() };
+        let refusal = ask(9, missing).err().unwrap();
+        assert!(!refusal.was_repeated && count.get() == 1);
+        assert!(matches!(told("k", "read", refusal.error), StoreError::NotFound(key) if key == "k"));
+    }
+
+    #[test]
+    fn what_a_store_says_is_cut_and_drives_no_terminal() {
+        let shown = told("k", "read", generic()).to_string();
+        assert!(shown.chars().count() < SHOWN + 40 && !shown.contains(|c: char| c.is_control()), "{shown}");
+        let denied = Error::PermissionDenied { path: "k".into(), source: "403".into() };
+        assert!(told("k", "delete", denied).is_refused());
+    }
+}

@@ -1,0 +1,335 @@
+//! Leases in a bucket: objects that their process renews.
+//!
+//! ```text
+//! reseal-lease 1 NONCE BEAT SECONDS\n     what says whose it is, how often it was renewed, and how long it may go without
+//! TEXT                                    what the process says of itself
+//! ```
+//!
+//! A lease that was not renewed for as long as it says is *silent*: its process has ended, or it can't reach the store, or it stands
+//! still. Nothing tells which, so nothing may rely on its having ended. Who must know sees to it that nothing which that process may still do
+//! counts, and ends the lease then. One that only one may have is taken over: what is replaced is the version that was silent, so of several
+//! who try, one has it.
+//!
+//! The process itself changes nothing below the folder of its leases while it could not renew one of them in time, nor ever again once one
+//! was ended or taken over. That clock is its own, and it goes on while the machine sleeps. But a process may stand still between looking at it
+//! and the request, so this only makes rare what the rest makes harmless.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use object_store::path::Path;
+use object_store::{PutMode, PutPayload, UpdateVersion};
+use parking_lot::Mutex;
+use rustix::time::{ClockId, clock_gettime};
+use tokio::time::sleep;
+
+use super::attempts::{spawn, told};
+use super::open::{AddressError, Variables};
+use super::{Shared, told_of_write};
+use crate::{Lease, LeaseUse, Standing, StoreError};
+
+/// How long a lease may go without being renewed, in seconds, and the variable that says otherwise.
+const USUAL: u64 = 90;
+const VARIABLE: &str = "RESEAL_LEASE_SECONDS";
+/// What may be said there.
+const RANGE: std::ops::RangeInclusive<u64> = 3..=3600;
+/// It is renewed so many times in that time.
+const BEATS: u64 = 6;
+/// Stores tell times in seconds, rounded either way.
+const ROUNDING: i64 = 2;
+/// Longest lease that is read.
+const MAX_LEASE: u64 = 64 << 10;
+/// An object that tells the store's time when it is written.
+const CLOCK: &str = "tmp/clock";
+/// For so many seconds what was learnt of the store's clock is believed.
+const CLOCK_AGE: u64 = 600;
+const MAGIC: &str = "reseal-lease 1 ";
+
+/// How long leases of a process in that environment may go without being renewed.
+fn seconds(variables: &Variables) -> Result<u64, AddressError> {
+    let Some(given) = variables.get(VARIABLE) else { return Ok(USUAL) };
+    let parsed = given.parse().ok().filter(|seconds| RANGE.contains(seconds));
+    parsed.ok_or_else(|| AddressError::LeaseSeconds(format!("{} to {}", RANGE.start(), RANGE.end())))
+}
+
+/// Seconds since the machine was started, asleep or not.
+fn uptime() -> u64 {
+    u64::try_from(clock_gettime(ClockId::Boottime).tv_sec).unwrap_or(0)
+}
+
+/// The leases of this process, and what it knows of the store's clock.
+pub(super) struct Leases {
+    seconds: u64,
+    taken: Mutex<Vec<Arc<State>>>,
+    /// The store's time and this machine's uptime when it was learnt.
+    clock: Mutex<Option<(i64, u64)>>,
+}
+
+/// One lease of this process.
+struct State {
+    key: String,
+    /// What must not be changed any more once it is lost: all below the folder that its own folder is in.
+    guards: Option<String>,
+    nonce: String,
+    seconds: u64,
+    text: Vec<u8>,
+    of: LeaseUse,
+    /// Uptime before the last request that renewed it.
+    renewed: AtomicU64,
+    is_lost: AtomicBool,
+    is_dropped: AtomicBool,
+}
+
+impl State {
+    fn payload(&self, beat: u64) -> PutPayload {
+        let mut bytes = format!("{MAGIC}{} {beat} {}\n", self.nonce, self.seconds).into_bytes();
+        bytes.extend_from_slice(&self.text);
+        PutPayload::from(bytes)
+    }
+
+    fn is_late(&self) -> bool {
+        uptime().saturating_sub(self.renewed.load(Ordering::Acquire)) >= self.seconds
+    }
+
+    fn lost(&self) -> StoreError {
+        StoreError::Lost(self.key.clone())
+    }
+}
+
+/// What a lease's object says.
+struct Said {
+    nonce: String,
+    seconds: i64,
+    text: Vec<u8>,
+}
+
+impl Said {
+    fn of(bytes: &[u8]) -> Option<Said> {
+        let end = bytes.iter().position(|byte| *byte == b'\n')?;
+        let line = std::str::from_utf8(&bytes[..end]).ok()?.strip_prefix(MAGIC)?;
+        let mut parts = line.split(' ');
+        let (nonce, _beat, seconds) = (parts.next()?, parts.next()?, parts.next()?);
+        let seconds = seconds.parse::<u64>().ok()?.clamp(*RANGE.start(), *RANGE.end());
+        Some(Said { nonce: nonce.into(), seconds: i64::try_from(seconds).ok()?, text: bytes[end + 1..].to_vec() })
+    }
+}
+
+impl Leases {
+    pub(super) fn new(variables: &Variables) -> Result<Leases, AddressError> {
+        Ok(Leases { seconds: seconds(variables)?, taken: Mutex::default(), clock: Mutex::default() })
+    }
+
+    /// Refuses to change what a lease guards that is lost, or could not be renewed in time.
+    pub(super) fn check(&self, key: &str) -> Result<(), StoreError> {
+        for state in self.taken.lock().iter() {
+            let guards = state.guards.as_deref().is_some_and(|guarded| key.starts_with(guarded));
+            if guards && (state.is_lost.load(Ordering::Acquire) || state.is_late()) {
+                return Err(state.lost());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The folder above that of a key.
+fn above(key: &str) -> Option<String> {
+    let folder = key.rsplit_once('/')?.0;
+    Some(folder.rsplit_once('/').map_or(String::new(), |(above, _)| format!("{above}/")))
+}
+
+/// A lease that this process renews until it is dropped.
+pub(super) struct Renewed {
+    shared: Arc<Shared>,
+    state: Arc<State>,
+}
+
+impl Renewed {
+    /// Takes a lease that nobody has, or only one who is silent.
+    pub(super) async fn take(
+        shared: Arc<Shared>,
+        key: String,
+        text: Vec<u8>,
+        of: LeaseUse,
+    ) -> Result<Renewed, StoreError> {
+        let mut random = [0u8; 16];
+        getrandom::fill(&mut random).map_err(|e| StoreError::Io {
+            key: key.clone(),
+            action: "name",
+            source: io::Error::other(e.to_string()),
+        })?;
+        let state = Arc::new(State {
+            guards: above(&key).filter(|_| of == LeaseUse::Changing),
+            nonce: random.map(|byte| format!("{byte:02x}")).concat(),
+            seconds: shared.leases.seconds,
+            text,
+            of,
+            renewed: AtomicU64::new(uptime()),
+            is_lost: AtomicBool::new(false),
+            is_dropped: AtomicBool::new(false),
+            key,
+        });
+        let version = match shared.make(&state.key, state.payload(0)).await {
+            Err(StoreError::Exists(key)) => take_over(&shared, &state).await?.ok_or(StoreError::Exists(key))?,
+            other => other?,
+        };
+        shared.leases.taken.lock().push(state.clone());
+        spawn(renew(shared.clone(), state.clone(), version)).map_err(|source| StoreError::Io {
+            key: state.key.clone(),
+            action: "renew",
+            source,
+        })?;
+        Ok(Renewed { shared, state })
+    }
+}
+
+/// Puts a lease in the place of one that is silent; `None` where it is not.
+async fn take_over(shared: &Shared, state: &State) -> Result<Option<UpdateVersion>, StoreError> {
+    let object = match shared.read(&state.key, None, MAX_LEASE).await {
+        Err(StoreError::NotFound(_)) => return Ok(None),
+        other => other?,
+    };
+    if !is_silent(shared, object.modified, Said::of(&object.concat()).as_ref()).await? {
+        return Ok(None);
+    }
+    state.renewed.store(uptime(), Ordering::Release);
+    shared.update(&state.key, object.version, state.payload(0)).await
+}
+
+async fn is_silent(shared: &Shared, modified: i64, said: Option<&Said>) -> Result<bool, StoreError> {
+    let allowed = said.map_or(USUAL.cast_signed(), |said| said.seconds);
+    Ok(store_time(shared).await? - modified > allowed + ROUNDING)
+}
+
+/// What the store's clock says.
+async fn store_time(shared: &Shared) -> Result<i64, StoreError> {
+    let now = uptime();
+    if let Some((time, at)) = *shared.leases.clock.lock()
+        && now.saturating_sub(at) < CLOCK_AGE
+    {
+        return Ok(time + now.saturating_sub(at).cast_signed());
+    }
+    let path = shared.path(CLOCK)?;
+    let put = shared.put(&path, &PutPayload::from_static(b"the store's clock"), PutMode::Overwrite).await;
+    put.map_err(|refusal| told_of_write(CLOCK, "make", refusal.error))?;
+    let time = modified(shared, &path).await?;
+    *shared.leases.clock.lock() = Some((time, uptime()));
+    Ok(time)
+}
+
+async fn modified(shared: &Shared, path: &Path) -> Result<i64, StoreError> {
+    use object_store::ObjectStoreExt;
+    let asked = shared.attempts.ask(0, || shared.store.head(path)).await;
+    asked.map(|meta| meta.last_modified.timestamp()).map_err(|refusal| told(CLOCK, "look at", refusal.error))
+}
+
+/// Renews a lease until it is dropped or lost.
+async fn renew(shared: Arc<Shared>, state: Arc<State>, mut version: UpdateVersion) {
+    let pause = Duration::from_millis(state.seconds * 1000 / BEATS);
+    let mut beat = 1;
+    loop {
+        sleep(pause).await;
+        if state.is_dropped.load(Ordering::Acquire) {
+            return;
+        }
+        let before = uptime();
+        let renewed = match shared.update(&state.key, version.clone(), state.payload(beat)).await {
+            Ok(Some(next)) => Some(next),
+            Ok(None) if state.is_dropped.load(Ordering::Acquire) => return,
+            // One who only reads takes it again: nobody relied on his not having it.
+            Ok(None) if state.of == LeaseUse::Reading => shared.make(&state.key, state.payload(beat)).await.ok(),
+            Ok(None) => {
+                state.is_lost.store(true, Ordering::Release);
+                return;
+            }
+            // It may be reached again before the time is over, or after it: as long as the lease stands, it is renewed.
+            Err(_) => None,
+        };
+        if let Some(next) = renewed {
+            version = next;
+            state.renewed.store(before, Ordering::Release);
+            beat += 1;
+        }
+    }
+}
+
+impl Lease for Renewed {
+    fn check(&self) -> Result<(), StoreError> {
+        let (shared, state) = (self.shared.clone(), self.state.clone());
+        let key = self.state.key.clone();
+        let asked = super::wait(async move { shared.read(&state.key, None, MAX_LEASE).await });
+        let object = asked.map_err(|source| StoreError::Io { key, action: "read", source })?;
+        let stands = match object {
+            Ok(object) => Said::of(&object.concat()).is_some_and(|said| said.nonce == self.state.nonce),
+            Err(StoreError::NotFound(_)) => false,
+            Err(e) => return Err(e),
+        };
+        match stands && !self.state.is_lost.load(Ordering::Acquire) {
+            true => Ok(()),
+            false => Err(self.state.lost()),
+        }
+    }
+}
+
+impl Drop for Renewed {
+    fn drop(&mut self) {
+        self.state.is_dropped.store(true, Ordering::Release);
+        // Not one that another process may have taken over by now.
+        let is_ours = !self.state.is_lost.load(Ordering::Acquire) && !self.state.is_late();
+        self.shared.leases.taken.lock().retain(|state| !Arc::ptr_eq(state, &self.state));
+        if is_ours {
+            let (shared, key) = (self.shared.clone(), self.state.key.clone());
+            // Where it can't be removed it is silent soon.
+            let _ = super::wait(async move { shared.delete(&key).await });
+        }
+    }
+}
+
+/// A lease that some process has, or is silent.
+pub(super) async fn standing(shared: &Shared, key: &str) -> Result<Option<Standing>, StoreError> {
+    let object = match shared.read(key, None, MAX_LEASE).await {
+        Err(StoreError::NotFound(_)) => return Ok(None),
+        other => other?,
+    };
+    let bytes = object.concat();
+    let said = Said::of(&bytes);
+    let is_silent = is_silent(shared, object.modified, said.as_ref()).await?;
+    Ok(Some(Standing { bytes: said.map_or(bytes, |said| said.text), is_silent }))
+}
+
+/// Removes a lease that is silent.
+pub(super) async fn end(shared: &Shared, key: &str) -> Result<(), StoreError> {
+    match standing(shared, key).await? {
+        Some(standing) if standing.is_silent => shared.delete(key).await,
+        Some(_) => Err(StoreError::Changed(key.into())),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_lease_says_is_read_within_bounds() {
+        let said = Said::of(b"reseal-lease 1 00ff 12 90\n{\"what\":\"x\"}\n").unwrap();
+        assert_eq!((said.nonce.as_str(), said.seconds, said.text.as_slice()), ("00ff", 90, &b"{\"what\":\"x\"}\n"[..]));
+        let seconds = |text: &str| Said::of(format!("{MAGIC}a 1 {text}\n").as_bytes()).map(|said| said.seconds);
+        assert_eq!(seconds("0"), Some(3));
+        assert_eq!(seconds("99999999999"), Some(3600));
+        for strange in ["-1", "", "x", "99999999999999999999999"] {
+            assert_eq!(seconds(strange), None, "{strange}");
+        }
+        for strange in [&b""[..], b"\n", b"reseal-lease 1 \n", b"reseal-lease 2 a 1 90\n", b"\xff\n"] {
+            assert!(Said::of(strange).is_none());
+        }
+    }
+
+    #[test]
+    fn a_lease_guards_what_its_folder_is_beside() {
+        assert_eq!(above("tenants/acme/leases/1.lease").as_deref(), Some("tenants/acme/"));
+        assert_eq!(above("leases/1").as_deref(), Some(""));
+        assert_eq!(above("x"), None);
+    }
+}

@@ -1,0 +1,459 @@
+//! A bucket of S3 or of one like it, of Azure or of Google.
+//!
+//! An object is made by one conditional request, so it exists whole and durable, or not; and of several who make one, one succeeds.
+//! Where the answer to such a request was lost, the store is asked what is there: whoever finds his own bytes has made them.
+//!
+//! A lease is an object that its process renews: see `lease.rs`.
+
+mod attempts;
+mod lease;
+mod open;
+mod probe;
+mod profile;
+
+use std::future::Future;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::TryStreamExt;
+use object_store::path::Path;
+use object_store::{
+    Error, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, UpdateVersion,
+};
+
+use crate::{Entry, Lease, LeaseUse, Standing, Store, StoreError, Upload};
+use attempts::{Attempts, Refusal, told, wait};
+use lease::{Leases, Renewed};
+pub use open::{AddressError, Variables, is_address};
+
+/// How often is looked what became of an object that others make and remove at the same time.
+const ROUNDS: usize = 8;
+
+/// A bucket, or what is below a prefix in it.
+pub struct Bucket {
+    shared: Arc<Shared>,
+}
+
+/// What requests need that outlive a call.
+struct Shared {
+    store: Arc<dyn ObjectStore>,
+    prefix: Path,
+    attempts: Attempts,
+    leases: Leases,
+}
+
+/// What an object is, and which version of it.
+struct Object {
+    chunks: Vec<Bytes>,
+    length: u64,
+    version: UpdateVersion,
+    /// When it was made or replaced, by the store's clock, in seconds.
+    modified: i64,
+}
+
+impl Object {
+    fn concat(&self) -> Vec<u8> {
+        self.chunks.concat()
+    }
+
+    fn is(&self, bytes: &PutPayload) -> bool {
+        self.length == bytes.content_length() as u64
+            && self.chunks.iter().flatten().eq(bytes.iter().flat_map(|chunk| chunk.iter()))
+    }
+}
+
+impl Bucket {
+    /// The place that an address means. Nothing is asked of it yet.
+    pub fn open(address: &str) -> Result<Bucket, AddressError> {
+        Bucket::open_with(address, &open::of_this_process())
+    }
+
+    /// The same in another environment than this process's.
+    pub fn open_with(address: &str, variables: &Variables) -> Result<Bucket, AddressError> {
+        let open::Place { store, prefix } = open::open(address, variables)?;
+        let (attempts, leases) = (Attempts::default(), Leases::new(variables)?);
+        Ok(Bucket { shared: Arc::new(Shared { store, prefix, attempts, leases }) })
+    }
+
+    /// Runs a request and waits for it.
+    fn run<T, F>(
+        &self,
+        key: &str,
+        action: &'static str,
+        request: impl FnOnce(Arc<Shared>) -> F,
+    ) -> Result<T, StoreError>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, StoreError>> + Send + 'static,
+    {
+        let failed = |source| StoreError::Io { key: key.into(), action, source };
+        wait(request(self.shared.clone())).map_err(failed)?
+    }
+
+    /// Reads a part of an object; all of it where none is given.
+    fn read(&self, key: &str, range: Option<GetRange>, bytes: u64) -> Result<Object, StoreError> {
+        let name = key.to_owned();
+        self.run(key, "read", |shared| async move { shared.read(&name, range, bytes).await })
+    }
+
+    /// Reads a range, as far as the object has it; its parts, and how long the object is.
+    pub(crate) fn fetch(&self, key: &str, range: Range<u64>) -> Result<(Vec<Bytes>, u64), StoreError> {
+        let bytes = range.end - range.start;
+        match self.read(key, Some(GetRange::Bounded(range.clone())), bytes) {
+            Ok(object) => Ok((object.chunks, object.length)),
+            Err(e @ StoreError::Io { .. }) => match self.length(key) {
+                // A range behind the end is refused.
+                Ok(length) if length <= range.start => Ok((Vec::new(), length)),
+                _ => Err(e),
+            },
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The same in the background; then `then` is called.
+    pub(crate) fn fetch_then(
+        &self,
+        key: &str,
+        range: Range<u64>,
+        then: impl FnOnce(Result<(Vec<Bytes>, u64), StoreError>) + Send + 'static,
+    ) -> io::Result<()> {
+        let (shared, key, bytes) = (self.shared.clone(), key.to_owned(), range.end - range.start);
+        attempts::spawn(async move {
+            let read = shared.read(&key, Some(GetRange::Bounded(range)), bytes).await;
+            then(read.map(|object| (object.chunks, object.length)));
+        })
+    }
+
+    /// Makes an object.
+    fn make(&self, key: &str, payload: PutPayload) -> Result<(), StoreError> {
+        self.shared.leases.check(key)?;
+        let name = key.to_owned();
+        self.run(key, "make", |shared| async move { shared.make(&name, payload).await.map(drop) })
+    }
+}
+
+impl Shared {
+    /// The path of a key. Keys are built from encoded names, so one that is not legal is a mistake.
+    fn path(&self, key: &str) -> Result<Path, StoreError> {
+        let illegal = || {
+            let source = io::Error::new(io::ErrorKind::InvalidInput, "not a legal key");
+            StoreError::Io { key: key.into(), action: "use", source }
+        };
+        if key.is_empty() || key.starts_with('/') {
+            return Err(illegal());
+        }
+        let parsed = Path::parse(key).map_err(|_| illegal())?;
+        Ok(self.prefix.parts().chain(parsed.parts()).collect())
+    }
+
+    async fn read(&self, key: &str, range: Option<GetRange>, bytes: u64) -> Result<Object, StoreError> {
+        let path = self.path(key)?;
+        let request = || async {
+            let options = GetOptions { range: range.clone(), ..GetOptions::default() };
+            let result = self.store.get_opts(&path, options).await?;
+            let (length, modified) = (result.meta.size, result.meta.last_modified.timestamp());
+            let version = UpdateVersion { e_tag: result.meta.e_tag.clone(), version: result.meta.version.clone() };
+            let chunks: Vec<Bytes> = result.into_stream().try_collect().await?;
+            Ok(Object { chunks, length, version, modified })
+        };
+        self.attempts.ask(bytes, request).await.map_err(|refusal| told(key, "read", refusal.error))
+    }
+
+    async fn put(&self, path: &Path, payload: &PutPayload, mode: PutMode) -> Result<UpdateVersion, Refusal> {
+        let bytes = payload.content_length() as u64;
+        let request = || async {
+            let options = PutOptions { mode: mode.clone(), ..PutOptions::default() };
+            let result = self.store.put_opts(path, payload.clone(), options).await?;
+            Ok(UpdateVersion { e_tag: result.e_tag, version: result.version })
+        };
+        self.attempts.ask(bytes, request).await
+    }
+
+    /// Makes an object, if there is none of that key.
+    async fn make(&self, key: &str, payload: PutPayload) -> Result<UpdateVersion, StoreError> {
+        let path = self.path(key)?;
+        for _ in 0..ROUNDS {
+            let refusal = match self.put(&path, &payload, PutMode::Create).await {
+                Ok(version) => return Ok(version),
+                Err(refusal) => refusal,
+            };
+            if !matches!(refusal.error, Error::AlreadyExists { .. }) {
+                return Err(told_of_write(key, "make", refusal.error));
+            }
+            // It may be what a request made whose answer was lost; and some say so of one that is just being removed.
+            let ours = match refusal.was_repeated {
+                true => self
+                    .read(key, None, payload.content_length() as u64)
+                    .await
+                    .map(|object| object.is(&payload).then_some(object.version)),
+                false => self.head(key).await.map(|()| None),
+            };
+            match ours {
+                Ok(Some(version)) => return Ok(version),
+                Ok(None) => return Err(StoreError::Exists(key.into())),
+                Err(StoreError::NotFound(_)) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Err(StoreError::Exists(key.into()))
+    }
+
+    async fn head(&self, key: &str) -> Result<(), StoreError> {
+        let path = self.path(key)?;
+        let asked = self.attempts.ask(0, || self.store.head(&path)).await;
+        asked.map(drop).map_err(|refusal| told(key, "look at", refusal.error))
+    }
+
+    /// Puts `new` in the place of a version; `None` where that is not what is there.
+    async fn update(
+        &self,
+        key: &str,
+        version: UpdateVersion,
+        new: PutPayload,
+    ) -> Result<Option<UpdateVersion>, StoreError> {
+        let path = self.path(key)?;
+        let refusal = match self.put(&path, &new, PutMode::Update(version)).await {
+            Ok(version) => return Ok(Some(version)),
+            Err(refusal) => refusal,
+        };
+        match refusal.error {
+            Error::Precondition { .. } | Error::AlreadyExists { .. } if refusal.was_repeated => {
+                match self.read(key, None, new.content_length() as u64).await {
+                    Ok(object) => Ok(object.is(&new).then_some(object.version)),
+                    Err(StoreError::NotFound(_)) => Ok(None),
+                    Err(e) => Err(e),
+                }
+            }
+            Error::Precondition { .. } | Error::AlreadyExists { .. } | Error::NotFound { .. } => Ok(None),
+            error => Err(told_of_write(key, "replace", error)),
+        }
+    }
+
+    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        let path = self.path(key)?;
+        let asked = self.attempts.ask(0, || self.store.delete(&path)).await;
+        asked.map_err(|refusal| told(key, "delete", refusal.error))
+    }
+
+    async fn list(&self, folder: &str) -> Result<Vec<Entry>, StoreError> {
+        let path = match folder.is_empty() {
+            true => self.prefix.clone(),
+            false => self.path(folder)?,
+        };
+        let asked = self.attempts.ask(0, || self.store.list_with_delimiter(Some(&path))).await;
+        let listed = asked.map_err(|refusal| told(folder, "list", refusal.error))?;
+        let folders = listed
+            .common_prefixes
+            .iter()
+            .filter_map(|path| Some(Entry { name: path.filename()?.to_owned(), length: 0, is_folder: true }));
+        let objects = listed.objects.iter().filter_map(|object| {
+            Some(Entry { name: object.location.filename()?.to_owned(), length: object.size, is_folder: false })
+        });
+        Ok(folders.chain(objects).collect())
+    }
+}
+
+/// Where something is written nothing has to be there before but the bucket.
+fn told_of_write(key: &str, action: &'static str, error: Error) -> StoreError {
+    match error {
+        Error::NotFound { .. } => {
+            let source = io::Error::new(io::ErrorKind::InvalidInput, "there is no such bucket; make it first");
+            StoreError::Io { key: key.into(), action, source }
+        }
+        error => told(key, action, error),
+    }
+}
+
+impl Store for Bucket {
+    fn get(&self, key: &str, limit: usize) -> Result<Vec<u8>, StoreError> {
+        // One byte more than it may have shows that it has too many; a store answers with what there is.
+        let most = (limit as u64).saturating_add(1);
+        let object = match self.read(key, Some(GetRange::Bounded(0..most)), 0) {
+            // An object without a byte has no first one.
+            Err(StoreError::Io { .. }) if self.length(key)? == 0 => return Ok(Vec::new()),
+            other => other?,
+        };
+        match usize::try_from(object.length).is_ok_and(|length| length <= limit) {
+            true => whole(key, object.concat(), object.length, 0),
+            false => Err(StoreError::TooLong { key: key.into(), length: object.length, limit }),
+        }
+    }
+
+    fn read_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<(), StoreError> {
+        if buf.is_empty() {
+            return Ok(());
+        }
+        let wanted = offset.saturating_add(buf.len() as u64);
+        let object = match self.read(key, Some(GetRange::Bounded(offset..wanted)), buf.len() as u64) {
+            Err(e @ StoreError::Io { .. }) => {
+                return match self.length(key) {
+                    Ok(length) if length < wanted => Err(StoreError::Short { key: key.into(), length, wanted }),
+                    _ => Err(e),
+                };
+            }
+            other => other?,
+        };
+        let mut at = 0;
+        for chunk in &object.chunks {
+            let length = chunk.len().min(buf.len() - at);
+            buf[at..at + length].copy_from_slice(&chunk[..length]);
+            at += length;
+        }
+        match at == buf.len() {
+            true => Ok(()),
+            false => Err(StoreError::Short { key: key.into(), length: object.length, wanted }),
+        }
+    }
+
+    fn try_read_at(&self, _: &str, _: u64, _: &mut [u8]) -> Result<bool, StoreError> {
+        Ok(false)
+    }
+
+    fn is_far(&self) -> bool {
+        true
+    }
+
+    fn read_tail(&self, key: &str, want: usize) -> Result<(Vec<u8>, u64), StoreError> {
+        let (wanted, name) = (want as u64, key.to_owned());
+        self.run(key, "read", |shared| async move { shared.read_tail(&name, wanted).await })
+    }
+
+    fn replace(&self, key: &str, expected: &[u8], new: &[u8]) -> Result<(), StoreError> {
+        self.shared.leases.check(key)?;
+        let most = expected.len().max(new.len());
+        let object = match self.read(key, None, most as u64)? {
+            object if object.length > most as u64 => return Err(StoreError::Changed(key.into())),
+            object => object,
+        };
+        let now = object.concat();
+        if now == new {
+            return Ok(());
+        }
+        if now != expected {
+            return Err(StoreError::Changed(key.into()));
+        }
+        let (name, new) = (key.to_owned(), PutPayload::from(new.to_vec()));
+        let replaced =
+            self.run(key, "replace", |shared| async move { shared.update(&name, object.version, new).await })?;
+        replaced.map(drop).ok_or_else(|| StoreError::Changed(key.into()))
+    }
+
+    fn create(&self, key: &str, bytes: &[u8]) -> Result<(), StoreError> {
+        self.make(key, PutPayload::from(bytes.to_vec()))
+    }
+
+    fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
+        self.shared.path(key)?;
+        let bucket = Bucket { shared: self.shared.clone() };
+        Ok(Box::new(BucketUpload { bucket, key: key.into(), chunks: Vec::new() }))
+    }
+
+    fn list(&self, folder: &str) -> Result<Vec<Entry>, StoreError> {
+        let name = folder.to_owned();
+        self.run(folder, "list", |shared| async move { shared.list(&name).await })
+    }
+
+    fn settle(&self, _: &str) -> Result<(), StoreError> {
+        // What a listing shows is durable.
+        Ok(())
+    }
+
+    fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.shared.leases.check(key)?;
+        let name = key.to_owned();
+        self.run(key, "delete", |shared| async move { shared.delete(&name).await })
+    }
+
+    fn sweep(&self) -> Result<(), StoreError> {
+        // What was not made whole does not exist.
+        Ok(())
+    }
+
+    fn probe(&self) -> Result<(), StoreError> {
+        self.run("", "probe", |shared| async move { probe::conditions(&shared).await })
+    }
+
+    fn lease(&self, key: &str, bytes: &[u8], of: LeaseUse) -> Result<Box<dyn Lease>, StoreError> {
+        let (name, text) = (key.to_owned(), bytes.to_vec());
+        let taken = self.run(key, "make", |shared| async move { Renewed::take(shared, name, text, of).await })?;
+        Ok(Box::new(taken))
+    }
+
+    fn standing(&self, key: &str) -> Result<Option<Standing>, StoreError> {
+        let name = key.to_owned();
+        self.run(key, "read", |shared| async move { lease::standing(&shared, &name).await })
+    }
+
+    fn end(&self, key: &str) -> Result<(), StoreError> {
+        let name = key.to_owned();
+        self.run(key, "delete", |shared| async move { lease::end(&shared, &name).await })
+    }
+}
+
+impl Bucket {
+    fn length(&self, key: &str) -> Result<u64, StoreError> {
+        let name = key.to_owned();
+        self.run(key, "look at", |shared| async move { shared.length(&name).await })
+    }
+}
+
+impl Shared {
+    async fn length(&self, key: &str) -> Result<u64, StoreError> {
+        let path = self.path(key)?;
+        let asked = self.attempts.ask(0, || self.store.head(&path)).await;
+        asked.map(|meta| meta.size).map_err(|refusal| told(key, "look at", refusal.error))
+    }
+
+    /// The last bytes of an object. Not all stores can be asked for them, nor do all answer for an object without a byte.
+    async fn read_tail(&self, key: &str, want: u64) -> Result<(Vec<u8>, u64), StoreError> {
+        let asked = match want {
+            0 => None,
+            _ => Some(self.read(key, Some(GetRange::Suffix(want)), want).await),
+        };
+        let (bytes, length) = match asked {
+            Some(Ok(object)) => (object.concat(), object.length),
+            Some(Err(e @ StoreError::NotFound(_))) => return Err(e),
+            Some(Err(_)) | None => {
+                let length = self.length(key).await?;
+                let start = length.saturating_sub(want);
+                match length - start {
+                    0 => (Vec::new(), length),
+                    part => (self.read(key, Some(GetRange::Bounded(start..length)), part).await?.concat(), length),
+                }
+            }
+        };
+        let expected = usize::try_from(want.min(length)).unwrap_or(usize::MAX);
+        whole(key, bytes, expected as u64, length - expected as u64).map(|bytes| (bytes, length))
+    }
+}
+
+/// A store that answers with fewer or more bytes than it says is not believed.
+fn whole(key: &str, bytes: Vec<u8>, expected: u64, start: u64) -> Result<Vec<u8>, StoreError> {
+    match bytes.len() as u64 == expected {
+        true => Ok(bytes),
+        false => {
+            let (length, wanted) = (start + bytes.len() as u64, start + expected);
+            Err(StoreError::Short { key: key.into(), length, wanted })
+        }
+    }
+}
+
+/// An object in the making: its bytes are kept until it is whole, so that one request makes it.
+struct BucketUpload {
+    bucket: Bucket,
+    key: String,
+    chunks: Vec<Bytes>,
+}
+
+impl Upload for BucketUpload {
+    fn append(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
+        self.chunks.push(Bytes::copy_from_slice(bytes));
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), StoreError> {
+        self.bucket.make(&self.key, self.chunks.into_iter().collect())
+    }
+}

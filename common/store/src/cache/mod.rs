@@ -1,0 +1,269 @@
+//! A cache of an object store on a disk, as the store has it: sealed.
+//!
+//! ```text
+//! read → chunks that are kept, each compared with its mark → or that are under way: waited for → or fetched, the gap in one request
+//! expect → chunks that are not kept ⇉ requests beside each other ⇉ kept
+//! ```
+//!
+//! Several processes share a folder, and it outlives them. What is in it is not trusted: a chunk that is not what was written is fetched again;
+//! and should one who can write there have made both chunk and mark, then what it opens to is not authentic, and the reader says so
+//! ([`Store::doubt`]): nothing of that object is kept any longer.
+//!
+//! Objects that are replaced are never kept: they are read by [`Store::get`].
+
+mod chunks;
+mod flights;
+mod folder;
+
+use std::cell::RefCell;
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::{Bucket, Entry, Lease, LeaseUse, Standing, Store, StoreError, Upload};
+use chunks::{CHUNK, Chunks, Name, Wait, chunks_of};
+use flights::Flights;
+use folder::Folder;
+
+/// How long what another one fetches is waited for, before it is fetched once more.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How long who expects something waits for room to ask for it.
+const ROOM: Duration = Duration::from_secs(5);
+/// Most that is fetched in one request for a read that was not expected.
+const MOST: u64 = 8 << 20;
+
+thread_local! {
+    /// Chunks that a range lies in, which begin before it and end after it.
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A bucket with a cache before it.
+pub struct Cached {
+    bucket: Bucket,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    folder: Folder,
+    flights: Arc<Flights>,
+    /// What makes names of keys: the same key in another bucket is another object.
+    address: String,
+}
+
+impl Shared {
+    fn name(&self, key: &str) -> Name {
+        let mut hasher = blake3::Hasher::new_derive_key("reseal 2026-11 cache of an object store");
+        hasher.update(&(self.address.len() as u64).to_le_bytes());
+        *hasher.update(self.address.as_bytes()).update(key.as_bytes()).finalize().as_bytes()
+    }
+
+    /// Keeps what was fetched from that chunk on.
+    fn keep(&self, name: &Name, first: u64, bytes: &[u8], length: u64) {
+        // Where nothing can be kept, what is read is right all the same.
+        let Some(chunks) = self.folder.chunks(name) else { return };
+        if chunks.write(first, bytes, length).is_ok() {
+            self.folder.added(name, &chunks, bytes.len() as u64);
+        }
+    }
+}
+
+impl Cached {
+    /// A cache of the bucket at that address, of at most about `limit` bytes in a folder.
+    pub fn new(bucket: Bucket, address: &str, folder: &Path, limit: u64) -> io::Result<Cached> {
+        let folder = Folder::open(folder, limit)?;
+        let shared = Shared { folder, flights: Arc::default(), address: address.to_owned() };
+        Ok(Cached { bucket, shared: Arc::new(shared) })
+    }
+
+    /// Fills `buf` from chunks that are kept; how many of those that it lies in are.
+    fn fill(chunks: &Chunks, offset: u64, buf: &mut [u8], wait: Wait) -> u64 {
+        let wanted = chunks_of(&(offset..offset + buf.len() as u64));
+        SCRATCH.with_borrow_mut(|bytes| {
+            bytes.clear();
+            let there = chunks.read(wanted.clone(), bytes, wait);
+            if there == wanted.end - wanted.start {
+                let from = usize::try_from(offset - wanted.start * CHUNK).unwrap_or(usize::MAX);
+                match bytes.get(from..).and_then(|rest| rest.get(..buf.len())) {
+                    Some(part) => buf.copy_from_slice(part),
+                    None => return 0,
+                }
+            }
+            there
+        })
+    }
+
+    /// Reads chunks from the store and keeps them.
+    fn fetch(&self, key: &str, name: &Name, chunks: Range<u64>) -> Result<(Vec<u8>, u64), StoreError> {
+        // Nobody else needs to ask for them; if somebody does already, or too many others, this one asks all the same: it is waited for.
+        let _flight = self.shared.flights.begin(name, chunks.clone(), Duration::ZERO);
+        let (parts, length) = self.bucket.fetch(key, chunks.start * CHUNK..chunks.end * CHUNK)?;
+        let bytes = parts.concat();
+        self.shared.keep(name, chunks.start, &bytes, length);
+        Ok((bytes, length))
+    }
+
+    /// Begins to fetch chunks that are not kept, in the background.
+    fn fetch_later(&self, key: &str, name: Name, chunks: Range<u64>) -> bool {
+        if self.shared.flights.has(&name, &chunks) {
+            return true;
+        }
+        let Some(flight) = self.shared.flights.begin(&name, chunks.clone(), ROOM) else { return false };
+        let shared = self.shared.clone();
+        let then = move |fetched: Result<(Vec<Bytes>, u64), StoreError>| {
+            // What fails here fails again for who wants it, and is told then.
+            if let Ok((parts, length)) = fetched {
+                shared.keep(&name, chunks.start, &parts.concat(), length);
+            }
+            drop(flight);
+        };
+        self.bucket.fetch_then(key, chunks.start * CHUNK..chunks.end * CHUNK, then).is_ok()
+    }
+}
+
+impl Store for Cached {
+    fn get(&self, key: &str, limit: usize) -> Result<Vec<u8>, StoreError> {
+        self.bucket.get(key, limit)
+    }
+
+    fn read_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<(), StoreError> {
+        if buf.is_empty() {
+            return Ok(());
+        }
+        let name = self.shared.name(key);
+        let end = offset.saturating_add(buf.len() as u64);
+        if buf.len() as u64 > MOST || end >= u64::MAX / 2 {
+            return self.bucket.read_at(key, offset, buf);
+        }
+        let wanted = chunks_of(&(offset..end));
+        let mut missing = wanted.clone();
+        if let Some(chunks) = self.shared.folder.chunks(&name) {
+            for _ in 0..2 {
+                let there = Cached::fill(&chunks, offset, buf, Wait::May);
+                missing.start = wanted.start + there;
+                if missing.is_empty() {
+                    return Ok(());
+                }
+                if !self.shared.flights.wait(&name, &missing, PATIENCE) {
+                    break;
+                }
+            }
+        }
+        let (bytes, length) = self.fetch(key, &name, missing.clone())?;
+        if end > length {
+            return Err(StoreError::Short { key: key.into(), length, wanted: end });
+        }
+        // What is kept was copied to `buf` only if all was: so the part before the gap is once more.
+        let from = missing.start * CHUNK;
+        let first = usize::try_from(from.saturating_sub(offset)).unwrap_or(usize::MAX).min(buf.len());
+        let skipped = usize::try_from(offset.saturating_sub(from)).unwrap_or(usize::MAX);
+        let (before, rest) = buf.split_at_mut(first);
+        match bytes.get(skipped..).and_then(|bytes| bytes.get(..rest.len())) {
+            Some(part) => rest.copy_from_slice(part),
+            None => return Err(StoreError::Short { key: key.into(), length, wanted: end }),
+        }
+        let kept = self.shared.folder.chunks(&name);
+        let is_there = before.is_empty()
+            || kept.is_some_and(|kept| Cached::fill(&kept, offset, before, Wait::May) == missing.start - wanted.start);
+        match is_there {
+            true => Ok(()),
+            false => self.bucket.read_at(key, offset, buf),
+        }
+    }
+
+    fn try_read_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<bool, StoreError> {
+        let name = self.shared.name(key);
+        let wanted = chunks_of(&(offset..offset.saturating_add(buf.len() as u64)));
+        let Some(chunks) = self.shared.folder.chunks(&name) else { return Ok(false) };
+        Ok(Cached::fill(&chunks, offset, buf, Wait::MustNot) == wanted.end - wanted.start)
+    }
+
+    fn expect(&self, key: &str, offset: u64, length: u64) -> bool {
+        let name = self.shared.name(key);
+        let Some(chunks) = self.shared.folder.chunks(&name) else { return false };
+        let mut wanted = chunks_of(&(offset..offset.saturating_add(length)));
+        if let Some(length) = chunks.length() {
+            wanted.end = wanted.end.min(length.div_ceil(CHUNK));
+        }
+        let is_missing = |chunk: &u64| !chunks.has(*chunk);
+        let Some(first) = wanted.clone().find(is_missing) else { return true };
+        let last = wanted.rev().find(is_missing).unwrap_or(first);
+        self.fetch_later(key, name, first..last + 1)
+    }
+
+    fn read_tail(&self, key: &str, want: usize) -> Result<(Vec<u8>, u64), StoreError> {
+        let name = self.shared.name(key);
+        let length = self.shared.folder.chunks(&name).and_then(|chunks| chunks.length());
+        if let Some(length) = length {
+            let part = (want as u64).min(length);
+            let mut tail = vec![0; usize::try_from(part).unwrap_or(0)];
+            self.read_at(key, length - part, &mut tail)?;
+            return Ok((tail, length));
+        }
+        // The length is not known, so what comes may begin in the midst of a chunk; whole ones are kept.
+        let (tail, length) = self.bucket.read_tail(key, want + CHUNK as usize)?;
+        let start = length - tail.len() as u64;
+        let first = start.div_ceil(CHUNK);
+        if let Some(whole) = usize::try_from(first * CHUNK - start).ok().and_then(|skip| tail.get(skip..)) {
+            self.shared.keep(&name, first, whole, length);
+        }
+        let from = tail.len().saturating_sub(want);
+        Ok((tail[from..].to_vec(), length))
+    }
+
+    fn doubt(&self, key: &str) {
+        self.shared.folder.remove(&self.shared.name(key));
+    }
+
+    fn is_far(&self) -> bool {
+        true
+    }
+
+    fn replace(&self, key: &str, expected: &[u8], new: &[u8]) -> Result<(), StoreError> {
+        self.bucket.replace(key, expected, new)
+    }
+
+    fn create(&self, key: &str, bytes: &[u8]) -> Result<(), StoreError> {
+        self.bucket.create(key, bytes)
+    }
+
+    fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
+        self.bucket.upload(key)
+    }
+
+    fn list(&self, folder: &str) -> Result<Vec<Entry>, StoreError> {
+        self.bucket.list(folder)
+    }
+
+    fn settle(&self, folder: &str) -> Result<(), StoreError> {
+        self.bucket.settle(folder)
+    }
+
+    fn delete(&self, key: &str) -> Result<(), StoreError> {
+        self.doubt(key);
+        self.bucket.delete(key)
+    }
+
+    fn sweep(&self) -> Result<(), StoreError> {
+        self.bucket.sweep()
+    }
+
+    fn probe(&self) -> Result<(), StoreError> {
+        self.bucket.probe()
+    }
+
+    fn lease(&self, key: &str, bytes: &[u8], of: LeaseUse) -> Result<Box<dyn Lease>, StoreError> {
+        self.bucket.lease(key, bytes, of)
+    }
+
+    fn standing(&self, key: &str) -> Result<Option<Standing>, StoreError> {
+        self.bucket.standing(key)
+    }
+
+    fn end(&self, key: &str) -> Result<(), StoreError> {
+        self.bucket.end(key)
+    }
+}

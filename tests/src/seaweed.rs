@@ -1,0 +1,188 @@
+//! A real object store with the interface of S3: SeaweedFS, with its data in a folder, so that it can be killed and started again.
+//!
+//! It ends with the process that started it: a shell waits beside it for the end of a pipe.
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use reseal_store::{Bucket, Store, Variables};
+use tempfile::TempDir;
+
+use crate::site::Site;
+
+/// How long a start may take on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+const ACCESS: &str = "writer";
+const SECRET: &str = "not-so-secret";
+
+/// The program: `tests/scripts/setup.sh` puts it into the cache, unless another is named.
+fn program() -> PathBuf {
+    let variable = |name| std::env::var_os(name).map(PathBuf::from);
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let cache = variable("RESEAL_CACHE").unwrap_or_else(|| workspace.join(".cache"));
+    let path = variable("RESEAL_TEST_WEED").unwrap_or_else(|| cache.join("seaweed/bin/weed"));
+    let at = path.display();
+    assert!(path.exists(), "there is no SeaweedFS at {at}: run tests/scripts/setup.sh, or set RESEAL_TEST_WEED");
+    path
+}
+
+/// The server, with buckets of its own.
+pub struct Seaweed {
+    folder: TempDir,
+    /// Of master, volumes, filer and S3; that of gRPC is 10,000 higher, each.
+    ports: [u16; 4],
+    server: Mutex<Option<Child>>,
+}
+
+/// Ports that nobody has now, nor those above them.
+fn free_ports() -> [u16; 4] {
+    let mut found = Vec::new();
+    while found.len() < 4 {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        // The system gives the high ones, and 10,000 more must be a port, too.
+        let port = 12_000 + port % 20_000;
+        let free = |port| TcpListener::bind(("127.0.0.1", port)).is_ok();
+        if !found.contains(&port) && free(port) && free(port + 10_000) {
+            found.push(port);
+        }
+    }
+    found.try_into().unwrap()
+}
+
+/// One server for all tests of a program that do it no harm; each has a bucket of its own.
+pub fn shared() -> &'static Seaweed {
+    static SHARED: OnceLock<Seaweed> = OnceLock::new();
+    SHARED.get_or_init(Seaweed::start)
+}
+
+impl Seaweed {
+    pub fn start() -> Seaweed {
+        let folder = tempfile::Builder::new().prefix("reseal-seaweed-").tempdir().unwrap();
+        fs::create_dir(folder.path().join("data")).unwrap();
+        let identities = format!(
+            r#"{{"identities":[{{"name":"w","credentials":[{{"accessKey":"{ACCESS}","secretKey":"{SECRET}"}}],"actions":["Admin","Read","Write","List","Tagging"]}}]}}"#
+        );
+        fs::write(folder.path().join("s3.json"), identities).unwrap();
+        let seaweed = Seaweed { folder, ports: free_ports(), server: Mutex::new(None) };
+        seaweed.launch();
+        seaweed
+    }
+
+    fn launch(&self) {
+        let at = self.folder.path().display();
+        let [master, volume, filer, s3] = self.ports;
+        let options = format!(
+            "server -dir {at}/data -ip 127.0.0.1 -ip.bind 127.0.0.1 -s3 -s3.config {at}/s3.json -s3.iam=false -s3.port.iceberg 0 -s3.port.lance 0 \
+             -master.port {master} -volume.port {volume} -filer.port {filer} -s3.port {s3} -volume.max 100 \
+             -master.volumeSizeLimitMB 512 -master.telemetry=false"
+        );
+        let script =
+            r#"weed=$0; log=$1; shift; "$weed" "$@" >>"$log" 2>&1 & server=$!; read -r _; kill -9 $server; wait"#;
+        let mut shell = Command::new("sh");
+        shell.args(["-c", script]).arg(program()).arg(self.folder.path().join("log")).args(options.split(' '));
+        *self.server.lock().unwrap() = Some(shell.stdin(Stdio::piped()).spawn().unwrap());
+        let end = Instant::now() + PATIENCE;
+        while !self.answers() {
+            assert!(Instant::now() < end, "SeaweedFS does not answer:\n{}", self.log());
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// What it has printed.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+
+    /// Whether all its parts work together: a bucket can be made, and an object in it.
+    fn answers(&self) -> bool {
+        let bucket = Bucket::open_with("s3://ready", &self.variables()).unwrap();
+        self.try_bucket("ready")
+            && self.answers_at(self.ports[3])
+            && bucket.create("ready", b"x").or_else(exists).is_ok()
+    }
+
+    fn answers_at(&self, port: u16) -> bool {
+        std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
+    }
+
+    /// Ends the server as a power cut would.
+    pub fn kill(&self) {
+        let mut server = self.server.lock().unwrap().take().unwrap();
+        drop(server.stdin.take());
+        server.wait().unwrap();
+    }
+
+    /// Starts it again, with what it had.
+    pub fn start_again(&self) {
+        self.launch();
+    }
+
+    /// Where its S3 interface listens.
+    pub fn port(&self) -> u16 {
+        self.ports[3]
+    }
+
+    /// What a program needs to know to use it.
+    pub fn variables(&self) -> Variables {
+        self.variables_at(self.port())
+    }
+
+    /// The same through a proxy that listens there.
+    pub fn variables_at(&self, port: u16) -> Variables {
+        let pairs = [
+            ("AWS_ACCESS_KEY_ID", ACCESS.to_owned()),
+            ("AWS_SECRET_ACCESS_KEY", SECRET.to_owned()),
+            ("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{port}")),
+        ];
+        pairs.map(|(name, value)| (name.to_owned(), value)).into()
+    }
+
+    /// Makes a bucket, if there is none of that name; its address with a prefix.
+    pub fn bucket(&self, name: &str) -> String {
+        assert!(self.try_bucket(name), "no bucket {name}:\n{}", self.log());
+        format!("s3://{name}/vaults/one")
+    }
+
+    fn try_bucket(&self, name: &str) -> bool {
+        let made = ureq::post(format!("http://127.0.0.1:{}/buckets/{name}/", self.ports[2])).send_empty();
+        matches!(made, Ok(_) | Err(ureq::Error::StatusCode(409)))
+    }
+
+    /// A site whose vault is to be in a bucket of that name, reached at that port. Nothing was made there yet.
+    pub fn site_at(&self, name: &str, port: u16) -> Site {
+        let mut site = Site::bare();
+        site.vault = self.bucket(name).into();
+        site.variables = self.variables_at(port);
+        // Who dies is not waited for so long.
+        site.variables.insert("RESEAL_LEASE_SECONDS".into(), "6".into());
+        site
+    }
+
+    /// A site with an empty vault in a bucket of that name.
+    pub fn site(&self, name: &str) -> Site {
+        let site = self.site_at(name, self.port());
+        site.reseal(["init", "--no-recovery"]).ok();
+        site
+    }
+}
+
+fn exists(error: reseal_store::StoreError) -> Result<(), reseal_store::StoreError> {
+    match error {
+        reseal_store::StoreError::Exists(_) => Ok(()),
+        other => Err(other),
+    }
+}
+
+impl Drop for Seaweed {
+    fn drop(&mut self) {
+        if self.server.lock().unwrap().is_some() {
+            self.kill();
+        }
+    }
+}
