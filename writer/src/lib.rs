@@ -14,6 +14,7 @@
 mod assemble;
 pub mod backup;
 pub mod changes;
+mod content;
 pub mod copy;
 mod draft;
 mod error;
