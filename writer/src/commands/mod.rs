@@ -15,6 +15,7 @@ pub(crate) mod key_import;
 pub(crate) mod kit;
 pub(crate) mod list;
 pub(crate) mod new_tenant;
+mod other_vault;
 pub(crate) mod prune;
 pub(crate) mod rekey;
 mod rekey_data;
