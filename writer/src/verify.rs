@@ -85,6 +85,9 @@ pub struct Damage {
     pub what: String,
     /// Restore points that can't be read whole because of it, as `VM@NUMBER`.
     pub hurts: Vec<String>,
+    /// The pack that it is, if it is one.
+    #[serde(skip)]
+    pub pack: Option<PackId>,
 }
 
 /// A verification in progress.
@@ -98,6 +101,8 @@ pub struct Verify<'a> {
     report: Report,
     points: Vec<Point>,
     part: Part,
+    /// Of packs only these, if they are named.
+    only: Option<BTreeSet<PackId>>,
     throttle: Option<Throttle>,
 }
 
@@ -106,13 +111,18 @@ impl<'a> Verify<'a> {
     pub fn new(tenant: Arc<Tenant>, heads: &'a Heads, state: &Path) -> Verify<'a> {
         let packs = Arc::new(Packs::new(tenant.clone(), TABLES));
         let tree = Tree::new(packs.clone(), NODES);
-        let (report, points, part, throttle) = (Report::default(), Vec::new(), Part::All, None);
-        Verify { tenant, heads, state: state.to_owned(), packs, tree, report, points, part, throttle }
+        let (report, points, part, only, throttle) = (Report::default(), Vec::new(), Part::All, None, None);
+        Verify { tenant, heads, state: state.to_owned(), packs, tree, report, points, part, only, throttle }
     }
 
     /// Of that only a part, and what is read of packs is held to `throttle`.
     pub fn of_part(self, part: Part, throttle: Option<Throttle>) -> Verify<'a> {
         Verify { part, throttle, ..self }
+    }
+
+    /// Of packs only these, if they are named; all else is read.
+    pub(crate) fn only(self, packs: Option<BTreeSet<PackId>>) -> Verify<'a> {
+        Verify { only: packs, ..self }
     }
 
     /// Verifies on so many threads. `progress` is told how many bytes there are, and then of each that was read.
@@ -136,9 +146,13 @@ impl<'a> Verify<'a> {
             });
         }
         self.part.choose(&mut files, |(file, _)| file.id);
+        if let Some(only) = &self.only {
+            files.retain(|(file, _)| only.contains(&file.id));
+        }
         start(files.iter().map(|(file, _)| file.length).sum());
         let findings = self.verify_packs(&files, everything, threads, progress)?;
-        self.remember(&files, &findings, *what == What::Everything && self.part == Part::All);
+        let all = *what == What::Everything && self.part == Part::All && self.only.is_none();
+        self.remember(&files, &findings, all);
         self.judge(&files, findings, &collector, &present);
         if !self.report.damaged.is_empty() {
             // A store that went away while it was read is not damaged.
@@ -174,7 +188,7 @@ impl<'a> Verify<'a> {
     }
 
     fn damage(&mut self, object: String, what: impl Into<String>, hurts: Vec<String>) {
-        self.report.damaged.push(Damage { object, what: what.into(), hurts });
+        self.report.damaged.push(Damage { object, what: what.into(), hurts, pack: None });
     }
 
     /// Opens manifests, tombstones and notes, and checks that chains are whole.
@@ -378,13 +392,13 @@ impl<'a> Verify<'a> {
             if finding.unreadable {
                 whole.insert(file.id, damages.len());
             }
-            damages.push(Damage { object, what: spell(&finding), hurts: Vec::new() });
+            damages.push(of_pack(file.id, object, spell(&finding)));
         }
         for (id, need) in &collector.needed {
             if !present.contains(id) {
                 whole.insert(*id, damages.len());
                 let object = layout::pack(self.tenant.name(), *id, need.generation);
-                damages.push(Damage { object, what: "is missing".into(), hurts: Vec::new() });
+                damages.push(of_pack(*id, object, "is missing".into()));
             }
         }
         for (place, error) in &collector.broken {
@@ -393,7 +407,7 @@ impl<'a> Verify<'a> {
                 single.insert(*place, damages.len());
                 let generation = collector.needed.get(&place.0).map_or(0, |need| need.generation);
                 let object = layout::pack(self.tenant.name(), place.0, generation);
-                damages.push(Damage { object, what: format!("blob {}: {error}", place.1), hurts: Vec::new() });
+                damages.push(of_pack(place.0, object, format!("blob {}: {error}", place.1)));
             }
         }
         if damages.is_empty() {
@@ -412,6 +426,11 @@ impl<'a> Verify<'a> {
         }
         self.report.damaged.extend(damages);
     }
+}
+
+/// Damage of a pack; which restore points it hurts is not known yet.
+fn of_pack(id: PackId, object: String, what: String) -> Damage {
+    Damage { object, what, hurts: Vec::new(), pack: Some(id) }
 }
 
 /// Passes on that keys can't be had, which says nothing about the object.

@@ -200,7 +200,7 @@ impl Packs {
 
     /// The generations of a pack that the store has. A listing that is made while one takes the place of another may show
     /// neither, so one that shows none is made again.
-    fn generations(&self, id: PackId) -> Result<Vec<PackFile>, VaultError> {
+    pub fn generations(&self, id: PackId) -> Result<Vec<PackFile>, VaultError> {
         let shelf = layout::pack_shelf(&self.tenant.name, id);
         let list = || -> Result<Vec<PackFile>, VaultError> {
             let entries = self.tenant.store.list(&shelf)?;

@@ -19,6 +19,7 @@ mod other_vault;
 pub(crate) mod prune;
 pub(crate) mod rekey;
 mod rekey_data;
+mod repair;
 pub(crate) mod run;
 pub(crate) mod serve;
 pub(crate) mod show;
