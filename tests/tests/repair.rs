@@ -3,15 +3,22 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::ErrorKind;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use reseal_store::Store;
+use reseal_tests::faults::{Fault, Plan, Watched};
 use reseal_tests::library::{LibraryDisk, vm};
 use reseal_tests::process::{Run, Running};
 use reseal_tests::random::{Random, seeds};
 use reseal_tests::site::{Site, copy_folder};
 use reseal_vault::Holder;
+use reseal_writer::BackupError;
+use reseal_writer::repair::{Repair, Repaired};
+use reseal_writer::verify::{Part, Report, What};
 use serde_json::{Value, json};
 
 const MIB: usize = 1 << 20;
@@ -501,6 +508,103 @@ fn it_may_be_killed_at_any_moment() {
         copied.site.store().sweep().unwrap();
         copied.check();
     }
+}
+
+/// A small vault in which something is wrong with one pack of each kind, and all of a copy.
+fn small() -> Copied {
+    let mut copied = Copied { contents: vec![Random::new(1).bytes(400_000)], ..Copied::new() };
+    for nth in 0..2 {
+        copied.backup(nth * 200_000, 150_000);
+    }
+    copied.contents.remove(0);
+    copied.copy();
+    let [data, index] = [1, 2].map(|kind| copied.site.packs(kind));
+    let whole = fs::read(copied.path(&data[0])).unwrap();
+    harm(&copied.path(&data[0]), harms(&whole)["overwritten"].as_ref());
+    fs::remove_file(copied.path(&data[1])).unwrap();
+    fs::write(copied.path(&index[0]), []).unwrap();
+    copied
+}
+
+/// Repairs in this process, through these stores.
+fn repair_in(copied: &Copied, ours: Arc<dyn Store>, theirs: Arc<dyn Store>) -> Result<(Report, Repaired), BackupError> {
+    let tenant = copied.site.tenant_in(ours)?;
+    let heads = copied.site.heads(&tenant);
+    let repair = Repair {
+        from: copied.other.tenant_in(theirs)?,
+        heads: &heads,
+        // There is no lookup: one that a process opens stays open in it.
+        state: PathBuf::from("/dev/null/no-lookup"),
+        what: What::Everything,
+        part: Part::All,
+        threads: 1,
+        limit_rate: None,
+        expect: &|_| (),
+        progress: &|_| (),
+        say: &|_| (),
+        tenant,
+    };
+    repair.run()
+}
+
+/// Clusters of all points that can be read. What is read has to be right.
+fn readable(copied: &Copied) -> BTreeSet<(usize, usize)> {
+    let tenant = copied.site.tenant();
+    let mut readable = BTreeSet::new();
+    for (nth, content) in copied.contents.iter().enumerate() {
+        let disk = LibraryDisk::open(&tenant, "web", u32::try_from(nth + 1).unwrap(), "disk-0").unwrap();
+        for (cluster, bytes) in content.chunks(65_536).enumerate() {
+            let mut read = vec![0; bytes.len()];
+            if disk.try_read(cluster as u64 * 65_536, &mut read).is_ok() {
+                assert!(read == bytes, "web@{} has wrong bytes in cluster {cluster}", nth + 1);
+                readable.insert((nth, cluster));
+            }
+        }
+    }
+    readable
+}
+
+#[test]
+fn wherever_it_dies_nothing_is_lost_and_the_next_one_ends_it() {
+    let copied = small();
+    let before = copied.site.path("before");
+    copy_folder(&copied.site.vault, &before);
+    let could = readable(&copied);
+    assert!(could.len() < 10);
+    for (is_ours, lasting, fault) in [
+        (true, true, Fault::Fails(ErrorKind::NotConnected)),
+        (true, false, Fault::Lies),
+        (true, false, Fault::Fails(ErrorKind::StorageFull)),
+        (false, true, Fault::Fails(ErrorKind::NotConnected)),
+    ] {
+        for after in 0.. {
+            fs::remove_dir_all(&copied.site.vault).unwrap();
+            copy_folder(&before, &copied.site.vault);
+            let [ours, theirs] = [&copied.site, &copied.other].map(|site| Arc::new(Watched::new(site.store())));
+            let watched = if is_ours { ours.clone() } else { theirs.clone() };
+            watched.plan(Some(Plan { operation: None, after, lasting, fault }));
+            let result = repair_in(&copied, ours, theirs);
+            let happened = watched.happened();
+            let log = watched.take_log();
+            if let Ok((report, repaired)) = &result {
+                assert_eq!(report.damaged.len(), repaired.not_mended.len());
+                assert!(report.damaged.is_empty(), "a store that fails is no damage: {:?} {report:?}", log.get(after));
+            }
+            assert!(readable(&copied).is_superset(&could), "after {:?}", log.get(after));
+            let (report, _) = repair_in(&copied, copied.site.store(), copied.other.store()).unwrap();
+            let hurt: Vec<_> = report.damaged.iter().filter(|damage| !damage.hurts.is_empty()).collect();
+            assert!(hurt.is_empty(), "after {:?}: {hurt:?}", log.get(after));
+            assert_eq!(readable(&copied).len(), 14);
+            if !happened {
+                result.unwrap();
+                assert!(after > 20, "it has more operations than {after}");
+                break;
+            }
+        }
+    }
+    copied.site.reseal(["prune"]).ok();
+    copied.site.store().sweep().unwrap();
+    copied.check();
 }
 
 #[test]

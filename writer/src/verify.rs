@@ -18,7 +18,7 @@ use serde::Serialize;
 use crate::BackupError;
 use crate::lookup::{Lookup, lookup_folder};
 use crate::throttle::Throttle;
-use crate::verify_pack::{Findings, PackVerifier};
+use crate::verify_pack::{Findings, PackVerifier, damage};
 use crate::walk::{Collector, Need, Needed, Tracer};
 
 /// Bytes of tables and nodes that a verification keeps.
@@ -136,6 +136,7 @@ impl<'a> Verify<'a> {
         self.chains(what)?;
         let mut collector = Collector::default();
         let read = self.collect(&mut collector)?;
+        collector.check()?;
         let mut files = self.files(what, &collector)?;
         let present: BTreeSet<PackId> = files.iter().map(|(file, _)| file.id).collect();
         let everything = *what == What::Everything && !matches!(self.part, Part::Since(_));
@@ -251,7 +252,7 @@ impl<'a> Verify<'a> {
             State::Forgotten => match self.tenant.forgotten(vm, number) {
                 Ok(tombstone) => (tombstone.digest, tombstone.vm_id, tombstone.parent),
                 Err(e) => {
-                    let e = about_object(e)?;
+                    let e = damage(e)?;
                     // Where it is made up, the manifest that it hides is still there.
                     let hidden = self.tenant.point(vm, number).ok();
                     let hurts = hidden.iter().map(|_| name.clone()).collect();
@@ -273,7 +274,7 @@ impl<'a> Verify<'a> {
                     return self.number(vm, number, State::Forgotten, previous);
                 }
                 Err(e) => {
-                    self.damage(key, about_object(e)?.to_string(), vec![name]);
+                    self.damage(key, damage(e)?.to_string(), vec![name]);
                     return Ok(None);
                 }
             },
@@ -293,7 +294,7 @@ impl<'a> Verify<'a> {
             let key = format!("{folder}{}", entry.name);
             let Some((number, id)) = layout::parse_note_file(&entry.name) else { continue };
             if let Err(e) = self.tenant.note(vm, number, id) {
-                self.damage(key, about_object(e)?.to_string(), Vec::new());
+                self.damage(key, damage(e)?.to_string(), Vec::new());
             }
         }
         Ok(())
@@ -431,14 +432,6 @@ impl<'a> Verify<'a> {
 /// Damage of a pack; which restore points it hurts is not known yet.
 fn of_pack(id: PackId, object: String, what: String) -> Damage {
     Damage { object, what, hurts: Vec::new(), pack: Some(id) }
-}
-
-/// Passes on that keys can't be had, which says nothing about the object.
-fn about_object(error: VaultError) -> Result<VaultError, VaultError> {
-    match error {
-        VaultError::NoNewKeys { .. } => Err(error),
-        other => Ok(other),
-    }
 }
 
 /// What is wrong with a pack, in one line.

@@ -12,6 +12,8 @@ use reseal_format::manifest::Disk;
 use reseal_format::ordinals::Ordinals;
 use reseal_vault::{Tree, VaultError, Wait};
 
+use crate::verify_pack::damage;
+
 /// What restore points need of a pack.
 #[derive(Clone)]
 pub(crate) struct Need {
@@ -45,6 +47,14 @@ impl Collector {
             Some(root) => self.node(tree, root.into(), root_level(disk.length)),
             None => Ok(()),
         }
+    }
+
+    /// Fails where a node could not be read, and that says nothing about the node.
+    pub(crate) fn check(&mut self) -> Result<(), VaultError> {
+        for (place, error) in std::mem::take(&mut self.broken) {
+            self.broken.insert(place, damage(error)?);
+        }
+        Ok(())
     }
 
     /// Whether it was not needed before.

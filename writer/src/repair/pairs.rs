@@ -52,6 +52,7 @@ impl Pairs {
                 }
             }
         }
+        collector.check()?;
         pairs.is_whole &= collector.broken.is_empty();
         pairs.needed = collector.needed;
         Ok(pairs)
