@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use reseal_store::Store;
 use reseal_tests::faults::{Fault, Plan, Watched};
 use reseal_tests::library::{LibraryDisk, vm};
+use reseal_tests::model::ReadDisk;
+use reseal_tests::mounting::Mounted;
 use reseal_tests::process::{Run, Running};
 use reseal_tests::random::{Random, seeds};
 use reseal_tests::site::{Site, copy_folder};
@@ -38,13 +40,19 @@ impl Copied {
         Copied { site: Site::new(), other: Site::new(), contents: Vec::new() }
     }
 
-    /// Three restore points of one VM, one of another that has the same clusters, and their copies.
+    /// Three restore points of one VM, one of another that has the same clusters, one of two disks, and their copies.
     fn usual() -> Copied {
         let mut copied = Copied::new();
         for nth in 0..3 {
             copied.backup(nth * MIB + 5, MIB / 2);
         }
         copied.site.backup("db", &copied.site.disk("web.raw"));
+        let [root, data] = [("root", 1), ("data", 9)].map(|(name, seed)| {
+            let path = copied.site.disk(name);
+            fs::write(&path, Random::new(seed).bytes(300_000)).unwrap();
+            (name.to_owned(), path)
+        });
+        copied.site.backup_disks("app", &[root, data]);
         copied.copy();
         copied
     }
@@ -123,6 +131,11 @@ impl Copied {
         assert_eq!(ids.len(), packs.len(), "a damaged generation is there still: {packs:?}");
         assert_eq!(self.site.unfinished(), Vec::<PathBuf>::new());
         self.check_points("web", &(1..=self.contents.len()).collect::<Vec<_>>());
+        let data = self.site.disk("data");
+        if data.exists() {
+            let disk = LibraryDisk::open(&self.site.tenant(), "app", 1, "data").unwrap();
+            assert!(disk.all().unwrap() == fs::read(data).unwrap(), "app@1 is not what it was");
+        }
     }
 
     #[track_caller]
@@ -236,7 +249,10 @@ fn many_at_once_are_mended_while_restore_points_are_read() {
     let mended = copied.repair_and_prune();
     assert!(mended.len() >= 5, "{mended:?}");
     let from: BTreeSet<_> = mended.iter().flat_map(|mended| strings(&mended["from"])).collect();
-    assert!(!from.is_empty() && from.iter().all(|point| point.starts_with("web@") || *point == "db@1"), "{from:?}");
+    assert!(
+        !from.is_empty() && from.iter().all(|point| point.starts_with("web@") || ["app@1", "db@1"].contains(point)),
+        "{from:?}"
+    );
     copied.check();
     assert_eq!(copied.site.reseal(["status", "--json"]).expect(&[0, 3]).json()["tenants"][0]["verified"]["damaged"], 0);
     for (disk, content) in open.iter().zip(&copied.contents) {
@@ -510,6 +526,32 @@ fn it_may_be_killed_at_any_moment() {
     }
 }
 
+#[test]
+fn backups_and_mounts_go_on_meanwhile() {
+    for seed in seeds(4) {
+        let mut copied = Copied::usual();
+        let mut random = Random::new(seed);
+        let mounted = Mounted::new(&copied.site, "mnt", &[]);
+        let disk = mounted.disk(&copied.site, "web", 1, "disk-0");
+        for key in copied.site.packs(1) {
+            let whole = fs::read(copied.path(&key)).unwrap();
+            let harms = harms(&whole);
+            harm(&copied.path(&key), harms.values().nth(random.index(harms.len())).unwrap().as_ref());
+        }
+        let running = copied.start(&[]);
+        sleep(Duration::from_micros(random.below(100_000)));
+        copied.backup(random.index(3 * MIB), MIB / 2);
+        running.wait().expect(&[0, 3]);
+        copied.repair_and_prune();
+        let mut read = vec![0; copied.contents[0].len()];
+        disk.read(0, &mut read);
+        assert!(read == copied.contents[0], "seed {seed:#x}");
+        drop(disk);
+        mounted.umount(&copied.site);
+        copied.check();
+    }
+}
+
 /// A small vault in which something is wrong with one pack of each kind, and all of a copy.
 fn small() -> Copied {
     let mut copied = Copied { contents: vec![Random::new(1).bytes(400_000)], ..Copied::new() };
@@ -685,5 +727,9 @@ fn manifests_are_not_mended_and_wrong_words_are_named() {
     copied.run(&["--repair-tenant", "empty"]).expect(&[3]);
     let text = copied.site.reseal(copied.words(&[]).into_iter().filter(|word| word != "--json")).ok();
     assert!(text.stdout.contains("MENDED") && text.stdout.contains("all right"), "{text:?}");
+    copied.check();
+    copied.site.reseal(["copy", "--to", vault, "--to-keyring", keyring, "--to-tenant", "empty"]).ok();
+    fs::remove_file(copied.path(&copied.site.packs(1)[0])).unwrap();
+    copied.run(&["--repair-tenant", "empty"]).ok();
     copied.check();
 }

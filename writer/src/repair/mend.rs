@@ -57,6 +57,12 @@ struct Own {
     bad: Ordinals,
 }
 
+impl Own {
+    fn has(&self, ordinal: u32) -> bool {
+        self.handle.lengths().place(ordinal).is_some()
+    }
+}
+
 /// Where a blob was found.
 enum Origin {
     Ours,
@@ -88,7 +94,7 @@ impl Mender<'_> {
                 sealer.empty();
                 match patient.need.ordinals.contains(ordinal) {
                     true => _ = left_out.needed.insert(ordinal),
-                    false => left_out.has_others |= patient.is_unreadable || patient.bad.contains(ordinal),
+                    false => left_out.has_others |= own.iter().any(|own| own.has(ordinal)),
                 }
                 continue;
             };
