@@ -84,7 +84,8 @@ pub(super) fn told(output: Output, repaired: &Repaired) {
             true => "with what other generations have".to_owned(),
             false => {
                 let points = mended.from.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
-                format!("{} blobs from {points} of the other vault", mended.blobs)
+                let blobs = if mended.blobs == 1 { "1 blob".to_owned() } else { format!("{} blobs", mended.blobs) };
+                format!("{blobs} from {points} of the other vault")
             }
         };
         output.say(format!("MENDED   {}\n         was: {}\n         {from}", mended.object, mended.what));
