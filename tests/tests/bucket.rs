@@ -4,17 +4,25 @@
 use std::fs;
 
 use reseal_store::{LeaseUse, StoreError};
+use reseal_tests::azurite;
 use reseal_tests::random::Random;
 use reseal_tests::s3_proxy::{Fault, S3Proxy};
 use reseal_tests::seaweed::shared;
+use reseal_tests::site::Site;
 
 const MIB: usize = 1 << 20;
 
 #[test]
 fn objects_are_made_once_replaced_by_comparison_and_read_back() {
-    let seaweed = shared();
-    let mut site = seaweed.site_at("objects", seaweed.port());
-    site.variables.insert("RESEAL_LEASE_SECONDS".into(), "3".into());
+    objects(&shared().site_at("objects", shared().port()));
+}
+
+#[test]
+fn azure_does_the_same() {
+    objects(&azurite::shared().site("objects"));
+}
+
+fn objects(site: &Site) {
     let store = site.store();
     store.probe().unwrap();
     store.create("a/b%20c/d", b"hello").unwrap();
@@ -64,8 +72,15 @@ fn objects_are_made_once_replaced_by_comparison_and_read_back() {
 
 #[test]
 fn a_lease_is_renewed_ended_and_taken_over() {
-    let seaweed = shared();
-    let mut site = seaweed.site_at("leases", seaweed.port());
+    leases(shared().site_at("leases", shared().port()));
+}
+
+#[test]
+fn a_lease_of_azure_is_so_too() {
+    leases(azurite::shared().site("leases"));
+}
+
+fn leases(mut site: Site) {
     site.variables.insert("RESEAL_LEASE_SECONDS".into(), "3".into());
     let (store, other) = (site.store(), site.store());
     let second = std::time::Duration::from_secs(1);
@@ -148,8 +163,16 @@ fn an_answer_that_was_lost_is_found_out() {
 
 #[test]
 fn a_vault_in_a_bucket_works_like_one_in_a_folder() {
-    let seaweed = shared();
-    let site = seaweed.site("whole");
+    whole(&shared().site_at("whole", shared().port()));
+}
+
+#[test]
+fn a_vault_in_a_container_of_azure_does_too() {
+    whole(&azurite::shared().site("whole"));
+}
+
+fn whole(site: &Site) {
+    site.reseal(["init", "--no-recovery"]).ok();
     site.reseal(["init", "--no-recovery"]).fails(1, &["already"]);
     let mut content = Random::new(1).bytes(6 * MIB + 777);
     content[MIB..2 * MIB].fill(0);

@@ -443,7 +443,11 @@ fn quota(tenant: &Tenant, known: &Known) -> Result<Option<Quota>, VaultError> {
 }
 
 /// Opens what is known. A backup without a lookup is right, only larger, which is said.
-fn open_known(tenant: &Arc<Tenant>, caches: &Caches, state: &Path) -> Result<(Known, Option<String>), BackupError> {
+pub(crate) fn open_known(
+    tenant: &Arc<Tenant>,
+    caches: &Caches,
+    state: &Path,
+) -> Result<(Known, Option<String>), BackupError> {
     let Caches { packs, tree } = caches;
     let (packs, tree) = (packs.clone(), tree.clone());
     // Before packs are listed: see `Tenant::condemned`.

@@ -5,7 +5,7 @@
 //!         (source)  (plan)   (worker)   (known, lookup)          (assemble, index_writer)  (backup)
 //! ```
 //!
-//! [`pipeline`] joins the stages; [`verify`] reads everything back, [`scrub`] looks for rot without keys, [`prune`] gives back space; [`rekey`] seals everything again under another key. [`jobs`] runs
+//! [`pipeline`] joins the stages; [`verify`] reads everything back, [`repair`] mends from a copy what is damaged, [`scrub`] looks for rot without keys, [`prune`] gives back space; [`rekey`] seals everything again under another key. [`jobs`] runs
 //! backups as a file says, [`status`] tells how things stand, and [`retention`] which restore points a policy keeps.
 //!
 //! Architecture invariant: what is right of ┃ happens where the keys are, on the target's side; a remote backup cuts the
@@ -14,6 +14,7 @@
 mod assemble;
 pub mod backup;
 pub mod changes;
+mod content;
 pub mod copy;
 mod draft;
 mod error;
@@ -34,6 +35,7 @@ pub mod prune;
 pub mod qemu;
 pub mod rekey;
 pub mod remote;
+pub mod repair;
 pub mod retention;
 mod rewrite;
 pub mod scrub;

@@ -136,6 +136,16 @@ impl Lookup {
         txn.commit()
     }
 
+    /// Knows no damage any more of packs that were mended.
+    pub(crate) fn mended(&self, packs: &BTreeSet<PackId>) -> heed::Result<()> {
+        let damaged = self.damaged()?;
+        let mut txn = self.env.write_txn()?;
+        for blob in damaged.iter().filter(|(pack, _)| packs.contains(pack)) {
+            self.table.delete(&mut txn, &damaged_key(blob))?;
+        }
+        txn.commit()
+    }
+
     fn number(&self, txn: &heed::RoTxn<'_>, id: PackId) -> heed::Result<Option<u32>> {
         let row = self.table.get(txn, &pack_key(BY_ID, id.as_bytes()))?;
         Ok(row.and_then(|row| row.first_chunk()).map(|number| u32::from_be_bytes(*number)))
@@ -243,6 +253,9 @@ mod tests {
         assert_eq!(lookup.damaged().unwrap(), [blob(1), blob(2)].into());
         lookup.set_damaged(&[blob(2)], true).unwrap();
         assert_eq!(lookup.damaged().unwrap(), [blob(2)].into());
+        lookup.set_damaged(&[blob(1), (blob(2).0, 9)], false).unwrap();
+        lookup.mended(&[blob(2).0, blob(3).0].into()).unwrap();
+        assert_eq!(lookup.damaged().unwrap(), [blob(1)].into());
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! Rewriting a pack: its next generation has the same ordinals, under a new salt and the newest DEK, without the blobs that nothing
-//! needs. A change of the data keys and a prune do it.
+//! needs. A change of the data keys and a prune do it; what mends damage (`repair`) puts together by itself what is whole of a pack.
 //!
 //! ```text
 //! next generation, durable → its tables open → the one before goes

@@ -49,7 +49,7 @@ impl Scrub<'_> {
                 Ok(record) => TenantRecord::decode(&record).err().map(|e| e.to_string()),
                 Err(e) => Some(reason(damage(e.into())?)),
             };
-            report.damaged.extend(what.map(|what| Damage { object: key, what, hurts: Vec::new() }));
+            report.damaged.extend(what.map(|what| Damage { object: key, what, hurts: Vec::new(), pack: None }));
             self.objects(tenant, &mut report)?;
             self.packs(tenant, &mut report)?;
         }
@@ -73,7 +73,7 @@ impl Scrub<'_> {
                     Ok(object) => check_clear(&object).err().map(|e| e.to_string()),
                     Err(e) => Some(reason(damage(e.into())?)),
                 };
-                report.damaged.extend(what.map(|what| Damage { object: key, what, hurts: Vec::new() }));
+                report.damaged.extend(what.map(|what| Damage { object: key, what, hurts: Vec::new(), pack: None }));
             }
         }
         Ok(())
@@ -96,7 +96,7 @@ impl Scrub<'_> {
                 Err(VaultError::Store(StoreError::NotFound(_))) => None,
                 Err(e) => Some(reason(damage(e)?)),
             };
-            damaged.lock().extend(what.map(|what| Damage { object, what, hurts: Vec::new() }));
+            damaged.lock().extend(what.map(|what| Damage { object, what, hurts: Vec::new(), pack: None }));
             (self.progress)(pack.length);
             Ok(())
         })?;

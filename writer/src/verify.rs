@@ -18,7 +18,7 @@ use serde::Serialize;
 use crate::BackupError;
 use crate::lookup::{Lookup, lookup_folder};
 use crate::throttle::Throttle;
-use crate::verify_pack::{Findings, PackVerifier};
+use crate::verify_pack::{Findings, PackVerifier, damage};
 use crate::walk::{Collector, Need, Needed, Tracer};
 
 /// Bytes of tables and nodes that a verification keeps.
@@ -85,6 +85,9 @@ pub struct Damage {
     pub what: String,
     /// Restore points that can't be read whole because of it, as `VM@NUMBER`.
     pub hurts: Vec<String>,
+    /// The pack that it is, if it is one.
+    #[serde(skip)]
+    pub pack: Option<PackId>,
 }
 
 /// A verification in progress.
@@ -98,6 +101,8 @@ pub struct Verify<'a> {
     report: Report,
     points: Vec<Point>,
     part: Part,
+    /// Of packs only these, if they are named.
+    only: Option<BTreeSet<PackId>>,
     throttle: Option<Throttle>,
 }
 
@@ -106,13 +111,18 @@ impl<'a> Verify<'a> {
     pub fn new(tenant: Arc<Tenant>, heads: &'a Heads, state: &Path) -> Verify<'a> {
         let packs = Arc::new(Packs::new(tenant.clone(), TABLES));
         let tree = Tree::new(packs.clone(), NODES);
-        let (report, points, part, throttle) = (Report::default(), Vec::new(), Part::All, None);
-        Verify { tenant, heads, state: state.to_owned(), packs, tree, report, points, part, throttle }
+        let (report, points, part, only, throttle) = (Report::default(), Vec::new(), Part::All, None, None);
+        Verify { tenant, heads, state: state.to_owned(), packs, tree, report, points, part, only, throttle }
     }
 
     /// Of that only a part, and what is read of packs is held to `throttle`.
     pub fn of_part(self, part: Part, throttle: Option<Throttle>) -> Verify<'a> {
         Verify { part, throttle, ..self }
+    }
+
+    /// Of packs only these, if they are named; all else is read.
+    pub(crate) fn only(self, packs: Option<BTreeSet<PackId>>) -> Verify<'a> {
+        Verify { only: packs, ..self }
     }
 
     /// Verifies on so many threads. `progress` is told how many bytes there are, and then of each that was read.
@@ -126,6 +136,7 @@ impl<'a> Verify<'a> {
         self.chains(what)?;
         let mut collector = Collector::default();
         let read = self.collect(&mut collector)?;
+        collector.check()?;
         let mut files = self.files(what, &collector)?;
         let present: BTreeSet<PackId> = files.iter().map(|(file, _)| file.id).collect();
         let everything = *what == What::Everything && !matches!(self.part, Part::Since(_));
@@ -136,9 +147,13 @@ impl<'a> Verify<'a> {
             });
         }
         self.part.choose(&mut files, |(file, _)| file.id);
+        if let Some(only) = &self.only {
+            files.retain(|(file, _)| only.contains(&file.id));
+        }
         start(files.iter().map(|(file, _)| file.length).sum());
         let findings = self.verify_packs(&files, everything, threads, progress)?;
-        self.remember(&files, &findings, *what == What::Everything && self.part == Part::All);
+        let all = *what == What::Everything && self.part == Part::All && self.only.is_none();
+        self.remember(&files, &findings, all);
         self.judge(&files, findings, &collector, &present);
         if !self.report.damaged.is_empty() {
             // A store that went away while it was read is not damaged.
@@ -168,7 +183,7 @@ impl<'a> Verify<'a> {
     }
 
     fn damage(&mut self, object: String, what: impl Into<String>, hurts: Vec<String>) {
-        self.report.damaged.push(Damage { object, what: what.into(), hurts });
+        self.report.damaged.push(Damage { object, what: what.into(), hurts, pack: None });
     }
 
     /// Opens manifests, tombstones and notes, and checks that chains are whole.
@@ -231,7 +246,7 @@ impl<'a> Verify<'a> {
             State::Forgotten => match self.tenant.forgotten(vm, number) {
                 Ok(tombstone) => (tombstone.digest, tombstone.vm_id, tombstone.parent),
                 Err(e) => {
-                    let e = about_object(e)?;
+                    let e = damage(e)?;
                     // Where it is made up, the manifest that it hides is still there.
                     let hidden = self.tenant.point(vm, number).ok();
                     let hurts = hidden.iter().map(|_| name.clone()).collect();
@@ -253,7 +268,7 @@ impl<'a> Verify<'a> {
                     return self.number(vm, number, State::Forgotten, previous);
                 }
                 Err(e) => {
-                    self.damage(key, about_object(e)?.to_string(), vec![name]);
+                    self.damage(key, damage(e)?.to_string(), vec![name]);
                     return Ok(None);
                 }
             },
@@ -273,7 +288,7 @@ impl<'a> Verify<'a> {
             let key = format!("{folder}{}", entry.name);
             let Some((number, id)) = layout::parse_note_file(&entry.name) else { continue };
             if let Err(e) = self.tenant.note(vm, number, id) {
-                self.damage(key, about_object(e)?.to_string(), Vec::new());
+                self.damage(key, damage(e)?.to_string(), Vec::new());
             }
         }
         Ok(())
@@ -372,13 +387,13 @@ impl<'a> Verify<'a> {
             if finding.unreadable {
                 whole.insert(file.id, damages.len());
             }
-            damages.push(Damage { object, what: spell(&finding), hurts: Vec::new() });
+            damages.push(of_pack(file.id, object, spell(&finding)));
         }
         for (id, need) in &collector.needed {
             if !present.contains(id) {
                 whole.insert(*id, damages.len());
                 let object = layout::pack(self.tenant.name(), *id, need.generation);
-                damages.push(Damage { object, what: "is missing".into(), hurts: Vec::new() });
+                damages.push(of_pack(*id, object, "is missing".into()));
             }
         }
         for (place, error) in &collector.broken {
@@ -387,7 +402,7 @@ impl<'a> Verify<'a> {
                 single.insert(*place, damages.len());
                 let generation = collector.needed.get(&place.0).map_or(0, |need| need.generation);
                 let object = layout::pack(self.tenant.name(), place.0, generation);
-                damages.push(Damage { object, what: format!("blob {}: {error}", place.1), hurts: Vec::new() });
+                damages.push(of_pack(place.0, object, format!("blob {}: {error}", place.1)));
             }
         }
         if damages.is_empty() {
@@ -408,12 +423,9 @@ impl<'a> Verify<'a> {
     }
 }
 
-/// Passes on that keys can't be had, which says nothing about the object.
-fn about_object(error: VaultError) -> Result<VaultError, VaultError> {
-    match error {
-        VaultError::NoNewKeys { .. } => Err(error),
-        other => Ok(other),
-    }
+/// Damage of a pack; which restore points it hurts is not known yet.
+fn of_pack(id: PackId, object: String, what: String) -> Damage {
+    Damage { object, what, hurts: Vec::new(), pack: Some(id) }
 }
 
 /// What is wrong with a pack, in one line.

@@ -16,6 +16,7 @@ use reseal_vault::{Tree, VaultError, Wait};
 
 use crate::BackupError;
 use crate::spread::spread;
+use crate::verify_pack::damage;
 
 /// What restore points need of a pack.
 #[derive(Clone)]
@@ -75,6 +76,14 @@ impl Collector {
                 }
                 Ok(())
             })?;
+        }
+        Ok(())
+    }
+
+    /// Fails where a node could not be read, and that says nothing about the node.
+    pub(crate) fn check(&mut self) -> Result<(), VaultError> {
+        for (place, error) in std::mem::take(&mut self.broken) {
+            self.broken.insert(place, damage(error)?);
         }
         Ok(())
     }

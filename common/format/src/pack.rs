@@ -175,7 +175,9 @@ impl PackSealer {
         PackSealer::of_generation(keys, old.kind, old.id, next?, salt)
     }
 
-    fn of_generation(
+    /// Starts that generation of a pack whose others may be unreadable: which is to be above all that ever were. `salt` must be fresh random
+    /// bytes.
+    pub fn of_generation(
         keys: &TenantKeys,
         kind: Kind,
         id: PackId,

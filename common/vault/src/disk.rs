@@ -9,14 +9,17 @@
 //! calls a hole. An error leaves the output undefined and is never answered with it.
 
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
 
 use crate::{PackHandle, Packs, Tenant, Tree, VaultError, Wait};
 use reseal_format::FormatError;
 use reseal_format::frames::{FrameDecoder, FrameShift, Frames};
-use reseal_format::geometry::{CLUSTER, CLUSTER_U64, ClusterIndex, cluster_count};
+use reseal_format::geometry::{CLUSTER, CLUSTER_U64, ClusterIndex, FANOUT_U64, cluster_count};
 use reseal_format::index::{BlobRef, IndexNode};
 use reseal_format::keys::Kind;
 use reseal_format::manifest::Disk;
@@ -63,6 +66,11 @@ const AROUND: u64 = 512 * 1024;
 const FETCHED: usize = 1 << 20;
 /// What lies between two blobs that are fetched in one go may be as large as this: reading it takes less long than asking again.
 const GAP: u64 = 128 * 1024;
+
+/// Leaves that are had at hand at most: of 256 GiB.
+const WARM_LEAVES: u64 = 4096;
+/// As many requests at a time.
+const WARMERS: u64 = 16;
 
 /// Names what is wrong inside a blob that was authenticated.
 fn damaged(blob: BlobRef) -> impl Fn(FormatError) -> VaultError {
@@ -123,6 +131,37 @@ impl DiskReader {
         self.tree.packs().tenant().store().is_far()
     }
 
+    /// Does so in the background, if the store is far; see [`DiskReader::warm`].
+    pub fn warm_later(self: &Arc<Self>, disk: &Disk) {
+        if self.is_far() {
+            let (reader, disk) = (self.clone(), disk.clone());
+            // Without it reading is slower at first.
+            let _ = std::thread::Builder::new().name("warm".into()).spawn(move || reader.warm(&disk));
+        }
+    }
+
+    /// Has leaves of a disk at hand, and tables of the packs that they lead to: from a store that is far, each of them would cost who reads
+    /// the time of a request. What can't be read now is told to him.
+    pub fn warm(&self, disk: &Disk) {
+        let leaves = cluster_count(disk.length).div_ceil(FANOUT_U64).min(WARM_LEAVES);
+        let (next, known) = (AtomicU64::new(0), Mutex::new(HashSet::new()));
+        let one = || {
+            while let Some(number) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|number| *number < leaves) {
+                let Ok(Some(leaf)) = self.tree.leaf(disk, number, Wait::May) else { continue };
+                for &(id, generation) in leaf.packs() {
+                    if known.lock().insert(id) {
+                        self.tree.packs().open_ahead(id, generation);
+                    }
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..WARMERS.min(leaves) {
+                scope.spawn(one);
+            }
+        });
+    }
+
     /// Bytes of frames that it may keep now: what nodes and tables leave.
     fn room(&self) -> usize {
         let others = self.tree.cached_bytes() + self.tree.packs().cached_bytes();
@@ -175,11 +214,23 @@ impl DiskReader {
             let part = &mut out[*done..*done + length];
             match leaves.blob(ClusterIndex::of_byte(at), wait)? {
                 None => part.fill(0),
-                Some(blob) => self.read_cluster(blob, within, part, wait, tools)?,
+                Some(blob) => match self.read_cluster(blob, within, part, wait, tools) {
+                    Err(e) if wait == Wait::May && e.damaged_object().is_some() => {
+                        let other = self.elsewhere(disk, ClusterIndex::of_byte(at), blob)?.ok_or(e)?;
+                        self.read_cluster(other, within, part, wait, tools)?;
+                    }
+                    other => other?,
+                },
             }
             *done += length;
         }
         Ok(())
+    }
+
+    /// Where a cluster is that is not where the index said: the node that said so may have been made again since.
+    fn elsewhere(&self, disk: &Disk, cluster: ClusterIndex, blob: BlobRef) -> Result<Option<BlobRef>, VaultError> {
+        let other = self.tree.blob_anew(disk, cluster)?;
+        Ok(other.filter(|other| (other.pack, other.ordinal) != (blob.pack, blob.ordinal)))
     }
 
     /// Fills `out` from byte `at` of a blob's cluster on.

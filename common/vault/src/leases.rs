@@ -266,7 +266,7 @@ impl Tenant {
         Ok(readers)
     }
 
-    /// Takes the one lease of who rewrites packs: who changes the data keys, or prunes. It stands beside the others, and is not one of [`Tenant::leases`].
+    /// Takes the one lease of who rewrites packs: who changes the data keys, prunes, or mends what is damaged. It stands beside the others, and is not one of [`Tenant::leases`].
     pub fn rekey_lease(&self, holder: &Holder) -> Result<Box<dyn Lease>, VaultError> {
         let lease = exclusive(&*self.store, &self.name, &layout::rekey_lease(&self.name), holder)?;
         self.check_stays()?;

@@ -200,7 +200,7 @@ impl Packs {
 
     /// The generations of a pack that the store has. A listing that is made while one takes the place of another may show
     /// neither, so one that shows none is made again.
-    fn generations(&self, id: PackId) -> Result<Vec<PackFile>, VaultError> {
+    pub fn generations(&self, id: PackId) -> Result<Vec<PackFile>, VaultError> {
         let shelf = layout::pack_shelf(&self.tenant.name, id);
         let list = || -> Result<Vec<PackFile>, VaultError> {
             let entries = self.tenant.store.list(&shelf)?;
@@ -310,6 +310,11 @@ impl Packs {
             }
         }
         Err(error)
+    }
+
+    /// Has a pack's table of lengths at hand for who will read it soon. What can't be read now is told to him.
+    pub(crate) fn open_ahead(&self, id: PackId, generation: u32) {
+        let _ = self.handle(BlobRef { pack: id, generation, ordinal: 0 }, Wait::May);
     }
 
     /// Which object a blob is in, and at which offset, as far as is known: the pack may have been rewritten since.

@@ -101,6 +101,16 @@ impl Tree {
         Ok(self.descend(disk, first, 0, wait)?.ok().map(|(_, leaf)| leaf))
     }
 
+    /// The blob of a cluster as the vault has it now: a node that was made again from another vault may lead elsewhere than before.
+    pub(crate) fn blob_anew(&self, disk: &Disk, cluster: ClusterIndex) -> Result<Option<BlobRef>, VaultError> {
+        for level in 0..=root_level(disk.length) {
+            if let Some((place, _)) = self.ancestor(disk, cluster, level, Wait::May)? {
+                self.nodes.remove(&(place.pack, place.ordinal));
+            }
+        }
+        self.blob(disk, cluster, Wait::May)
+    }
+
     /// The blob of a cluster; `None` if it is a hole.
     pub fn blob(&self, disk: &Disk, cluster: ClusterIndex, wait: Wait) -> Result<Option<BlobRef>, VaultError> {
         Ok(self.leaf(disk, cluster.leaf(), wait)?.and_then(|leaf| leaf.get(cluster.slot(0))))

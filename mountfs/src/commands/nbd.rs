@@ -113,6 +113,7 @@ fn serve(common: &CommonArgs, arguments: &NbdArgs, detach: Option<Detach>) -> Re
     let base = uri(&listener.address().map_err(failed)?, arguments.tls_cert.is_some());
     let _lease = tenant.pin_point(point.as_ref(), format!("NBD server at {}", base("")))?;
     let reader = Arc::new(DiskReader::new(tenant.clone(), arguments.cache.bytes()));
+    point.iter().flat_map(|point| &point.manifest.disks).for_each(|disk| reader.warm_later(disk));
     let mut limits = Limits::default();
     limits.threads = arguments.threads.map_or(limits.threads, usize::from);
     let points: Arc<dyn Exports> =

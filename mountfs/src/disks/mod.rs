@@ -174,6 +174,15 @@ impl Disks {
         }
     }
 
+    /// Somebody is about to read a disk: where each request takes long, what leads to its clusters is fetched in the background.
+    pub fn warm(&self, manifest: &Manifest, nth: usize) {
+        if let Disks::Here(reader) = self
+            && let Some(disk) = manifest.disks.get(nth)
+        {
+            reader.warm_later(disk);
+        }
+    }
+
     /// How sequential readers are read ahead of.
     pub fn reach(&self) -> Reach {
         match self {

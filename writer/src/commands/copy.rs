@@ -13,6 +13,7 @@ use serde_json::json;
 
 use super::cores;
 use super::failures::Failures;
+use super::other_vault::OtherVault;
 
 /// Arguments of `copy`.
 #[derive(clap::Args)]
@@ -55,22 +56,14 @@ impl Args {
     }
 
     fn target(&self, common: &CommonArgs) -> CommonArgs {
-        let given = |own: &Option<PathBuf>, other: &Option<PathBuf>| own.clone().or_else(|| other.clone());
-        let passphrase = match self.to_keyring {
-            Some(_) => self.to_keyring_passphrase_file.clone(),
-            None => given(&self.to_keyring_passphrase_file, &common.keyring_passphrase_file),
+        let other = OtherVault {
+            repo: &self.to,
+            tenant: &self.to_tenant,
+            keyring: &self.to_keyring,
+            keyring_passphrase_file: &self.to_keyring_passphrase_file,
+            kms_config: &self.to_kms_config,
         };
-        CommonArgs {
-            repo: Some(self.to.clone()),
-            tenant: self.to_tenant.clone().unwrap_or_else(|| common.tenant.clone()),
-            keyring: given(&self.to_keyring, &common.keyring),
-            keyring_passphrase_file: passphrase,
-            kms_config: given(&self.to_kms_config, &common.kms_config),
-            recovery_kit: None,
-            recovery_passphrase_file: None,
-            recovery_identity: None,
-            ..common.clone()
-        }
+        other.args(common)
     }
 }
 

@@ -7,13 +7,17 @@ use reseal_format::names::VmName;
 use reseal_format::time::Timestamp;
 use reseal_site::certificate::now;
 use reseal_vault::{Pins, PointSpec, Points, random, tenants, vault_id};
+use reseal_writer::repair::Repaired;
 use reseal_writer::scrub::Scrub;
 use reseal_writer::span;
 use reseal_writer::status::Verdicts;
 use reseal_writer::throttle::Throttle;
 use reseal_writer::verify::{Part, Report, Verify, What};
 
-use super::cores;
+use serde::Serialize;
+
+use super::repair::RepairArgs;
+use super::{cores, repair};
 
 /// Arguments of `verify`.
 #[derive(clap::Args)]
@@ -28,11 +32,22 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SPAN", value_parser = span::parse, conflicts_with = "sample")]
     since: Option<Duration>,
     /// Needs no key and asks no KMS: looks for rot in all objects of all tenants, by the digests that packs have in clear
-    #[arg(long, conflicts_with_all = ["what", "since"])]
+    #[arg(long, conflicts_with_all = ["what", "since", "repair_from"])]
     no_keys: bool,
     /// Reads at most so many bytes of packs a second, as 50M
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     limit_rate: Option<u64>,
+    #[command(flatten)]
+    repair: RepairArgs,
+}
+
+/// What is told of a verification, and of what was mended.
+#[derive(Serialize)]
+struct Document<'a> {
+    #[serde(flatten)]
+    report: &'a Report,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    repair: &'a Option<Repaired>,
 }
 
 fn parse_percent(text: &str) -> Result<f64, String> {
@@ -55,41 +70,69 @@ impl Args {
 
 pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
     let output = common.output();
-    let (part, throttle) = (args.part()?, args.limit_rate.map(Throttle::new));
+    let part = args.part()?;
     let progress = Progress::bytes(output, "verify", 0);
-    let (expect, read) = (|bytes| progress.expect(bytes), |bytes| progress.add(bytes));
-    let report = if args.no_keys {
-        let (store, repo) = common.vault()?;
-        vault_id(&*store, &repo)?;
-        let tenants = tenants(&*store)?;
-        Scrub { store, part, threads: cores(), throttle, expect: &expect, progress: &read }.run(&tenants)
-    } else {
-        let opened = common.open()?;
-        let what = args.what(&opened)?;
-        let _lease = hold_keys(&opened.tenant, "verify".to_owned(), Pins::All);
-        let verify = Verify::new(opened.tenant.clone(), &opened.heads, &opened.paths.state).of_part(part, throttle);
-        let result = verify.run(&what, cores(), expect, &read);
-        if let Ok(report) = &result {
-            let verdicts = Verdicts::of_tenant(&opened.paths.state, &opened.tenant.keys().scope());
-            if let Err(e) = verdicts.note(&what, part, report) {
-                output.warn(format!("`reseal status` will not know of this: {e}"));
-            }
-        }
-        result
+    let result = match args.no_keys {
+        true => without_keys(common, args, part, &progress).map(|report| (report, None)),
+        false => with_keys(common, args, part, &progress),
     };
     progress.finish();
-    told(output, args, &report?)
+    let (report, repaired) = result?;
+    told(output, args, &report, &repaired)
 }
 
-fn told(output: Output, args: &Args, report: &Report) -> Result<(), Failure> {
-    output.json(report);
+fn without_keys(common: &CommonArgs, args: &Args, part: Part, progress: &Progress) -> Result<Report, Failure> {
+    let (store, repo) = common.vault()?;
+    vault_id(&*store, &repo)?;
+    let tenants = tenants(&*store)?;
+    let (expect, read) = (|bytes| progress.expect(bytes), |bytes| progress.add(bytes));
+    let throttle = args.limit_rate.map(Throttle::new);
+    Ok(Scrub { store, part, threads: cores(), throttle, expect: &expect, progress: &read }.run(&tenants)?)
+}
+
+fn with_keys(
+    common: &CommonArgs,
+    args: &Args,
+    part: Part,
+    progress: &Progress,
+) -> Result<(Report, Option<Repaired>), Failure> {
+    let opened = common.open()?;
+    let what = args.what(&opened)?;
+    let other = args.repair.open(common, &opened)?;
+    let _lease = hold_keys(&opened.tenant, "verify".to_owned(), Pins::All);
+    let (report, repaired) = match &other {
+        Some(from) => {
+            let (report, repaired) =
+                repair::run(&opened, from, (&what, part), args.limit_rate, common.output(), progress)?;
+            (report, Some(repaired))
+        }
+        None => {
+            let verify = Verify::new(opened.tenant.clone(), &opened.heads, &opened.paths.state);
+            let verify = verify.of_part(part, args.limit_rate.map(Throttle::new));
+            (verify.run(&what, cores(), |bytes| progress.expect(bytes), &|bytes| progress.add(bytes))?, None)
+        }
+    };
+    let verdicts = Verdicts::of_tenant(&opened.paths.state, &opened.tenant.keys().scope());
+    if let Err(e) = verdicts.note(&what, part, &report) {
+        common.output().warn(format!("`reseal status` will not know of this: {e}"));
+    }
+    Ok((report, repaired))
+}
+
+fn told(output: Output, args: &Args, report: &Report, repair: &Option<Repaired>) -> Result<(), Failure> {
+    output.json(&Document { report, repair });
+    if let Some(repaired) = repair {
+        repair::told(output, repaired);
+    }
     for damage in &report.damaged {
         let hurts = match (damage.hurts.is_empty(), args.no_keys) {
             (false, _) => format!("hurts {}", damage.hurts.join(", ")),
             (true, true) => "which restore points it hurts, `reseal verify` with the keys tells".to_owned(),
             (true, false) => "hurts no restore point".to_owned(),
         };
-        output.complain(format!("DAMAGED  {}\n         {}\n         {hurts}", damage.object, damage.what));
+        let why = repair.as_ref().and_then(|repaired| repaired.not_mended.get(&damage.object));
+        let why = why.map_or(String::new(), |why| format!("\n         {why}"));
+        output.complain(format!("DAMAGED  {}\n         {}\n         {hurts}{why}", damage.object, damage.what));
     }
     let counted = format!(
         "{} points, {} packs, {} blobs, {} read",
@@ -106,8 +149,13 @@ fn told(output: Output, args: &Args, report: &Report) -> Result<(), Failure> {
         output.say(format!("{seen}: {counted}"));
         return Ok(());
     }
-    let message =
-        format!("{} damaged objects ({counted}); restore them from a copy of the vault", report.damaged.len());
+    let count = report.damaged.len();
+    let message = match repair {
+        Some(Repaired { mended, .. }) => {
+            format!("{count} damaged objects are left ({counted}); {} were mended", mended.len())
+        }
+        None => format!("{count} damaged objects ({counted}); restore them from a copy of the vault"),
+    };
     Err(Failure::new(Status::Damaged, message))
 }
 

@@ -116,7 +116,7 @@ mod tests {
         let [web, db] = ["web", "d@b"].map(|name| VmName::new(name).unwrap());
         let damaged = |hurts: &[&str]| {
             let hurts = hurts.iter().map(|point| (*point).to_owned()).collect();
-            let damage = Damage { object: "packs/x".into(), what: "gone".into(), hurts };
+            let damage = Damage { object: "packs/x".into(), what: "gone".into(), hurts, pack: None };
             Report { damaged: vec![damage], ..Report::default() }
         };
         let state = |vm: &VmName| verdicts.of_vm(vm, verdicts.whole().as_ref()).map(|verdict| verdict.damaged > 0);

@@ -18,7 +18,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 
 /// Bytes of a chunk.
-pub(super) const CHUNK: u64 = 16 << 10;
+pub(super) const CHUNK_BYTES: usize = 16 << 10;
+pub(super) const CHUNK: u64 = CHUNK_BYTES as u64;
 const CHUNKS: u64 = 256;
 const MARK: usize = 16;
 const TABLE: u64 = CHUNKS * MARK as u64;
@@ -148,10 +149,10 @@ impl Chunks {
                 && self.read_exact(&mut bytes[from..], place_of_chunk(next), wait).unwrap_or(false);
             let mut good = 0;
             if read {
-                let parts = bytes[from..].chunks(CHUNK as usize).zip(marks.chunks(MARK));
+                let parts = bytes[from..].chunks(CHUNK_BYTES).zip(marks.chunks(MARK));
                 good = parts.zip(next..).take_while(|((part, said), n)| mark(&self.name, *n, part) == **said).count();
             }
-            bytes.truncate(bytes.len().min(from + good * CHUNK as usize));
+            bytes.truncate(bytes.len().min(from + good * CHUNK_BYTES));
             next += good as u64;
             if next < stop {
                 break;
@@ -175,7 +176,7 @@ impl Chunks {
             self.file.write_all_at(&self.head(length), 0)?;
             self.length.store(length, Ordering::Relaxed);
         }
-        for (part, number) in bytes.chunks(CHUNK as usize).zip(first..) {
+        for (part, number) in bytes.chunks(CHUNK_BYTES).zip(first..) {
             let is_whole = part.len() as u64 == CHUNK || number * CHUNK + part.len() as u64 == length;
             if is_whole {
                 self.file.write_all_at(part, place_of_chunk(number))?;
@@ -201,17 +202,17 @@ mod tests {
     #[test]
     fn what_is_kept_is_read_back_across_groups_and_to_the_end() {
         let chunks = Chunks::new(file(), [1; 32]);
-        let all = content(300 * CHUNK as usize + 77);
+        let all = content(300 * CHUNK_BYTES + 77);
         let length = all.len() as u64;
         assert_eq!(chunks.read(0..9, &mut Vec::new(), Wait::May), 0);
-        chunks.write(0, &all[..100 * CHUNK as usize], length).unwrap();
-        chunks.write(200, &all[200 * CHUNK as usize..], length).unwrap();
+        chunks.write(0, &all[..100 * CHUNK_BYTES], length).unwrap();
+        chunks.write(200, &all[200 * CHUNK_BYTES..], length).unwrap();
         let mut bytes = Vec::new();
         assert_eq!(chunks.read(98..120, &mut bytes, Wait::May), 2);
-        assert!(bytes == all[98 * CHUNK as usize..100 * CHUNK as usize]);
+        assert!(bytes == all[98 * CHUNK_BYTES..100 * CHUNK_BYTES]);
         bytes.clear();
         assert_eq!(chunks.read(250..400, &mut bytes, Wait::May), 51, "the last one is short");
-        assert!(bytes == all[250 * CHUNK as usize..]);
+        assert!(bytes == all[250 * CHUNK_BYTES..]);
         assert!(chunks.has(200) && !chunks.has(150) && chunks.length() == Some(length));
         // Another process finds the same, one that takes it for another object nothing.
         let again = Chunks::new(chunks.file.try_clone().unwrap(), [1; 32]);
@@ -226,7 +227,7 @@ mod tests {
     #[test]
     fn any_flipped_byte_and_any_cut_is_a_chunk_less() {
         let chunks = Chunks::new(file(), [1; 32]);
-        let all = content(3 * CHUNK as usize);
+        let all = content(3 * CHUNK_BYTES);
         chunks.write(0, &all, all.len() as u64).unwrap();
         for at in [place_of_chunk(1), place_of_chunk(1) + CHUNK - 1, place_of_mark(1), place_of_mark(1) + 15] {
             let mut byte = [0];
@@ -247,7 +248,7 @@ mod tests {
     #[test]
     fn a_part_of_a_chunk_is_not_kept() {
         let chunks = Chunks::new(file(), [1; 32]);
-        chunks.write(0, &content(CHUNK as usize + 5), 4 * CHUNK).unwrap();
+        chunks.write(0, &content(CHUNK_BYTES + 5), 4 * CHUNK).unwrap();
         assert_eq!(chunks.read(0..2, &mut Vec::new(), Wait::May), 1);
     }
 }

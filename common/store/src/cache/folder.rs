@@ -153,7 +153,7 @@ fn create(path: &Path) -> io::Result<File> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::chunks::{CHUNK, Wait};
+    use super::super::chunks::{CHUNK, CHUNK_BYTES, Wait};
     use super::*;
 
     #[test]
@@ -162,7 +162,7 @@ mod tests {
         let limit = 64 * CHUNK;
         let folder = Folder::open(&at.path().join("cache"), limit).unwrap();
         let other = Folder::open(&at.path().join("cache"), limit).unwrap();
-        let bytes = vec![7; 16 * CHUNK as usize];
+        let bytes = vec![7; 16 * CHUNK_BYTES];
         let old = other.chunks(&[0; 32]).unwrap();
         for nth in 0..8u8 {
             let chunks = folder.chunks(&[nth; 32]).unwrap();

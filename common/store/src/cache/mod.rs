@@ -25,7 +25,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::{Bucket, Entry, Lease, LeaseUse, Standing, Store, StoreError, Upload};
-use chunks::{CHUNK, Chunks, Name, Wait, chunks_of};
+use chunks::{CHUNK, CHUNK_BYTES, Chunks, Name, Wait, chunks_of};
 use flights::Flights;
 use folder::Folder;
 
@@ -33,6 +33,8 @@ use folder::Folder;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long who expects something waits for room to ask for it.
 const ROOM: Duration = Duration::from_secs(5);
+/// At least so many chunks are fetched: neighbours are wanted together, and the time of a request is that of more bytes than these.
+const LEAST: u64 = 16;
 /// Most that is fetched in one request for a read that was not expected.
 const MOST: u64 = 8 << 20;
 
@@ -140,6 +142,7 @@ impl Store for Cached {
         }
         let wanted = chunks_of(&(offset..end));
         let mut missing = wanted.clone();
+        let mut more = 0..0;
         if let Some(chunks) = self.shared.folder.chunks(&name) {
             for _ in 0..2 {
                 let there = Cached::fill(&chunks, offset, buf, Wait::May);
@@ -151,8 +154,12 @@ impl Store for Cached {
                     break;
                 }
             }
+            let is_wanted = |chunk: &u64| !chunks.has(*chunk) && !self.shared.flights.has(&name, &(*chunk..*chunk + 1));
+            let end = chunks.length().map_or(missing.end, |length| length.div_ceil(CHUNK));
+            more = missing.end..(missing.start + LEAST).min(end);
+            more.end = more.clone().take_while(is_wanted).last().map_or(more.start, |last| last + 1);
         }
-        let (bytes, length) = self.fetch(key, &name, missing.clone())?;
+        let (bytes, length) = self.fetch(key, &name, missing.start..missing.end.max(more.end))?;
         if end > length {
             return Err(StoreError::Short { key: key.into(), length, wanted: end });
         }
@@ -204,7 +211,7 @@ impl Store for Cached {
             return Ok((tail, length));
         }
         // The length is not known, so what comes may begin in the midst of a chunk; whole ones are kept.
-        let (tail, length) = self.bucket.read_tail(key, want + CHUNK as usize)?;
+        let (tail, length) = self.bucket.read_tail(key, want + CHUNK_BYTES)?;
         let start = length - tail.len() as u64;
         let first = start.div_ceil(CHUNK);
         if let Some(whole) = usize::try_from(first * CHUNK - start).ok().and_then(|skip| tail.get(skip..)) {

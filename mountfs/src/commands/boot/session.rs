@@ -152,6 +152,7 @@ impl Served {
         let tenant = &opened.tenant;
         let (vm, number) = (point.manifest.vm.clone(), point.manifest.number);
         let reader = Arc::new(DiskReader::new(tenant.clone(), arguments.cache.bytes()));
+        point.manifest.disks.iter().for_each(|disk| reader.warm_later(disk));
         let scope = Scope::Point { vm, number, disk: None };
         let points: Arc<dyn Exports> =
             Arc::new(PointExports::new(tenant.clone(), Some(opened.heads.clone()), reader.clone(), scope));

@@ -1,0 +1,349 @@
+//! Those who work on a vault in an object store: who dies, stands still, is cut off, or comes by another way.
+#![allow(clippy::unwrap_used)] // helpers of tests end where they meet what they did not expect
+
+use std::fs;
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread::{self, sleep};
+use std::time::{Duration, Instant};
+
+use reseal_tests::library::{LibraryDisk, vm};
+use reseal_tests::model::ReadDisk as _;
+use reseal_tests::mounting::Mounted;
+use reseal_tests::process::{Running, signal};
+use reseal_tests::random::{Random, soak};
+use reseal_tests::remote::{Authority, Sites};
+use reseal_tests::s3_proxy::S3Proxy;
+use reseal_tests::seaweed::{Seaweed, shared};
+use reseal_tests::site::{Site, files_below};
+use serde_json::json;
+
+const MIB: usize = 1 << 20;
+/// Seconds in which everything happens at once; ten times as long for each unit of a soak.
+const TIME: u64 = 40;
+
+fn content(seed: u64, mib: usize) -> Vec<u8> {
+    Random::new(seed).bytes(mib * MIB)
+}
+
+fn backup(site: &Site, name: &str, content: &[u8]) -> serde_json::Value {
+    let disk = site.disk(name);
+    fs::write(&disk, content).unwrap();
+    site.backup(name, &disk)
+}
+
+#[track_caller]
+fn read(site: &Site, name: &str, number: u32, wanted: &[u8]) {
+    let read = LibraryDisk::open(&site.tenant(), name, number, "disk-0").unwrap().all().unwrap();
+    assert!(read == wanted, "{name}@{number} differs");
+}
+
+#[test]
+fn a_mount_keeps_what_it_read_and_believes_nothing_of_it() {
+    let seaweed = shared();
+    let proxy = S3Proxy::before(seaweed.port());
+    let mut site = seaweed.site_at("mounts", proxy.port());
+    let cache = site.path("cache");
+    site.variables.insert("RESEAL_STORE_CACHE".into(), cache.to_str().unwrap().into());
+    site.reseal(["init", "--no-recovery"]).ok();
+    let disk = content(1, 24);
+    backup(&site, "web", &disk);
+    let whole = |name: &str| {
+        let mounted = Mounted::new(&site, name, &[]);
+        let file = mounted.disk(&site, "web", 1, "disk-0");
+        let (before, _) = proxy.count();
+        let mut bytes = vec![0; disk.len()];
+        file.read(0, &mut bytes);
+        assert!(bytes == disk, "{name}");
+        drop(file);
+        let asked = proxy.count().0 - before;
+        mounted.umount(&site).ok();
+        asked
+    };
+    let cold = whole("cold");
+    assert!(cold < 100, "neighbours are read together: {cold} requests for 384 clusters");
+    let kept: u64 = files_below(&cache).iter().map(|path| path.metadata().unwrap().len()).sum();
+    assert!(kept > disk.len() as u64, "all of it is kept: {kept}");
+    assert!(files_below(&cache).iter().all(|path| !contains(&fs::read(path).unwrap(), &disk[MIB..MIB + 64])));
+    assert!(whole("warm") <= 2, "it outlives the process");
+    // Rot, a file of something else, and one that is cut.
+    let mut random = Random::new(4);
+    for (nth, path) in files_below(&cache).into_iter().enumerate() {
+        let mut file = fs::File::options().read(true).write(true).open(&path).unwrap();
+        let length = file.metadata().unwrap().len();
+        for _ in 0..40 {
+            let at = random.below(length.max(1));
+            let mut byte = [0];
+            file.seek(SeekFrom::Start(at)).unwrap();
+            file.read_exact(&mut byte).unwrap();
+            file.seek(SeekFrom::Start(at)).unwrap();
+            file.write_all(&[byte[0] ^ 0x10]).unwrap();
+        }
+        if nth % 2 == 1 {
+            file.set_len(length / 2).unwrap();
+        }
+    }
+    assert!(whole("rotten") > 0);
+    // Without a place for it everything works as well.
+    fs::remove_dir_all(&cache).unwrap();
+    fs::write(&cache, "no folder").unwrap();
+    assert!(whole("none") > 10);
+    fs::remove_file(&cache).unwrap();
+    site.variables.insert("RESEAL_STORE_CACHE_SIZE".into(), "1M".into());
+    let mounted = Mounted::new(&site, "small", &[]);
+    let mut bytes = vec![0; disk.len()];
+    mounted.disk(&site, "web", 1, "disk-0").read(0, &mut bytes);
+    assert!(bytes == disk);
+    let blocks = |path: &std::path::PathBuf| std::os::unix::fs::MetadataExt::blocks(&path.metadata().unwrap());
+    let kept: u64 = files_below(&cache).iter().map(|path| blocks(path) * 512).sum();
+    assert!(kept < 8 * MIB as u64, "{kept}");
+    mounted.umount(&site).ok();
+}
+
+fn contains(bytes: &[u8], part: &[u8]) -> bool {
+    bytes.windows(part.len()).any(|window| window == part)
+}
+
+/// A backup that goes on until it is told.
+fn slow_backup(site: &Site, name: &str, content: &[u8]) -> Running {
+    let disk = site.disk(name);
+    fs::write(&disk, content).unwrap();
+    let running = site.start(["backup", name, "--limit-rate", "1M", disk.to_str().unwrap()]);
+    let lease =
+        || site.tenant().leases().unwrap().iter().any(|held| held.to_string().contains(&format!("backup of {name}")));
+    let began = Instant::now();
+    while !lease() {
+        assert!(began.elapsed() < Duration::from_secs(20) && !running.has_ended(), "it does not begin");
+        sleep(Duration::from_millis(50));
+    }
+    sleep(Duration::from_secs(2));
+    running
+}
+
+#[test]
+fn who_stands_still_is_fenced_and_who_died_is_not_waited_for_long() {
+    let site = shared().site("still");
+    let known = content(1, 2);
+    backup(&site, "old", &known);
+    site.reseal(["forget", "old@1"]).ok();
+    let stopped = slow_backup(&site, "stopped", &[&known[..], &content(5, 8)].concat());
+    let killed = slow_backup(&site, "killed", &[&known[..], &content(6, 8)].concat());
+    signal(stopped.id(), libc::SIGSTOP);
+    killed.kill();
+    // The grace is a day, but nothing is heard of them.
+    let began = Instant::now();
+    let run = site.reseal(["prune", "--json"]).ok();
+    assert!(began.elapsed() < Duration::from_secs(40), "{:?}", began.elapsed());
+    let pruned = run.json();
+    let mut fenced: Vec<_> =
+        pruned["fenced"].as_array().unwrap().iter().map(|of| of.as_str().unwrap().to_owned()).collect();
+    fenced.sort();
+    assert_eq!(fenced, ["killed@1", "stopped@1"], "{run:#?}");
+    assert!(pruned["freed"].as_u64().unwrap() >= 2 * MIB as u64 && run.stderr.contains("not heard of"), "{run:#?}");
+    signal(stopped.id(), libc::SIGCONT);
+    let ended = stopped.wait().expect(&[1]);
+    assert!(ended.stderr.contains("lease") || ended.stderr.contains("prune gave up"), "{ended:#?}");
+    site.verify();
+    assert!(site.tenant().leases().unwrap().is_empty());
+    assert_eq!(backup(&site, "stopped", &known)["number"], 2);
+    site.verify();
+}
+
+#[test]
+fn a_prune_that_stood_still_does_nothing_any_more() {
+    let site = shared().site("pruning");
+    for seed in 1..6 {
+        backup(&site, "web", &content(seed, 2));
+    }
+    site.reseal(["forget", "web", "--keep-last", "1"]).ok();
+    // One that waits for somebody who is at work, so that it can be stopped.
+    let slow = slow_backup(&site, "slow", &content(9, 14));
+    let prune = site.start(["prune"]);
+    sleep(Duration::from_secs(3));
+    signal(prune.id(), libc::SIGSTOP);
+    slow.wait().ok();
+    sleep(Duration::from_secs(10));
+    let pruned = site.reseal(["prune", "--json"]).ok().json();
+    assert!(pruned["freed"].as_u64().unwrap() > 7 * MIB as u64, "{pruned}");
+    signal(prune.id(), libc::SIGCONT);
+    prune.wait().fails(1, &["lease", "lost", "begin again"]);
+    site.verify();
+    read(&site, "web", 5, &content(5, 2));
+    read(&site, "slow", 1, &content(9, 14));
+}
+
+#[test]
+fn copies_go_to_a_bucket_and_come_back() {
+    let (site, other) = (shared().site("second"), Site::new());
+    backup(&other, "web", &content(1, 3));
+    backup(&other, "web", &[content(2, 1), content(1, 3)[MIB..].to_vec()].concat());
+    let copy = |from: &Site, to: &Site| {
+        let mut command = from.command(
+            "reseal",
+            ["copy", "--to", to.vault.to_str().unwrap(), "--to-keyring", to.keyring.to_str().unwrap()],
+        );
+        reseal_tests::process::run(command.envs(&site.variables)).ok();
+    };
+    copy(&other, &site);
+    site.verify();
+    read(&site, "web", 2, &[content(2, 1), content(1, 3)[MIB..].to_vec()].concat());
+    let third = Site::new();
+    copy(&site, &third);
+    third.verify();
+    read(&third, "web", 1, &content(1, 3));
+    // Mended from the bucket.
+    let pack = third.packs(1).remove(0);
+    fs::remove_file(third.vault.join(pack)).unwrap();
+    let words =
+        ["verify", "--repair-from", site.vault.to_str().unwrap(), "--repair-keyring", site.keyring.to_str().unwrap()];
+    let mut command = third.command("reseal", words);
+    reseal_tests::process::run(command.envs(&site.variables)).ok();
+    third.verify();
+    read(&third, "web", 1, &content(1, 3));
+}
+
+#[test]
+fn another_site_sends_to_a_vault_in_a_bucket() {
+    let authority = Authority::new();
+    let client = authority.issue(|_| {});
+    let clients = [(client, "default", "append", "[\"*\"]")];
+    let mut sites = Sites::at(shared().site("served"), authority, &clients, "");
+    let disk = sites.source.disk("web");
+    for seed in 1..4 {
+        fs::write(&disk, [content(seed, 1), content(77, 3)].concat()).unwrap();
+        let words = sites.words(sites.port, "web", &[disk.to_str().unwrap()]);
+        sites.source.reseal(words).ok();
+    }
+    sites.stop().ok();
+    sites.target.verify();
+    read(&sites.target, "web", 2, &[content(2, 1), content(77, 3)].concat());
+}
+
+#[test]
+fn a_store_that_fails_now_and_then_is_asked_again() {
+    let seaweed = shared();
+    let proxy = S3Proxy::before(seaweed.port());
+    let mut site = seaweed.site_at("moody", proxy.port());
+    site.variables.insert("RESEAL_LEASE_SECONDS".into(), "30".into());
+    proxy.faults(60);
+    site.reseal(["init", "--no-recovery"]).ok();
+    for seed in 1..5 {
+        backup(&site, "web", &[content(seed, 1), content(99, 4)].concat());
+        if seed > 2 {
+            site.reseal(["forget".to_owned(), format!("web@{}", seed - 1)]).ok();
+            site.reseal(["prune", "--min-unused", "1"]).ok();
+        }
+    }
+    site.verify();
+    let mounted = Mounted::new(&site, "mnt", &[]);
+    let mut bytes = vec![0; 5 * MIB];
+    mounted.disk(&site, "web", 4, "disk-0").read(0, &mut bytes);
+    assert!(bytes == [content(4, 1), content(99, 4)].concat());
+    mounted.umount(&site).ok();
+    let (requests, met) = proxy.count();
+    assert!(met > 10, "{met} of {requests} requests met a fault");
+}
+
+/// Changes a disk and backs it up, again and again; what was made is read back.
+fn write(site: &Site, name: &str, seed: u64, stop: &AtomicBool, made: &AtomicU32) {
+    let mut random = Random::new(seed);
+    let mut disk = content(77, 3);
+    let mut points: Vec<(u32, Vec<u8>)> = Vec::new();
+    while !stop.load(Ordering::Relaxed) {
+        let at = random.index(2 * MIB);
+        let what = if random.below(3) == 0 { random.below(6) } else { random.number() };
+        disk[at..at + MIB / 2].copy_from_slice(&Random::new(what).bytes(MIB / 2));
+        let point = backup(site, name, &disk);
+        made.fetch_add(1, Ordering::Relaxed);
+        points.push((u32::try_from(point["number"].as_u64().unwrap()).unwrap(), disk.clone()));
+        if points.len() > 3 {
+            let (number, _) = points.remove(0);
+            site.reseal(["forget", &format!("{name}@{number}")]).ok();
+        }
+        let (number, wanted) = &points[random.index(points.len())];
+        read(site, name, *number, wanted);
+    }
+    for (number, wanted) in points {
+        read(site, name, number, &wanted);
+    }
+}
+
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn two_writers_a_prune_and_a_mount_go_on_while_the_engine_is_killed_and_started_again() {
+    let seaweed = Seaweed::start();
+    let mut site = seaweed.site("busy");
+    site.variables.insert("RESEAL_LEASE_SECONDS".into(), "60".into());
+    let cache = site.path("cache");
+    site.variables.insert("RESEAL_STORE_CACHE".into(), cache.to_str().unwrap().into());
+    let (stop, made, freed, mounts, restarts) =
+        (AtomicBool::new(false), AtomicU32::new(0), AtomicU32::new(0), AtomicU32::new(0), AtomicU32::new(0));
+    let (site, stop) = (&site, &stop);
+    thread::scope(|scope| {
+        for (nth, name) in ["a", "b"].into_iter().enumerate() {
+            let made = &made;
+            scope.spawn(move || {
+                let _ended = StopOnDrop(stop);
+                write(site, name, nth as u64, stop, made);
+            });
+        }
+        scope.spawn(|| {
+            let _ended = StopOnDrop(stop);
+            while !stop.load(Ordering::Relaxed) {
+                let pruned = site.reseal(["prune", "--json", "--min-unused", "10"]).ok().json();
+                assert_eq!(pruned["fenced"], json!([]));
+                freed.fetch_add(u32::from(pruned["freed"].as_u64().unwrap() > 0), Ordering::Relaxed);
+                sleep(Duration::from_millis(300));
+            }
+        });
+        scope.spawn(|| {
+            let _ended = StopOnDrop(stop);
+            let mut random = Random::new(5);
+            while !stop.load(Ordering::Relaxed) {
+                let tenant = site.tenant();
+                let Some(number) = tenant.chain(&vm("a")).unwrap().live().next_back() else { continue };
+                let name = format!("mnt-{}", random.number());
+                // It may be forgotten before it is mounted.
+                let Ok(mounted) = Mounted::try_new(site, &name, &[&format!("a@{number}")]) else { continue };
+                // An entry of a folder keeps that open.
+                let paths: Vec<_> =
+                    fs::read_dir(mounted.path.join("a")).unwrap().map(|entry| entry.unwrap().path()).collect();
+                let Some(folder) = paths.into_iter().find(|path| path.is_dir() && !path.is_symlink()) else { continue };
+                // It is pinned, so all of it can be read, whatever becomes of the engine meanwhile.
+                assert_eq!(fs::read(folder.join("disk-0.raw")).unwrap().len(), 3 * MIB);
+                mounts.fetch_add(1, Ordering::Relaxed);
+                mounted.umount(site).ok();
+            }
+        });
+        let began = Instant::now();
+        let time = Duration::from_secs(TIME * u64::from(soak()));
+        let mut next = Duration::from_secs(8);
+        while began.elapsed() < time && !stop.load(Ordering::Relaxed) {
+            if began.elapsed() > next {
+                seaweed.kill();
+                sleep(Duration::from_secs(1));
+                seaweed.start_again();
+                restarts.fetch_add(1, Ordering::Relaxed);
+                next += Duration::from_secs(12);
+            }
+            sleep(Duration::from_millis(50));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    site.verify();
+    site.reseal(["prune", "--min-unused", "1"]).ok();
+    site.verify();
+    let [made, freed, mounts, restarts] = [made, freed, mounts, restarts].map(AtomicU32::into_inner);
+    let what = format!(
+        "{made} backups, {freed} prunes that freed something, {mounts} mounts, {restarts} restarts of the engine"
+    );
+    eprintln!("{what}");
+    assert!(made > 5 && freed > 1 && mounts > 1 && restarts > 1, "{what}");
+}
