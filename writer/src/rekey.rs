@@ -16,8 +16,8 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use reseal_format::layout;
 use reseal_format::seal::{MAX_OBJECT, check, reseal};
-use reseal_store::StoreError;
-use reseal_vault::{Epochs, Held, ObjectSeal, PackFile, PackSeal, Packs, Tenant, VaultError, random};
+use reseal_store::{Lease, StoreError};
+use reseal_vault::{Epochs, Held, ObjectSeal, PackFile, PackSeal, Packs, Silenced, Tenant, VaultError, random};
 use serde::Serialize;
 
 use crate::BackupError;
@@ -31,6 +31,8 @@ const NAP: Duration = Duration::from_millis(500);
 /// What seals everything again.
 pub struct Rekey<'a> {
     pub tenant: Arc<Tenant>,
+    /// The one lease of who rewrites packs.
+    pub under: &'a dyn Lease,
     pub workers: usize,
     /// For what is read.
     pub throttle: Option<Throttle>,
@@ -121,7 +123,7 @@ impl Rekey<'_> {
             let mut held = Vec::new();
             for lease in at_work.drain(..) {
                 match self.tenant.find_again(&lease)? {
-                    Some(lease) if lease.is_silent && self.tenant.end_silent(&lease)? => {
+                    Some(lease) if lease.is_silent && self.tenant.end_silent(&lease, self.under)? != Silenced::No => {
                         (self.say)(&format!("not waited for any longer, and may make nothing any more: {lease}"));
                     }
                     lease => held.extend(lease),

@@ -105,13 +105,10 @@ pub trait Store: Send + Sync {
     /// What a process says that still has a lease, or may have; `None` where nobody has. What is left of such a one may be removed.
     fn standing(&self, key: &str) -> Result<Option<Standing>, StoreError>;
 
-    /// Removes a lease that is silent; fails with [`StoreError::Changed`] where it is not any more. Who does has seen to it that
-    /// nothing counts which its process might still do.
-    fn end(&self, key: &str) -> Result<(), StoreError> {
-        match self.standing(key)? {
-            Some(_) => Err(StoreError::Changed(key.into())),
-            None => Ok(()),
-        }
+    /// Removes a lease that is silent; whether nobody has it now: its process may have been heard of again. Who does has seen to it that
+    /// nothing counts which that might still do.
+    fn end(&self, key: &str) -> Result<bool, StoreError> {
+        Ok(self.standing(key)?.is_none())
     }
 }
 
@@ -138,6 +135,9 @@ pub trait Lease: Send + Sync {
     /// An error if another process has ended it, for nothing was heard of this one for too long. Asked after a change that counts only while
     /// the lease stands.
     fn check(&self) -> Result<(), StoreError>;
+
+    /// Removes an object that this process has just made under a lease which no longer stands.
+    fn take_back(&self, key: &str) -> Result<(), StoreError>;
 }
 
 /// An object in the making. Dropped unfinished, it never existed.

@@ -431,6 +431,11 @@ impl Lease for LocalLease {
         // It ends with the process.
         Ok(())
     }
+
+    fn take_back(&self, key: &str) -> Result<(), StoreError> {
+        let path = self.0.shared.path(key)?;
+        std::fs::remove_file(&path).map_err(|e| io_error(key, "delete", e))
+    }
 }
 
 impl Drop for LocalLease {

@@ -20,6 +20,7 @@ use crate::{PackHandle, Packs, Tenant, Tree, VaultError, Wait};
 use reseal_format::FormatError;
 use reseal_format::frames::{FrameDecoder, FrameShift, Frames};
 use reseal_format::geometry::{CLUSTER, CLUSTER_U64, ClusterIndex, FANOUT_U64, cluster_count};
+use reseal_format::ids::PackId;
 use reseal_format::index::{BlobRef, IndexNode};
 use reseal_format::keys::Kind;
 use reseal_format::manifest::Disk;
@@ -62,6 +63,9 @@ pub fn with_scratch<T>(length: usize, run: impl FnOnce(&mut Tools, &mut [u8]) ->
 /// wanted together; reading this much takes little longer than seeking to it.
 const AROUND: u64 = 512 * 1024;
 
+/// The same for a stream from a store that is far: each request costs it, and us, more than its bytes.
+const STREAM: u64 = 2 << 20;
+
 /// Most that is fetched in one go for [`DiskReader::fetch`].
 const FETCHED: usize = 1 << 20;
 /// What lies between two blobs that are fetched in one go may be as large as this: reading it takes less long than asking again.
@@ -101,6 +105,8 @@ pub struct DiskReader {
     tree: Tree,
     frames: FrameCache,
     cache_bytes: AtomicUsize,
+    /// Roots of disks for which that was begun: see [`DiskReader::warm`].
+    warmed: Mutex<HashSet<(PackId, u32)>>,
 }
 
 impl DiskReader {
@@ -114,6 +120,7 @@ impl DiskReader {
             tree: Tree::new(packs, quarter),
             frames: FrameCache::new(),
             cache_bytes: AtomicUsize::new(cache_bytes),
+            warmed: Mutex::default(),
         }
     }
 
@@ -133,7 +140,8 @@ impl DiskReader {
 
     /// Does so in the background, if the store is far; see [`DiskReader::warm`].
     pub fn warm_later(self: &Arc<Self>, disk: &Disk) {
-        if self.is_far() {
+        let Some(root) = disk.root.map(BlobRef::from) else { return };
+        if self.is_far() && self.warmed.lock().insert((root.pack, root.ordinal)) {
             let (reader, disk) = (self.clone(), disk.clone());
             // Without it reading is slower at first.
             let _ = std::thread::Builder::new().name("warm".into()).spawn(move || reader.warm(&disk));
@@ -147,7 +155,12 @@ impl DiskReader {
         let (next, known) = (AtomicU64::new(0), Mutex::new(HashSet::new()));
         let one = || {
             while let Some(number) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|number| *number < leaves) {
-                let Ok(Some(leaf)) = self.tree.leaf(disk, number, Wait::May) else { continue };
+                let leaf = match self.tree.leaf(disk, number, Wait::May) {
+                    Ok(Some(leaf)) => leaf,
+                    Ok(None) => continue,
+                    // Whoever reads is told; a store that is away is not asked for all the others, too.
+                    Err(_) => return next.store(leaves, Ordering::Relaxed),
+                };
                 for &(id, generation) in leaf.packs() {
                     if known.lock().insert(id) {
                         self.tree.packs().open_ahead(id, generation);
@@ -157,7 +170,7 @@ impl DiskReader {
         };
         std::thread::scope(|scope| {
             for _ in 0..WARMERS.min(leaves) {
-                scope.spawn(one);
+                let _ = std::thread::Builder::new().name("warm".into()).spawn_scoped(scope, one);
             }
         });
     }
@@ -382,15 +395,30 @@ impl DiskReader {
     /// Prepares for clusters that will be wanted soon: has the store fetch what they are in, or, where a store can't do that
     /// on the side, opens them. May wait.
     pub fn prepare(&self, disk: &Disk, clusters: Range<u64>, tools: &mut Tools) -> Result<(), VaultError> {
+        self.prepare_around(disk, clusters, AROUND, tools)
+    }
+
+    /// The same for who reads in order: of a store that is far more is fetched in one go.
+    pub fn prepare_stream(&self, disk: &Disk, clusters: Range<u64>, tools: &mut Tools) -> Result<(), VaultError> {
+        self.prepare_around(disk, clusters, if self.is_far() { STREAM } else { AROUND }, tools)
+    }
+
+    fn prepare_around(
+        &self,
+        disk: &Disk,
+        clusters: Range<u64>,
+        around: u64,
+        tools: &mut Tools,
+    ) -> Result<(), VaultError> {
         let mut expected = None;
         for cluster in clusters.map(ClusterIndex) {
             let Some(blob) = self.tree.blob(disk, cluster, Wait::May)? else { continue };
             let Some((handle, offset)) = self.tree.packs().place(blob, Wait::May)? else { continue };
-            let window = Some((blob.pack, offset / AROUND));
+            let window = Some((blob.pack, offset / around));
             if window == expected {
                 continue;
             }
-            match self.tree.packs().tenant().store().expect(handle.key(), offset - offset % AROUND, AROUND) {
+            match self.tree.packs().tenant().store().expect(handle.key(), offset - offset % around, around) {
                 true => expected = window,
                 false => self.prefetch(disk, cluster, tools)?,
             }

@@ -131,7 +131,7 @@ impl Forgetting<'_> {
             Ok(()) => {
                 // Who has ended one of them may have changed the keys since.
                 if let Err(e) = self.leases.iter().try_for_each(|lease| lease.check()) {
-                    tenant.store.delete(&key)?;
+                    self.leases[0].take_back(&key)?;
                     return Err(e.into());
                 }
             }

@@ -21,7 +21,7 @@ use reseal_format::layout;
 use reseal_format::manifest::{Parent, Tombstone};
 use reseal_format::names::VmName;
 use reseal_format::seal::MAX_OBJECT;
-use reseal_store::StoreError;
+use reseal_store::{Lease, StoreError};
 
 use crate::notes::now;
 use crate::points::is_fence;
@@ -79,8 +79,8 @@ impl Tenant {
     /// Sees to it that the next restore point of a VM, if it has that number, is never made; whether that is so now. It is not where
     /// the number is not the next one: it was made, or given up, before.
     ///
-    /// The number is taken where a manifest is made, create-only: one of the two succeeds. Then a tombstone takes its place.
-    pub fn fence(&self, vm: &VmName, number: u32) -> Result<bool, VaultError> {
+    /// `under` is the lease of who does. The number is taken where a manifest is made, create-only: one of the two succeeds. Then a tombstone takes its place.
+    pub fn fence(&self, vm: &VmName, number: u32, under: &dyn Lease) -> Result<bool, VaultError> {
         let chain = self.chain(vm)?;
         if chain.last().checked_add(1) != Some(number) {
             return Ok(false);
@@ -104,7 +104,14 @@ impl Tenant {
         let key = layout::manifest(&self.name, vm, number);
         let sealed = tombstone.seal(&self.keys(), random()?).map_err(VaultError::damaged(&key))?;
         match self.store.create(&key, &sealed) {
-            Ok(()) => self.finish_fence(vm, number, &sealed).map(|()| true),
+            Ok(()) => {
+                // Who has ended it may have changed the keys since.
+                if let Err(e) = under.check() {
+                    under.take_back(&key)?;
+                    return Err(e.into());
+                }
+                self.finish_fence(vm, number, &sealed).map(|()| true)
+            }
             Err(StoreError::Exists(_)) => Ok(false),
             Err(e) => Err(e.into()),
         }

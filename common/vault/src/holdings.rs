@@ -6,7 +6,7 @@ use reseal_format::layout::{self, PointFile, parse_point_file};
 use reseal_format::names::{TenantName, VmName};
 use reseal_store::{Store, StoreError};
 
-use crate::leases::{Holder, end, exclusive, holders};
+use crate::leases::{Holder, exclusive, holders};
 use crate::notes::NoteNames;
 use crate::quota::used;
 use crate::record::Record;
@@ -113,9 +113,9 @@ impl Record {
         let alone = exclusive(&**store, &self.name, &layout::remove_lease(&self.name), &remover)?;
         // What processes that died have left goes with this.
         for held in holders(&**store, &self.name)? {
-            match held.is_silent {
-                true => end(&**store, &held)?,
-                false => return Err(VaultError::Busy { tenant: self.name.clone(), who: held.to_string() }),
+            // Without keys nobody can be fenced; of a tenant that was erased nothing counts.
+            if !held.end(&**store, self.record.erased.is_some())? {
+                return Err(VaultError::Busy { tenant: self.name.clone(), who: held.to_string() });
             }
         }
         let removed = {

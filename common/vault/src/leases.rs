@@ -10,7 +10,8 @@
 //! pruned that it says it reads.
 
 use std::fmt;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::thread::sleep;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use reseal_format::ids::LeaseId;
 use reseal_format::layout;
@@ -22,6 +23,9 @@ use serde::{Deserialize, Serialize};
 use crate::tenant::random;
 use crate::{Point, Tenant, VaultError};
 
+/// How often one that is silent is tried to be taken over: another one may be faster, and die.
+const ROUNDS: usize = 8;
+const NAP: Duration = Duration::from_millis(100);
 /// As much of a text in it as is shown.
 const SHOWN: usize = 120;
 
@@ -129,6 +133,12 @@ impl Held {
         }))
     }
 
+    /// Ends it, if it is silent and whatever its process might still do is of no account; whether that is so.
+    pub(crate) fn end(&self, store: &dyn Store, is_nothing_left: bool) -> Result<bool, VaultError> {
+        let is_reader = self.key.rsplit('/').next().is_some_and(|name| layout::parse_reader_file(name).is_some());
+        Ok(self.is_silent && (is_reader || is_nothing_left) && store.end(&self.key)?)
+    }
+
     /// The restore point that it is making, if it says so.
     pub fn makes(&self) -> Option<&PointName> {
         self.holder.as_ref()?.makes.as_ref()
@@ -193,15 +203,19 @@ pub(crate) fn exclusive(
     key: &str,
     holder: &Holder,
 ) -> Result<Box<dyn Lease>, VaultError> {
+    let mut round = 0;
     loop {
         // Takes the place of one that is silent.
         match store.lease(key, &text_of(holder), LeaseUse::Changing) {
             Err(StoreError::Exists(_)) => {}
             other => return Ok(other?),
         }
-        if let Some(held) = Held::find(store, key)?.filter(|held| !held.is_silent) {
-            return Err(busy(tenant, &held));
+        match Held::find(store, key)? {
+            Some(held) if !held.is_silent || round >= ROUNDS => return Err(busy(tenant, &held)),
+            Some(_) => sleep(NAP),
+            None => {}
         }
+        round += 1;
     }
 }
 
@@ -224,7 +238,8 @@ impl Tenant {
     /// he looks for others, so one of the two sees the other.
     fn check_stays(&self) -> Result<(), VaultError> {
         match Held::find(&*self.store, &layout::remove_lease(&self.name))? {
-            Some(held) if !held.is_silent => Err(busy(&self.name, &held)),
+            // One who stood still must not go on removing.
+            Some(held) if !held.is_silent || !self.store.end(&held.key)? => Err(busy(&self.name, &held)),
             _ => Ok(()),
         }
     }
@@ -260,8 +275,12 @@ impl Tenant {
     pub fn pinned(&self, vm: &VmName, number: u32) -> Result<Vec<Held>, VaultError> {
         let (silent, mut readers): (Vec<_>, Vec<_>) =
             readers(&*self.store, &self.name)?.into_iter().partition(|held| held.is_silent);
-        // One who only reads loses nothing but what he reads.
-        silent.iter().try_for_each(|held| end(&*self.store, held))?;
+        for held in silent {
+            // One who only reads loses nothing but what he reads. Unless he was heard of again.
+            if !self.store.end(&held.key)? {
+                readers.push(held);
+            }
+        }
         readers.retain(|held| held.has_pinned(vm, number));
         Ok(readers)
     }
@@ -288,25 +307,30 @@ impl Tenant {
         Held::find(&*self.store, &lease.key)
     }
 
-    /// Sees to it that nothing counts any more which a silent process might do, and ends its lease; whether that could be done.
-    pub fn end_silent(&self, lease: &Held) -> Result<bool, VaultError> {
-        if let Some(PointName { vm, number }) = lease.makes()
-            && !self.fence(vm, *number)?
-            && self.chain(vm)?.last() < *number
-        {
-            return Ok(false);
+    /// Sees to it that nothing counts any more which a silent process might do, and ends its lease. `under` is the lease of who does.
+    pub fn end_silent(&self, lease: &Held, under: &dyn Lease) -> Result<Silenced, VaultError> {
+        let mut fenced = None;
+        if let Some(point) = lease.makes() {
+            if self.fence(&point.vm, point.number, under)? {
+                fenced = Some(point.clone());
+            } else if self.chain(&point.vm)?.last() < point.number {
+                return Ok(Silenced::No);
+            }
         }
-        end(&*self.store, lease)?;
-        Ok(true)
+        match self.store.end(&lease.key)? {
+            true => Ok(Silenced::Yes(fenced)),
+            false => Ok(Silenced::No),
+        }
     }
 }
 
-/// Ends a silent lease, unless its process was heard of meanwhile: then it is looked at again by who asks next.
-pub(crate) fn end(store: &dyn Store, lease: &Held) -> Result<(), VaultError> {
-    match store.end(&lease.key) {
-        Err(StoreError::Changed(_) | StoreError::NotFound(_)) => Ok(()),
-        other => Ok(other?),
-    }
+/// What became of a silent process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Silenced {
+    /// It changes nothing that counts any more. With the restore point that it won't make, if it had not made that.
+    Yes(Option<PointName>),
+    /// It was heard of again, or can't be fenced: it is still to be waited for.
+    No,
 }
 
 #[cfg(test)]

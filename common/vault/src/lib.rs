@@ -50,7 +50,7 @@ pub use erase::Erased;
 pub use error::{Class, VaultError};
 pub use forget::{Forgetting, HeldPoint, Left};
 pub use holdings::{Holdings, VmHoldings, tenants};
-pub use leases::{Held, Holder, Pins, PointName, holders};
+pub use leases::{Held, Holder, Pins, PointName, Silenced, holders};
 pub use notes::{Booted, NoteNames};
 pub use pack_writer::{FinishingPack, PackWriter};
 pub use packs::{PackFile, PackHandle, Packs, Wait, Window, list_packs};

@@ -181,7 +181,7 @@ impl Tenant {
         self.store.create(&key, &sealed.map_err(VaultError::damaged(&key))?)?;
         // Who has ended it may have changed the keys since.
         if let Err(e) = lease.check() {
-            self.drop_note(&point.vm, point.number, note.note_id)?;
+            lease.take_back(&key)?;
             return Err(e.into());
         }
         Ok(note.note_id)

@@ -293,7 +293,7 @@ impl Packs {
         self.tenant.store.doubt(&layout::pack(&self.tenant.name, blob.pack, generation));
         self.handles.remove(&blob.pack);
         self.ids.remove(&blob.pack);
-        let mut tried = None;
+        let (mut tried, mut doubted) = (None, None);
         for _ in 0..ROUNDS {
             let newest = self.newest(blob.pack)?.ok_or_else(|| VaultError::Missing {
                 object: layout::pack(&self.tenant.name, blob.pack, blob.generation),
@@ -306,6 +306,13 @@ impl Packs {
             // Not from the cache, where another thread may just have put the one that failed.
             match self.open_and_keep(blob.pack, newest.generation).and_then(|handle| read(&handle)) {
                 Err(e) if may_be_replaced(&e) => error = e,
+                // Of this one, too, something may be remembered that is not in the store.
+                Err(e) if e.damaged_object().is_some() && doubted != tried && self.tenant.store.is_far() => {
+                    self.tenant.store.doubt(&layout::pack(&self.tenant.name, blob.pack, newest.generation));
+                    self.handles.remove(&blob.pack);
+                    doubted = tried.take();
+                    error = e;
+                }
                 other => return other,
             }
         }

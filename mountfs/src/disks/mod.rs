@@ -139,10 +139,10 @@ impl Disks {
         self.read_on(of, offset, out, done, Wait::May, tools)
     }
 
-    /// Prepares for clusters that will be wanted soon. May wait.
+    /// Prepares for clusters that who reads in order will want soon. May wait.
     pub fn prepare(&self, of: DiskOf<'_>, clusters: Range<u64>, tools: &mut Tools) -> Result<(), VaultError> {
         match self {
-            Disks::Here(reader) => reader.prepare(of.disk, clusters, tools),
+            Disks::Here(reader) => reader.prepare_stream(of.disk, clusters, tools),
             Disks::There(there) => there.prepare(of, clusters),
         }
     }
@@ -186,7 +186,7 @@ impl Disks {
     /// How sequential readers are read ahead of.
     pub fn reach(&self) -> Reach {
         match self {
-            Disks::Here(reader) => Reach { window: WINDOW, most: MOST_WINDOW, is_always: reader.is_far() },
+            Disks::Here(_) => Reach { window: WINDOW, most: MOST_WINDOW, is_always: false },
             Disks::There(there) => Reach { window: there.window(), most: there.window(), is_always: true },
         }
     }

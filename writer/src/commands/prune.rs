@@ -70,13 +70,13 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
         false => by_policies(output, &opened, args.dry_run)?,
     };
     // One at a time rewrites packs; and who changes the data keys meanwhile waits.
-    let _alone = tenant.rekey_lease(&Holder::this_process("prune".to_owned()))?;
+    let alone = tenant.rekey_lease(&Holder::this_process("prune".to_owned()))?;
     let pruned = match args.dry_run {
         true => prune.look(&forgotten)?,
         false => {
             tenant.refresh()?;
             tenant.settle_new_epoch()?;
-            prune.run()?
+            prune.run(&*alone)?
         }
     };
     told(output, &pruned, &forgotten, began.elapsed());

@@ -29,7 +29,7 @@ pub(crate) fn run(common: &CommonArgs, found: &Found, args: &Args, detach: Optio
     let of = |e| of_tenant(name, e);
     let before = found.record.unlock(kms.clone()).map_err(of)?;
     // One at a time: of two, one could destroy the key that the other still seals under.
-    let _alone = before.rekey_lease(&Holder::this_process("rekey --data".to_owned()))?;
+    let alone = before.rekey_lease(&Holder::this_process("rekey --data".to_owned()))?;
     // Only now it is sure that nobody else begins or ends one.
     let record = common.find(name)?.record;
     let is_resumed = record.unlock_keys(&*kms).map_err(of)?.epochs().count() > 1;
@@ -78,6 +78,7 @@ pub(crate) fn run(common: &CommonArgs, found: &Found, args: &Args, detach: Optio
     let progress = Progress::bytes(output, name.as_str(), 0);
     let rekey = Rekey {
         tenant: tenant.clone(),
+        under: &*alone,
         workers: cores(),
         throttle: args.limit_rate.map(Throttle::new),
         expect: &|bytes| progress.expect(bytes),

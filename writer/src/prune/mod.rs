@@ -25,8 +25,8 @@ use reseal_format::condemned::Condemned;
 use reseal_format::dated_note::DatedKind;
 use reseal_format::ids::CondemnedId;
 use reseal_format::layout;
-use reseal_store::StoreError;
-use reseal_vault::{Held, PackFile, Packs, PointName, Tenant, Tree, VaultError};
+use reseal_store::{Lease, StoreError};
+use reseal_vault::{Held, PackFile, Packs, PointName, Silenced, Tenant, Tree, VaultError};
 use serde::Serialize;
 
 use crate::BackupError;
@@ -117,8 +117,8 @@ impl Prune<'_> {
         Ok(pruned)
     }
 
-    /// Gives back what nothing needs. The caller has the one lease of who rewrites packs.
-    pub fn run(&self) -> Result<Pruned, BackupError> {
+    /// Gives back what nothing needs, under the one lease of who rewrites packs.
+    pub fn run(&self, under: &dyn Lease) -> Result<Pruned, BackupError> {
         let tenant = &self.tenant;
         let packs = Arc::new(Packs::new(tenant.clone(), TABLES));
         let tree = Tree::new(packs.clone(), NODES);
@@ -136,7 +136,7 @@ impl Prune<'_> {
         }
         let lists = tenant.condemn(&plan.condemned)?;
         if !plan.condemned.is_empty() {
-            self.wait(&mut pruned)?;
+            self.wait(under, &mut pruned)?;
             if !pruned.at_work.is_empty() {
                 return Ok(pruned);
             }
@@ -188,7 +188,7 @@ impl Prune<'_> {
     }
 
     /// Waits until all who were at work have ended. Those who have not in time are fenced.
-    fn wait(&self, pruned: &mut Pruned) -> Result<(), BackupError> {
+    fn wait(&self, under: &dyn Lease, pruned: &mut Pruned) -> Result<(), BackupError> {
         let began = Instant::now();
         let mut at_work = self.tenant.leases()?;
         let mut said = false;
@@ -196,7 +196,7 @@ impl Prune<'_> {
             let mut held: Vec<Held> = Vec::new();
             for lease in at_work {
                 match self.tenant.find_again(&lease)? {
-                    Some(lease) if lease.is_silent => self.end(lease, pruned, &mut held)?,
+                    Some(lease) if lease.is_silent => self.end(lease, under, pruned, &mut held)?,
                     lease => held.extend(lease),
                 }
             }
@@ -204,7 +204,7 @@ impl Prune<'_> {
                 return Ok(());
             }
             if began.elapsed() >= self.grace {
-                return self.fence(&held, pruned);
+                return self.fence(&held, under, pruned);
             }
             if !std::mem::replace(&mut said, true) {
                 for lease in &held {
@@ -217,17 +217,24 @@ impl Prune<'_> {
     }
 
     /// Ends the lease of a process that was not heard of for long. One that can't be ended is waited for.
-    fn end(&self, lease: Held, pruned: &mut Pruned, held: &mut Vec<Held>) -> Result<(), BackupError> {
-        if !self.tenant.end_silent(&lease)? {
-            held.push(lease);
-            return Ok(());
+    fn end(
+        &self,
+        lease: Held,
+        under: &dyn Lease,
+        pruned: &mut Pruned,
+        held: &mut Vec<Held>,
+    ) -> Result<(), BackupError> {
+        match self.tenant.end_silent(&lease, under)? {
+            Silenced::No => held.push(lease),
+            Silenced::Yes(fenced) => {
+                (self.say)(&format!("not waited for any longer, and may make nothing any more: {lease}"));
+                pruned.fenced.extend(fenced.map(|point| point.to_string()));
+            }
         }
-        (self.say)(&format!("not waited for any longer, and may make nothing any more: {lease}"));
-        pruned.fenced.extend(lease.makes().map(ToString::to_string));
         Ok(())
     }
 
-    fn fence(&self, held: &[Held], pruned: &mut Pruned) -> Result<(), BackupError> {
+    fn fence(&self, held: &[Held], under: &dyn Lease, pruned: &mut Pruned) -> Result<(), BackupError> {
         for lease in held {
             // One that ended since has nothing to be fenced.
             if self.tenant.find_again(lease)?.is_none() {
@@ -237,7 +244,7 @@ impl Prune<'_> {
                 pruned.at_work.push(lease.to_string());
                 continue;
             };
-            if self.tenant.fence(vm, *number)? {
+            if self.tenant.fence(vm, *number, under)? {
                 (self.say)(&format!("{vm}@{number} will not be made: not waited any longer for {lease}"));
                 pruned.fenced.push(format!("{vm}@{number}"));
             } else if self.tenant.chain(vm)?.last() < *number {

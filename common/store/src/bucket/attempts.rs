@@ -15,10 +15,10 @@ use tokio::time::{sleep, timeout};
 
 use crate::StoreError;
 
-/// How long a request is made again, from its first time on.
+/// How long a request is made again, from its first time on, beside the time that its bytes may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The same for a store that has never answered: its address is more likely wrong than it is away.
-const FIRST_PATIENCE: Duration = Duration::from_secs(10);
+const FIRST_PATIENCE: Duration = Duration::from_secs(30);
 /// The first pause; each is twice the one before, up to the longest.
 const PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
@@ -68,7 +68,8 @@ impl Attempts {
         F: Future<Output = Result<T, Error>>,
     {
         let began = Instant::now();
-        let limit = ONE + Duration::from_secs(bytes / SLOWEST);
+        let moving = Duration::from_secs(bytes / SLOWEST);
+        let limit = ONE + moving;
         let mut pause = PAUSE;
         let mut was_repeated = false;
         loop {
@@ -84,7 +85,7 @@ impl Attempts {
                 true => PATIENCE,
                 false => FIRST_PATIENCE,
             };
-            if !is_passing(&error) || began.elapsed() + pause >= patience {
+            if !is_passing(&error) || began.elapsed() + pause >= patience + moving {
                 return Err(Refusal { error, was_repeated });
             }
             was_repeated = true;
@@ -94,7 +95,7 @@ impl Attempts {
     }
 }
 
-fn silent(limit: Duration) -> Error {
+pub(super) fn silent(limit: Duration) -> Error {
     let source = format!("it has not answered within {} s", limit.as_secs()).into();
     Error::Generic { store: "the object store", source }
 }
@@ -103,14 +104,22 @@ fn silent(limit: Duration) -> Error {
 /// that be another one some day, such a request is made again in vain.
 fn is_passing(error: &Error) -> bool {
     match error {
-        Error::Generic { source, .. } => {
-            let text = source.to_string();
-            let status = text.split("status code: ").nth(1).and_then(|rest| rest.get(..3));
-            status.is_none_or(|status| !status.starts_with('4') || matches!(status, "408" | "425" | "429"))
+        Error::Generic { .. } => {
+            status(error).is_none_or(|status| !status.starts_with('4') || matches!(&*status, "408" | "425" | "429"))
         }
         Error::JoinError { .. } => true,
         _ => false,
     }
+}
+
+/// The status that a store answered with, as the text of the error has it.
+fn status(error: &Error) -> Option<String> {
+    Some(error.to_string().split("status code: ").nth(1)?.get(..3)?.to_owned())
+}
+
+/// Whether this is what is told where a range begins behind the end of an object.
+pub(super) fn is_behind_the_end(error: &StoreError) -> bool {
+    matches!(error, StoreError::Io { source, .. } if source.kind() == io::ErrorKind::UnexpectedEof)
 }
 
 /// Between half and all of it, so that many who were refused together don't come back together.
@@ -123,6 +132,10 @@ fn with_jitter(pause: Duration) -> Duration {
 
 /// What is told of a refusal.
 pub(super) fn told(key: &str, action: &'static str, error: Error) -> StoreError {
+    // Of a listing: what has no objects is an empty list.
+    if status(&error).as_deref() == Some("404") && matches!(error, Error::Generic { .. }) {
+        return no_bucket(key, action);
+    }
     let kind = match &error {
         Error::NotFound { .. } => return StoreError::NotFound(key.into()),
         Error::AlreadyExists { .. } => return StoreError::Exists(key.into()),
@@ -130,9 +143,19 @@ pub(super) fn told(key: &str, action: &'static str, error: Error) -> StoreError 
         Error::NotSupported { .. } | Error::NotImplemented { .. } | Error::InvalidPath { .. } => {
             io::ErrorKind::InvalidInput
         }
-        _ => io::ErrorKind::Other,
+        error => match status(error).as_deref() {
+            Some("416") => io::ErrorKind::UnexpectedEof,
+            Some("401" | "403") => io::ErrorKind::PermissionDenied,
+            _ => io::ErrorKind::Other,
+        },
     };
     StoreError::Io { key: key.into(), action, source: io::Error::new(kind, shown(&error)) }
+}
+
+/// Where something is written or listed nothing has to be there before but the bucket.
+pub(super) fn no_bucket(key: &str, action: &'static str) -> StoreError {
+    let source = io::Error::new(io::ErrorKind::InvalidInput, "there is no such bucket; make it first");
+    StoreError::Io { key: key.into(), action, source }
 }
 
 /// What a store says comes from outside: it is cut, and without what could drive a terminal.

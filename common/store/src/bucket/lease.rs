@@ -27,7 +27,7 @@ use tokio::time::sleep;
 
 use super::attempts::{spawn, told};
 use super::open::{AddressError, Variables};
-use super::{Shared, told_of_write};
+use super::{Guard, Shared, told_of_write};
 use crate::{Lease, LeaseUse, Standing, StoreError};
 
 /// How long a lease may go without being renewed, in seconds, and the variable that says otherwise.
@@ -35,6 +35,10 @@ const USUAL: u64 = 90;
 const VARIABLE: &str = "RESEAL_LEASE_SECONDS";
 /// What may be said there.
 const RANGE: std::ops::RangeInclusive<u64> = 3..=3600;
+/// How often it is tried to be removed at its end, and how long after one another.
+const LAST_TRIES: usize = 4;
+const LAST_PAUSE: Duration = Duration::from_secs(1);
+const LAST_PATIENCE: Duration = Duration::from_secs(5);
 /// It is renewed so many times in that time.
 const BEATS: u64 = 6;
 /// Stores tell times in seconds, rounded either way.
@@ -91,6 +95,11 @@ impl State {
 
     fn is_late(&self) -> bool {
         uptime().saturating_sub(self.renewed.load(Ordering::Acquire)) >= self.seconds
+    }
+
+    /// Whether a lease's object is this one's.
+    fn is_said_by(&self, bytes: &[u8]) -> bool {
+        Said::of(bytes).is_some_and(|said| said.nonce == self.nonce)
     }
 
     fn lost(&self) -> StoreError {
@@ -186,7 +195,7 @@ impl Renewed {
 
 /// Puts a lease in the place of one that is silent; `None` where it is not.
 async fn take_over(shared: &Shared, state: &State) -> Result<Option<UpdateVersion>, StoreError> {
-    let object = match shared.read(&state.key, None, MAX_LEASE).await {
+    let object = match shared.read_within(&state.key, MAX_LEASE).await {
         Err(StoreError::NotFound(_)) => return Ok(None),
         other => other?,
     };
@@ -211,7 +220,7 @@ async fn store_time(shared: &Shared) -> Result<i64, StoreError> {
         return Ok(time + now.saturating_sub(at).cast_signed());
     }
     let path = shared.path(CLOCK)?;
-    let put = shared.put(&path, &PutPayload::from_static(b"the store's clock"), PutMode::Overwrite).await;
+    let put = shared.put(CLOCK, &path, &PutPayload::from_static(b"the store's clock"), PutMode::Overwrite).await;
     put.map_err(|refusal| told_of_write(CLOCK, "make", refusal.error))?;
     let time = modified(shared, &path).await?;
     *shared.leases.clock.lock() = Some((time, uptime()));
@@ -237,12 +246,19 @@ async fn renew(shared: Arc<Shared>, state: Arc<State>, mut version: UpdateVersio
         let renewed = match shared.update(&state.key, version.clone(), state.payload(beat)).await {
             Ok(Some(next)) => Some(next),
             Ok(None) if state.is_dropped.load(Ordering::Acquire) => return,
-            // One who only reads takes it again: nobody relied on his not having it.
-            Ok(None) if state.of == LeaseUse::Reading => shared.make(&state.key, state.payload(beat)).await.ok(),
-            Ok(None) => {
-                state.is_lost.store(true, Ordering::Release);
-                return;
-            }
+            Ok(None) => match shared.read_within(&state.key, MAX_LEASE).await {
+                // What an earlier request has made, whose answer was lost.
+                Ok(object) if state.is_said_by(&object.concat()) => Some(object.version),
+                // One who only reads takes it again: nobody relied on his not having it.
+                Err(StoreError::NotFound(_)) if state.of == LeaseUse::Reading => {
+                    shared.make(&state.key, state.payload(beat)).await.ok()
+                }
+                Ok(_) | Err(StoreError::NotFound(_)) => {
+                    state.is_lost.store(true, Ordering::Release);
+                    return;
+                }
+                Err(_) => None,
+            },
             // It may be reached again before the time is over, or after it: as long as the lease stands, it is renewed.
             Err(_) => None,
         };
@@ -258,10 +274,10 @@ impl Lease for Renewed {
     fn check(&self) -> Result<(), StoreError> {
         let (shared, state) = (self.shared.clone(), self.state.clone());
         let key = self.state.key.clone();
-        let asked = super::wait(async move { shared.read(&state.key, None, MAX_LEASE).await });
+        let asked = super::wait(async move { shared.read_within(&state.key, MAX_LEASE).await });
         let object = asked.map_err(|source| StoreError::Io { key, action: "read", source })?;
         let stands = match object {
-            Ok(object) => Said::of(&object.concat()).is_some_and(|said| said.nonce == self.state.nonce),
+            Ok(object) => self.state.is_said_by(&object.concat()),
             Err(StoreError::NotFound(_)) => false,
             Err(e) => return Err(e),
         };
@@ -270,25 +286,41 @@ impl Lease for Renewed {
             false => Err(self.state.lost()),
         }
     }
+
+    fn take_back(&self, key: &str) -> Result<(), StoreError> {
+        let (shared, name) = (self.shared.clone(), key.to_owned());
+        // What the lease guards must not be changed any more, but for this.
+        let asked = super::wait(async move { shared.delete(&name, Guard::Off).await });
+        asked.map_err(|source| StoreError::Io { key: key.into(), action: "delete", source })?
+    }
 }
 
 impl Drop for Renewed {
     fn drop(&mut self) {
         self.state.is_dropped.store(true, Ordering::Release);
         // Not one that another process may have taken over by now.
-        let is_ours = !self.state.is_lost.load(Ordering::Acquire) && !self.state.is_late();
+        let is_ours = || !self.state.is_lost.load(Ordering::Acquire) && !self.state.is_late();
         self.shared.leases.taken.lock().retain(|state| !Arc::ptr_eq(state, &self.state));
-        if is_ours {
+        for nth in 0..LAST_TRIES {
+            if nth > 0 {
+                std::thread::sleep(LAST_PAUSE);
+            }
+            // Not later, for then it may be another process's. Where it can't be removed it is silent soon.
+            if !is_ours() {
+                return;
+            }
             let (shared, key) = (self.shared.clone(), self.state.key.clone());
-            // Where it can't be removed it is silent soon.
-            let _ = super::wait(async move { shared.delete(&key).await });
+            let asked = super::wait(async move { shared.delete_once(&key, LAST_PATIENCE).await });
+            if matches!(asked, Ok(Ok(()) | Err(StoreError::NotFound(_)))) {
+                return;
+            }
         }
     }
 }
 
 /// A lease that some process has, or is silent.
 pub(super) async fn standing(shared: &Shared, key: &str) -> Result<Option<Standing>, StoreError> {
-    let object = match shared.read(key, None, MAX_LEASE).await {
+    let object = match shared.read_within(key, MAX_LEASE).await {
         Err(StoreError::NotFound(_)) => return Ok(None),
         other => other?,
     };
@@ -298,12 +330,14 @@ pub(super) async fn standing(shared: &Shared, key: &str) -> Result<Option<Standi
     Ok(Some(Standing { bytes: said.map_or(bytes, |said| said.text), is_silent }))
 }
 
-/// Removes a lease that is silent.
-pub(super) async fn end(shared: &Shared, key: &str) -> Result<(), StoreError> {
+/// Removes a lease that is silent; whether nobody has it now.
+pub(super) async fn end(shared: &Shared, key: &str) -> Result<bool, StoreError> {
     match standing(shared, key).await? {
-        Some(standing) if standing.is_silent => shared.delete(key).await,
-        Some(_) => Err(StoreError::Changed(key.into())),
-        None => Ok(()),
+        Some(standing) if standing.is_silent => match shared.delete(key, Guard::On).await {
+            Ok(()) | Err(StoreError::NotFound(_)) => Ok(true),
+            Err(e) => Err(e),
+        },
+        standing => Ok(standing.is_none()),
     }
 }
 

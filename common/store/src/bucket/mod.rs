@@ -15,6 +15,7 @@ use std::future::Future;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::TryStreamExt;
@@ -24,7 +25,7 @@ use object_store::{
 };
 
 use crate::{Entry, Lease, LeaseUse, Standing, Store, StoreError, Upload};
-use attempts::{Attempts, Refusal, told, wait};
+use attempts::{Attempts, Refusal, is_behind_the_end, told, wait};
 use lease::{Leases, Renewed};
 pub use open::{AddressError, Variables, is_address};
 
@@ -103,11 +104,7 @@ impl Bucket {
         let bytes = range.end - range.start;
         match self.read(key, Some(GetRange::Bounded(range.clone())), bytes) {
             Ok(object) => Ok((object.chunks, object.length)),
-            Err(e @ StoreError::Io { .. }) => match self.length(key) {
-                // A range behind the end is refused.
-                Ok(length) if length <= range.start => Ok((Vec::new(), length)),
-                _ => Err(e),
-            },
+            Err(e) if is_behind_the_end(&e) => Ok((Vec::new(), self.length(key)?)),
             Err(e) => Err(e),
         }
     }
@@ -161,9 +158,20 @@ impl Shared {
         self.attempts.ask(bytes, request).await.map_err(|refusal| told(key, "read", refusal.error))
     }
 
-    async fn put(&self, path: &Path, payload: &PutPayload, mode: PutMode) -> Result<UpdateVersion, Refusal> {
+    /// At most so many bytes of an object, from its beginning on, and how many it has.
+    async fn read_within(&self, key: &str, limit: u64) -> Result<Object, StoreError> {
+        match self.read(key, Some(GetRange::Bounded(0..limit.max(1))), limit).await {
+            // It has none.
+            Err(e) if is_behind_the_end(&e) => self.read(key, None, 0).await,
+            other => other,
+        }
+    }
+
+    async fn put(&self, key: &str, path: &Path, payload: &PutPayload, mode: PutMode) -> Result<UpdateVersion, Refusal> {
         let bytes = payload.content_length() as u64;
         let request = || async {
+            // Each time: it may take long until a store answers.
+            self.leases.check(key).map_err(not_any_more)?;
             let options = PutOptions { mode: mode.clone(), ..PutOptions::default() };
             let result = self.store.put_opts(path, payload.clone(), options).await?;
             Ok(UpdateVersion { e_tag: result.e_tag, version: result.version })
@@ -175,17 +183,18 @@ impl Shared {
     async fn make(&self, key: &str, payload: PutPayload) -> Result<UpdateVersion, StoreError> {
         let path = self.path(key)?;
         for _ in 0..ROUNDS {
-            let refusal = match self.put(&path, &payload, PutMode::Create).await {
+            let refusal = match self.put(key, &path, &payload, PutMode::Create).await {
                 Ok(version) => return Ok(version),
                 Err(refusal) => refusal,
             };
             if !matches!(refusal.error, Error::AlreadyExists { .. }) {
+                self.leases.check(key)?;
                 return Err(told_of_write(key, "make", refusal.error));
             }
             // It may be what a request made whose answer was lost; and some say so of one that is just being removed.
             let ours = match refusal.was_repeated {
                 true => self
-                    .read(key, None, payload.content_length() as u64)
+                    .read_within(key, payload.content_length() as u64)
                     .await
                     .map(|object| object.is(&payload).then_some(object.version)),
                 false => self.head(key).await.map(|()| None),
@@ -214,27 +223,52 @@ impl Shared {
         new: PutPayload,
     ) -> Result<Option<UpdateVersion>, StoreError> {
         let path = self.path(key)?;
-        let refusal = match self.put(&path, &new, PutMode::Update(version)).await {
+        let refusal = match self.put(key, &path, &new, PutMode::Update(version)).await {
             Ok(version) => return Ok(Some(version)),
             Err(refusal) => refusal,
         };
         match refusal.error {
             Error::Precondition { .. } | Error::AlreadyExists { .. } if refusal.was_repeated => {
-                match self.read(key, None, new.content_length() as u64).await {
+                match self.read_within(key, new.content_length() as u64).await {
                     Ok(object) => Ok(object.is(&new).then_some(object.version)),
                     Err(StoreError::NotFound(_)) => Ok(None),
                     Err(e) => Err(e),
                 }
             }
             Error::Precondition { .. } | Error::AlreadyExists { .. } | Error::NotFound { .. } => Ok(None),
-            error => Err(told_of_write(key, "replace", error)),
+            error => {
+                self.leases.check(key)?;
+                Err(told_of_write(key, "replace", error))
+            }
         }
     }
 
-    async fn delete(&self, key: &str) -> Result<(), StoreError> {
+    async fn delete(&self, key: &str, guard: Guard) -> Result<(), StoreError> {
         let path = self.path(key)?;
-        let asked = self.attempts.ask(0, || self.store.delete(&path)).await;
-        asked.map_err(|refusal| told(key, "delete", refusal.error))
+        let request = || async {
+            if guard == Guard::On {
+                self.leases.check(key).map_err(not_any_more)?;
+            }
+            self.store.delete(&path).await
+        };
+        match self.attempts.ask(0, request).await {
+            Ok(()) => Ok(()),
+            // Done before, and the answer was lost.
+            Err(Refusal { error: Error::NotFound { .. }, was_repeated: true }) => Ok(()),
+            Err(refusal) => {
+                if guard == Guard::On {
+                    self.leases.check(key)?;
+                }
+                Err(told(key, "delete", refusal.error))
+            }
+        }
+    }
+
+    /// The same, but not asked again.
+    async fn delete_once(&self, key: &str, patience: Duration) -> Result<(), StoreError> {
+        let path = self.path(key)?;
+        let asked = tokio::time::timeout(patience, self.store.delete(&path)).await;
+        asked.unwrap_or_else(|_| Err(attempts::silent(patience))).map_err(|error| told(key, "delete", error))
     }
 
     async fn list(&self, folder: &str) -> Result<Vec<Entry>, StoreError> {
@@ -243,25 +277,36 @@ impl Shared {
             false => self.path(folder)?,
         };
         let asked = self.attempts.ask(0, || self.store.list_with_delimiter(Some(&path))).await;
-        let listed = asked.map_err(|refusal| told(folder, "list", refusal.error))?;
+        let shown = if folder.is_empty() { "the vault's folder" } else { folder };
+        let listed = asked.map_err(|refusal| told(shown, "list", refusal.error))?;
         let folders = listed
             .common_prefixes
             .iter()
             .filter_map(|path| Some(Entry { name: path.filename()?.to_owned(), length: 0, is_folder: true }));
-        let objects = listed.objects.iter().filter_map(|object| {
+        // Some have an object in the place of a folder that is empty by now.
+        let objects = listed.objects.iter().filter(|object| object.location != path).filter_map(|object| {
             Some(Entry { name: object.location.filename()?.to_owned(), length: object.size, is_folder: false })
         });
         Ok(folders.chain(objects).collect())
     }
 }
 
-/// Where something is written nothing has to be there before but the bucket.
+/// Whether what this process's leases guard is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Guard {
+    On,
+    Off,
+}
+
+/// Ends asking again; what is told is that the lease was lost.
+fn not_any_more(error: StoreError) -> Error {
+    Error::NotSupported { source: Box::new(error) }
+}
+
+/// What is told where something could not be written.
 fn told_of_write(key: &str, action: &'static str, error: Error) -> StoreError {
     match error {
-        Error::NotFound { .. } => {
-            let source = io::Error::new(io::ErrorKind::InvalidInput, "there is no such bucket; make it first");
-            StoreError::Io { key: key.into(), action, source }
-        }
+        Error::NotFound { .. } => attempts::no_bucket(key, action),
         error => told(key, action, error),
     }
 }
@@ -272,7 +317,7 @@ impl Store for Bucket {
         let most = (limit as u64).saturating_add(1);
         let object = match self.read(key, Some(GetRange::Bounded(0..most)), 0) {
             // An object without a byte has no first one.
-            Err(StoreError::Io { .. }) if self.length(key)? == 0 => return Ok(Vec::new()),
+            Err(e) if is_behind_the_end(&e) => return Ok(Vec::new()),
             other => other?,
         };
         match usize::try_from(object.length).is_ok_and(|length| length <= limit) {
@@ -287,11 +332,8 @@ impl Store for Bucket {
         }
         let wanted = offset.saturating_add(buf.len() as u64);
         let object = match self.read(key, Some(GetRange::Bounded(offset..wanted)), buf.len() as u64) {
-            Err(e @ StoreError::Io { .. }) => {
-                return match self.length(key) {
-                    Ok(length) if length < wanted => Err(StoreError::Short { key: key.into(), length, wanted }),
-                    _ => Err(e),
-                };
+            Err(e) if is_behind_the_end(&e) => {
+                return Err(StoreError::Short { key: key.into(), length: self.length(key)?, wanted });
             }
             other => other?,
         };
@@ -323,7 +365,9 @@ impl Store for Bucket {
     fn replace(&self, key: &str, expected: &[u8], new: &[u8]) -> Result<(), StoreError> {
         self.shared.leases.check(key)?;
         let most = expected.len().max(new.len());
-        let object = match self.read(key, None, most as u64)? {
+        let name = key.to_owned();
+        let read = self.run(key, "read", |shared| async move { shared.read_within(&name, most as u64).await });
+        let object = match read? {
             object if object.length > most as u64 => return Err(StoreError::Changed(key.into())),
             object => object,
         };
@@ -363,7 +407,7 @@ impl Store for Bucket {
     fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.shared.leases.check(key)?;
         let name = key.to_owned();
-        self.run(key, "delete", |shared| async move { shared.delete(&name).await })
+        self.run(key, "delete", |shared| async move { shared.delete(&name, Guard::On).await })
     }
 
     fn sweep(&self) -> Result<(), StoreError> {
@@ -386,7 +430,7 @@ impl Store for Bucket {
         self.run(key, "read", |shared| async move { lease::standing(&shared, &name).await })
     }
 
-    fn end(&self, key: &str) -> Result<(), StoreError> {
+    fn end(&self, key: &str) -> Result<bool, StoreError> {
         let name = key.to_owned();
         self.run(key, "delete", |shared| async move { lease::end(&shared, &name).await })
     }
@@ -414,7 +458,7 @@ impl Shared {
         };
         let (bytes, length) = match asked {
             Some(Ok(object)) => (object.concat(), object.length),
-            Some(Err(e @ StoreError::NotFound(_))) => return Err(e),
+            Some(Err(e)) if !is_behind_the_end(&e) && !is_not_asked_so(&e) => return Err(e),
             Some(Err(_)) | None => {
                 let length = self.length(key).await?;
                 let start = length.saturating_sub(want);
@@ -427,6 +471,11 @@ impl Shared {
         let expected = usize::try_from(want.min(length)).unwrap_or(usize::MAX);
         whole(key, bytes, expected as u64, length - expected as u64).map(|bytes| (bytes, length))
     }
+}
+
+/// Whether this is what is told where a store can't be asked for the end of an object.
+fn is_not_asked_so(error: &StoreError) -> bool {
+    matches!(error, StoreError::Io { source, .. } if source.kind() == io::ErrorKind::InvalidInput)
 }
 
 /// A store that answers with fewer or more bytes than it says is not believed.

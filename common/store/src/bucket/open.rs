@@ -16,8 +16,6 @@ use object_store::{Certificate, ClientOptions, ObjectStore, RetryConfig};
 
 use super::profile;
 
-/// How long nothing may come on a connection.
-const SILENCE: std::time::Duration = std::time::Duration::from_secs(20);
 const CONNECT: std::time::Duration = std::time::Duration::from_secs(10);
 /// Connections that are kept: as many as requests may be under way.
 const IDLE: usize = 64;
@@ -182,10 +180,9 @@ fn s3(
 
 fn client_options(variables: &Variables) -> io::Result<ClientOptions> {
     let options = ClientOptions::new()
-        // How long a request may take depends on what it moves: whoever makes it knows.
+        // How long a request may take depends on what it moves: whoever makes it knows. (A limit for reads would count while a body is sent.)
         .with_timeout_disabled()
         .with_connect_timeout(CONNECT)
-        .with_read_timeout(SILENCE)
         .with_pool_max_idle_per_host(IDLE)
         .with_http1_only();
     match variables.get("AWS_CA_BUNDLE") {

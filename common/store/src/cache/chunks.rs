@@ -6,8 +6,9 @@
 //! mark: the first bytes of keyed BLAKE3(name of the object, number of the chunk ‖ its bytes); zeros where there is none
 //! ```
 //!
-//! Chunks are written before their marks, and each is compared with its mark whenever it is read. So whatever happened to the file, a chunk that
-//! is torn, half written, another object's or rotten is one that is not there. Nothing is locked, and nothing is ever synced.
+//! Chunks are written before their marks. Where something is read that is not sealed, each chunk is compared with its mark: one that is torn,
+//! half written, another object's or rotten is one that is not there. What is sealed is authenticated by who reads it, in any case. Nothing is
+//! locked, and nothing is ever synced.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
@@ -20,7 +21,8 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2};
 /// Bytes of a chunk.
 pub(super) const CHUNK_BYTES: usize = 16 << 10;
 pub(super) const CHUNK: u64 = CHUNK_BYTES as u64;
-const CHUNKS: u64 = 256;
+const OF_GROUP: usize = 256;
+const CHUNKS: u64 = OF_GROUP as u64;
 const MARK: usize = 16;
 const TABLE: u64 = CHUNKS * MARK as u64;
 const HEADER: u64 = 4096;
@@ -134,37 +136,67 @@ impl Chunks {
         }
     }
 
-    /// Reads chunks as far as they are there, one after the other, into `bytes`; how many these are.
-    pub(super) fn read(&self, chunks: Range<u64>, bytes: &mut Vec<u8>, wait: Wait) -> u64 {
-        let Some(length) = self.length() else { return 0 };
-        let end = chunks.end.min(length.div_ceil(CHUNK));
-        let mut next = chunks.start;
-        while next < end {
-            let stop = end.min(next - next % CHUNKS + CHUNKS);
-            let from = bytes.len();
-            let of = (stop * CHUNK).min(length) - next * CHUNK;
-            let mut marks = vec![0; usize::try_from(stop - next).unwrap_or(0) * MARK];
-            bytes.resize(from + usize::try_from(of).unwrap_or(0), 0);
-            let read = self.read_exact(&mut marks, place_of_mark(next), wait).unwrap_or(false)
-                && self.read_exact(&mut bytes[from..], place_of_chunk(next), wait).unwrap_or(false);
-            let mut good = 0;
-            if read {
-                let parts = bytes[from..].chunks(CHUNK_BYTES).zip(marks.chunks(MARK));
-                good = parts.zip(next..).take_while(|((part, said), n)| mark(&self.name, *n, part) == **said).count();
-            }
-            bytes.truncate(bytes.len().min(from + good * CHUNK_BYTES));
-            next += good as u64;
-            if next < stop {
-                break;
-            }
+    /// Fills `buf` from `offset` on, if all chunks that it lies in seem to be there; whether it did. They are not compared with their marks: it
+    /// is for what is sealed, which says more of itself than a mark does.
+    pub(super) fn fill(&self, offset: u64, buf: &mut [u8], wait: Wait) -> bool {
+        let Some(length) = self.length() else { return false };
+        let end = offset.saturating_add(buf.len() as u64);
+        if end > length {
+            return false;
         }
-        next - chunks.start
+        let mut at = offset;
+        let mut rest = buf;
+        while at < end {
+            let first = at / CHUNK;
+            let stop = end.min((first - first % CHUNKS + CHUNKS) * CHUNK);
+            let chunks = chunks_of(&(at..stop));
+            let mut marks = [0; OF_GROUP * MARK];
+            let marks = &mut marks[..usize::try_from(chunks.end - chunks.start).unwrap_or(0) * MARK];
+            let (part, after) = rest.split_at_mut(usize::try_from(stop - at).unwrap_or(0));
+            let is_there = self.read_exact(marks, place_of_mark(first), wait).unwrap_or(false)
+                && marks.chunks(MARK).all(|said| said != [0; MARK])
+                && self.read_exact(part, place_of_chunk(first) + at % CHUNK, wait).unwrap_or(false);
+            if !is_there {
+                return false;
+            }
+            (at, rest) = (stop, after);
+        }
+        true
     }
 
-    /// Whether a chunk seems to be there. It may turn out not to be.
-    pub(super) fn has(&self, chunk: u64) -> bool {
-        let mut said = [0; MARK];
-        self.file.read_exact_at(&mut said, place_of_mark(chunk)).is_ok() && said != [0; MARK]
+    /// Reads chunks as far as they are there and as they were written, one after the other, into `bytes`; how many these are.
+    pub(super) fn read(&self, chunks: Range<u64>, bytes: &mut Vec<u8>, wait: Wait) -> u64 {
+        let Some(length) = self.length() else { return 0 };
+        let mut chunk = vec![0; CHUNK_BYTES];
+        for number in chunks.start..chunks.end.min(length.div_ceil(CHUNK)) {
+            let of = usize::try_from(length - number * CHUNK).map_or(CHUNK_BYTES, |rest| rest.min(CHUNK_BYTES));
+            let (part, mut said) = (&mut chunk[..of], [0; MARK]);
+            let is_read = self.read_exact(&mut said, place_of_mark(number), wait).unwrap_or(false)
+                && self.read_exact(part, place_of_chunk(number), wait).unwrap_or(false);
+            if !is_read || mark(&self.name, number, part) != said {
+                return number - chunks.start;
+            }
+            bytes.extend_from_slice(part);
+        }
+        chunks.end.min(length.div_ceil(CHUNK)).saturating_sub(chunks.start)
+    }
+
+    /// From the first to the last of these chunks that does not seem to be there. One that does may turn out not to be.
+    pub(super) fn missing(&self, chunks: Range<u64>) -> Option<Range<u64>> {
+        let mut missing: Option<Range<u64>> = None;
+        let mut next = chunks.start;
+        while next < chunks.end {
+            let stop = chunks.end.min(next - next % CHUNKS + CHUNKS);
+            let mut marks = vec![0; usize::try_from(stop - next).unwrap_or(0) * MARK];
+            let is_read = self.file.read_exact_at(&mut marks, place_of_mark(next)).is_ok();
+            for (number, said) in (next..stop).zip(marks.chunks(MARK)) {
+                if !is_read || said == [0; MARK] {
+                    missing = Some(missing.map_or(number, |missing| missing.start)..number + 1);
+                }
+            }
+            next = stop;
+        }
+        missing
     }
 
     /// Keeps chunks from that one on, of an object of that length. Of the last one all must be given.
@@ -196,7 +228,7 @@ mod tests {
     }
 
     fn content(length: usize) -> Vec<u8> {
-        (0..length).map(|n| (n * 31 % 251) as u8).collect()
+        (0..length).map(|n| u8::try_from(n * 31 % 251).unwrap()).collect()
     }
 
     #[test]
@@ -211,9 +243,15 @@ mod tests {
         assert_eq!(chunks.read(98..120, &mut bytes, Wait::May), 2);
         assert!(bytes == all[98 * CHUNK_BYTES..100 * CHUNK_BYTES]);
         bytes.clear();
+        let mut part = vec![0; 60 * CHUNK_BYTES + 9];
+        assert!(chunks.fill(240 * CHUNK + 68, &mut part, Wait::May), "to the last byte, across groups");
+        assert!(part == all[240 * CHUNK_BYTES + 68..]);
+        assert!(!chunks.fill(99 * CHUNK + 1, &mut part[..CHUNK_BYTES], Wait::May), "one of two is not there");
+        assert!(!chunks.fill(299 * CHUNK, &mut part[..CHUNK_BYTES + 78], Wait::May), "past the end");
         assert_eq!(chunks.read(250..400, &mut bytes, Wait::May), 51, "the last one is short");
         assert!(bytes == all[250 * CHUNK_BYTES..]);
-        assert!(chunks.has(200) && !chunks.has(150) && chunks.length() == Some(length));
+        assert_eq!((chunks.missing(98..258), chunks.missing(0..100)), (Some(100..200), None));
+        assert_eq!((chunks.missing(300..301), chunks.length()), (None, Some(length)));
         // Another process finds the same, one that takes it for another object nothing.
         let again = Chunks::new(chunks.file.try_clone().unwrap(), [1; 32]);
         bytes.clear();

@@ -1,13 +1,13 @@
 //! A cache of an object store on a disk, as the store has it: sealed.
 //!
 //! ```text
-//! read → chunks that are kept, each compared with its mark → or that are under way: waited for → or fetched, the gap in one request
+//! read → chunks that are kept → or that are under way: waited for → or fetched, the gap in one request
 //! expect → chunks that are not kept ⇉ requests beside each other ⇉ kept
 //! ```
 //!
-//! Several processes share a folder, and it outlives them. What is in it is not trusted: a chunk that is not what was written is fetched again;
-//! and should one who can write there have made both chunk and mark, then what it opens to is not authentic, and the reader says so
-//! ([`Store::doubt`]): nothing of that object is kept any longer.
+//! Several processes share a folder, and it outlives them. What is in it is not trusted: what is read of packs is sealed, and whoever reads it
+//! verifies that each time, wherever it is from. Where that fails he says so ([`Store::doubt`]): nothing of that object is kept any longer, and it is
+//! asked for anew. Their ends, which are partly in clear, are compared with marks before.
 //!
 //! Objects that are replaced are never kept: they are read by [`Store::get`].
 
@@ -15,7 +15,6 @@ mod chunks;
 mod flights;
 mod folder;
 
-use std::cell::RefCell;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
@@ -38,11 +37,6 @@ const LEAST: u64 = 16;
 /// Most that is fetched in one request for a read that was not expected.
 const MOST: u64 = 8 << 20;
 
-thread_local! {
-    /// Chunks that a range lies in, which begin before it and end after it.
-    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
-
 /// A bucket with a cache before it.
 pub struct Cached {
     bucket: Bucket,
@@ -53,14 +47,12 @@ struct Shared {
     folder: Folder,
     flights: Arc<Flights>,
     /// What makes names of keys: the same key in another bucket is another object.
-    address: String,
+    names: [u8; 32],
 }
 
 impl Shared {
     fn name(&self, key: &str) -> Name {
-        let mut hasher = blake3::Hasher::new_derive_key("reseal 2026-11 cache of an object store");
-        hasher.update(&(self.address.len() as u64).to_le_bytes());
-        *hasher.update(self.address.as_bytes()).update(key.as_bytes()).finalize().as_bytes()
+        *blake3::keyed_hash(&self.names, key.as_bytes()).as_bytes()
     }
 
     /// Keeps what was fetched from that chunk on.
@@ -77,25 +69,9 @@ impl Cached {
     /// A cache of the bucket at that address, of at most about `limit` bytes in a folder.
     pub fn new(bucket: Bucket, address: &str, folder: &Path, limit: u64) -> io::Result<Cached> {
         let folder = Folder::open(folder, limit)?;
-        let shared = Shared { folder, flights: Arc::default(), address: address.to_owned() };
+        let names = blake3::derive_key("reseal 2026-11 cache of an object store", address.as_bytes());
+        let shared = Shared { folder, flights: Arc::default(), names };
         Ok(Cached { bucket, shared: Arc::new(shared) })
-    }
-
-    /// Fills `buf` from chunks that are kept; how many of those that it lies in are.
-    fn fill(chunks: &Chunks, offset: u64, buf: &mut [u8], wait: Wait) -> u64 {
-        let wanted = chunks_of(&(offset..offset + buf.len() as u64));
-        SCRATCH.with_borrow_mut(|bytes| {
-            bytes.clear();
-            let there = chunks.read(wanted.clone(), bytes, wait);
-            if there == wanted.end - wanted.start {
-                let from = usize::try_from(offset - wanted.start * CHUNK).unwrap_or(usize::MAX);
-                match bytes.get(from..).and_then(|rest| rest.get(..buf.len())) {
-                    Some(part) => buf.copy_from_slice(part),
-                    None => return 0,
-                }
-            }
-            there
-        })
     }
 
     /// Reads chunks from the store and keeps them.
@@ -126,6 +102,18 @@ impl Cached {
     }
 }
 
+/// The end of an object, from chunks that are what was written; and its length.
+fn tail(chunks: &Chunks, want: u64) -> Option<(Vec<u8>, u64)> {
+    let length = chunks.length()?;
+    let from = length.saturating_sub(want);
+    let wanted = chunks_of(&(from..length));
+    let mut bytes = Vec::new();
+    let there = chunks.read(wanted.clone(), &mut bytes, Wait::May);
+    let skipped = usize::try_from(from - wanted.start * CHUNK).ok()?;
+    (there == wanted.end - wanted.start && bytes.len() as u64 == length - wanted.start * CHUNK)
+        .then(|| (bytes.split_off(skipped), length))
+}
+
 impl Store for Cached {
     fn get(&self, key: &str, limit: usize) -> Result<Vec<u8>, StoreError> {
         self.bucket.get(key, limit)
@@ -145,20 +133,20 @@ impl Store for Cached {
         let mut more = 0..0;
         if let Some(chunks) = self.shared.folder.chunks(&name) {
             for _ in 0..2 {
-                let there = Cached::fill(&chunks, offset, buf, Wait::May);
-                missing.start = wanted.start + there;
-                if missing.is_empty() {
+                if chunks.fill(offset, buf, Wait::May) {
                     return Ok(());
                 }
+                missing = chunks.missing(wanted.clone()).unwrap_or_else(|| wanted.clone());
                 if !self.shared.flights.wait(&name, &missing, PATIENCE) {
                     break;
                 }
             }
-            let is_wanted = |chunk: &u64| !chunks.has(*chunk) && !self.shared.flights.has(&name, &(*chunk..*chunk + 1));
             let end = chunks.length().map_or(missing.end, |length| length.div_ceil(CHUNK));
-            more = missing.end..(missing.start + LEAST).min(end);
-            more.end = more.clone().take_while(is_wanted).last().map_or(more.start, |last| last + 1);
+            let next = missing.end..(missing.start + LEAST).min(end);
+            more = chunks.missing(next.clone()).filter(|more| more.start == next.start).unwrap_or(0..0);
         }
+        // What comes behind the gap is fetched, too: it is asked for in any case.
+        missing.end = wanted.end;
         let (bytes, length) = self.fetch(key, &name, missing.start..missing.end.max(more.end))?;
         if end > length {
             return Err(StoreError::Short { key: key.into(), length, wanted: end });
@@ -173,8 +161,7 @@ impl Store for Cached {
             None => return Err(StoreError::Short { key: key.into(), length, wanted: end }),
         }
         let kept = self.shared.folder.chunks(&name);
-        let is_there = before.is_empty()
-            || kept.is_some_and(|kept| Cached::fill(&kept, offset, before, Wait::May) == missing.start - wanted.start);
+        let is_there = before.is_empty() || kept.is_some_and(|kept| kept.fill(offset, before, Wait::May));
         match is_there {
             true => Ok(()),
             false => self.bucket.read_at(key, offset, buf),
@@ -183,9 +170,7 @@ impl Store for Cached {
 
     fn try_read_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<bool, StoreError> {
         let name = self.shared.name(key);
-        let wanted = chunks_of(&(offset..offset.saturating_add(buf.len() as u64)));
-        let Some(chunks) = self.shared.folder.chunks(&name) else { return Ok(false) };
-        Ok(Cached::fill(&chunks, offset, buf, Wait::MustNot) == wanted.end - wanted.start)
+        Ok(self.shared.folder.chunks(&name).is_some_and(|chunks| chunks.fill(offset, buf, Wait::MustNot)))
     }
 
     fn expect(&self, key: &str, offset: u64, length: u64) -> bool {
@@ -195,20 +180,20 @@ impl Store for Cached {
         if let Some(length) = chunks.length() {
             wanted.end = wanted.end.min(length.div_ceil(CHUNK));
         }
-        let is_missing = |chunk: &u64| !chunks.has(*chunk);
-        let Some(first) = wanted.clone().find(is_missing) else { return true };
-        let last = wanted.rev().find(is_missing).unwrap_or(first);
-        self.fetch_later(key, name, first..last + 1)
+        match chunks.missing(wanted) {
+            Some(missing) => self.fetch_later(key, name, missing),
+            None => true,
+        }
     }
 
     fn read_tail(&self, key: &str, want: usize) -> Result<(Vec<u8>, u64), StoreError> {
+        // Whether it is there at all: that may change.
+        if want == 0 {
+            return self.bucket.read_tail(key, want);
+        }
         let name = self.shared.name(key);
-        let length = self.shared.folder.chunks(&name).and_then(|chunks| chunks.length());
-        if let Some(length) = length {
-            let part = (want as u64).min(length);
-            let mut tail = vec![0; usize::try_from(part).unwrap_or(0)];
-            self.read_at(key, length - part, &mut tail)?;
-            return Ok((tail, length));
+        if let Some(kept) = self.shared.folder.chunks(&name).and_then(|chunks| tail(&chunks, want as u64)) {
+            return Ok(kept);
         }
         // The length is not known, so what comes may begin in the midst of a chunk; whole ones are kept.
         let (tail, length) = self.bucket.read_tail(key, want + CHUNK_BYTES)?;
@@ -270,7 +255,7 @@ impl Store for Cached {
         self.bucket.standing(key)
     }
 
-    fn end(&self, key: &str) -> Result<(), StoreError> {
+    fn end(&self, key: &str) -> Result<bool, StoreError> {
         self.bucket.end(key)
     }
 }
