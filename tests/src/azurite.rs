@@ -56,7 +56,7 @@ pub fn shared() -> &'static Azurite {
 
 impl Azurite {
     pub fn start() -> Azurite {
-        let (node, program) = (cache().join("bin/node"), cache().join("node_modules/azurite/dist/src/blob/main.js"));
+        let (node, program) = (cache().join("node"), cache().join("node_modules/azurite/dist/src/blob/main.js"));
         assert!(program.exists(), "there is no Azurite at {}: run tests/scripts/setup.sh", program.display());
         let folder = tempfile::Builder::new().prefix("reseal-azurite-").tempdir().unwrap();
         let port = free_port();

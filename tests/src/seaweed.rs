@@ -80,12 +80,14 @@ impl Seaweed {
         let options = format!(
             "server -dir {at}/data -ip 127.0.0.1 -ip.bind 127.0.0.1 -s3 -s3.config {at}/s3.json -s3.iam=false -s3.port.iceberg 0 -s3.port.lance 0 \
              -master.port {master} -volume.port {volume} -filer.port {filer} -s3.port {s3} -volume.max 100 \
-             -master.volumeSizeLimitMB 512 -master.telemetry=false"
+             -master.volumeSizeLimitMB 512 -master.telemetry=false -master.electionTimeout 1s -master.heartbeatInterval 100ms"
         );
         let script =
             r#"weed=$0; log=$1; shift; "$weed" "$@" >>"$log" 2>&1 & server=$!; read -r _; kill -9 $server; wait"#;
         let mut shell = Command::new("sh");
         shell.args(["-c", script]).arg(program()).arg(self.folder.path().join("log")).args(options.split(' '));
+        // One volume for each bucket is enough.
+        shell.env("WEED_MASTER_VOLUME_GROWTH_COPY_1", "1");
         *self.server.lock().unwrap() = Some(shell.stdin(Stdio::piped()).spawn().unwrap());
         let end = Instant::now() + PATIENCE;
         while !self.answers() {
@@ -121,6 +123,18 @@ impl Seaweed {
     /// Starts it again, with what it had.
     pub fn start_again(&self) {
         self.launch();
+    }
+
+    /// How long processors were at work for it since it was started.
+    pub fn processor_time(&self) -> Duration {
+        let shell = self.server.lock().unwrap().as_ref().unwrap().id();
+        let children = fs::read_to_string(format!("/proc/{shell}/task/{shell}/children")).unwrap();
+        let server: u32 = children.split_whitespace().next().unwrap().parse().unwrap();
+        let stat = fs::read_to_string(format!("/proc/{server}/stat")).unwrap();
+        // Behind the name, which may have spaces: the 12th and 13th word are ticks of user and of system.
+        let words: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
+        let ticks: u64 = words[11..13].iter().map(|word| word.parse::<u64>().unwrap()).sum();
+        Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second())
     }
 
     /// Where its S3 interface listens.

@@ -3,10 +3,13 @@
 
 use std::fs;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
+use reseal_format::hold_note::Hold;
+use reseal_tests::faults::{Operation, Watched};
 use reseal_tests::library::{LibraryDisk, vm};
 use reseal_tests::model::ReadDisk as _;
 use reseal_tests::mounting::Mounted;
@@ -19,8 +22,9 @@ use reseal_tests::site::{Site, files_below};
 use serde_json::json;
 
 const MIB: usize = 1 << 20;
-/// Seconds in which everything happens at once; ten times as long for each unit of a soak.
-const TIME: u64 = 40;
+/// Seconds in which everything happens at once, and those of a soak: half an hour for each of its units.
+const TIME: u64 = 45;
+const SOAK: u64 = 180;
 
 fn content(seed: u64, mib: usize) -> Vec<u8> {
     Random::new(seed).bytes(mib * MIB)
@@ -172,6 +176,35 @@ fn a_prune_that_stood_still_does_nothing_any_more() {
     read(&site, "slow", 1, &content(9, 14));
 }
 
+/// Somebody has ended the leases of one who stood still just before he made something: by then the keys may be others.
+#[test]
+fn what_was_made_under_a_lease_that_was_ended_is_taken_back() {
+    let site = shared().site("taken");
+    backup(&site, "web", &content(1, 1));
+    let store = Arc::new(Watched::new(site.store()));
+    let tenant = site.tenant_in(store.clone()).unwrap();
+    let elsewhere = site.store();
+    store.meanwhile(move |operation, key| {
+        if operation == Operation::Finish && (key.ends_with(".note") || key.ends_with(".forgotten")) {
+            let folder = "tenants/default/leases/";
+            elsewhere
+                .list(folder)
+                .unwrap()
+                .iter()
+                .for_each(|lease| elsewhere.delete(&format!("{folder}{}", lease.name)).unwrap());
+        }
+    });
+    let point = tenant.point(&vm("web"), 1).unwrap();
+    let held = tenant.set_hold(&point.manifest, &Hold { held: true, reason: None }).unwrap_err();
+    assert!(held.to_string().contains("was lost"), "{held}");
+    let forgotten = tenant.forgetting().unwrap().forget(&point, "a test").unwrap_err();
+    assert!(forgotten.to_string().contains("was lost"), "{forgotten}");
+    let left = |folder: &str| site.store().list(folder).unwrap().into_iter().filter(|entry| !entry.is_folder).count();
+    assert_eq!((left("tenants/default/vms/web/"), left("tenants/default/vms/web/notes/")), (1, 0));
+    site.verify();
+    site.reseal(["forget", "web@1"]).ok();
+}
+
 #[test]
 fn copies_go_to_a_bucket_and_come_back() {
     let (site, other) = (shared().site("second"), Site::new());
@@ -280,7 +313,8 @@ impl Drop for StopOnDrop<'_> {
 fn two_writers_a_prune_and_a_mount_go_on_while_the_engine_is_killed_and_started_again() {
     let seaweed = Seaweed::start();
     let mut site = seaweed.site("busy");
-    site.variables.insert("RESEAL_LEASE_SECONDS".into(), "60".into());
+    // A command that ends while the engine is away leaves its lease, and a prune waits that long; live ones must survive a restart.
+    site.variables.insert("RESEAL_LEASE_SECONDS".into(), "25".into());
     let cache = site.path("cache");
     site.variables.insert("RESEAL_STORE_CACHE".into(), cache.to_str().unwrap().into());
     let (stop, made, freed, mounts, restarts) =
@@ -323,7 +357,7 @@ fn two_writers_a_prune_and_a_mount_go_on_while_the_engine_is_killed_and_started_
             }
         });
         let began = Instant::now();
-        let time = Duration::from_secs(TIME * u64::from(soak()));
+        let time = Duration::from_secs(if soak() > 1 { SOAK * u64::from(soak()) } else { TIME });
         let mut next = Duration::from_secs(8);
         while began.elapsed() < time && !stop.load(Ordering::Relaxed) {
             if began.elapsed() > next {

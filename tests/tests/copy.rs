@@ -12,6 +12,7 @@ use reseal_tests::library::{LibraryDisk, vm};
 use reseal_tests::process::Run;
 use reseal_tests::random::{Random, seeds};
 use reseal_tests::site::Site;
+use reseal_vault::Holder;
 use serde_json::{Value, json};
 
 const MIB: usize = 1 << 20;
@@ -162,7 +163,10 @@ fn each_side_forgets_what_it_likes() {
     assert_eq!(pair.copy(&[]).len(), 1);
     pair.check(&[(6, 6)]);
     // A number that was given up is no copy.
-    pair.other.tenant().fence(&vm("web"), 7).unwrap();
+    let tenant = pair.other.tenant();
+    let under = tenant.rekey_lease(&Holder::this_process("prune".to_owned())).unwrap();
+    tenant.fence(&vm("web"), 7, &*under).unwrap();
+    drop(under);
     pair.backup(MIB, 100);
     assert_eq!(pair.copy(&[])[0].1, "web@8");
     pair.check(&[(6, 6), (8, 7)]);

@@ -15,6 +15,7 @@ use reseal_format::hold_note::Hold;
 use reseal_format::ids::PointId;
 use reseal_format::layout::parse_pack_file;
 use reseal_format::verdict_note::{BootVerdict, Expectation};
+use reseal_store::Lease;
 use reseal_tests::faults::{Fault, Operation, Plan, Watched};
 use reseal_tests::library::{LibraryDisk, vm};
 use reseal_tests::mounting::Mounted;
@@ -472,8 +473,8 @@ fn prune_with(tenant: &Arc<Tenant>, grace: Duration, despite_damage: bool) -> Re
         throttle: None,
         say: &|_| {},
     };
-    let _alone = tenant.rekey_lease(&Holder::this_process("prune".to_owned()))?;
-    prune.run()
+    let alone = tenant.rekey_lease(&Holder::this_process("prune".to_owned()))?;
+    prune.run(&*alone)
 }
 
 /// One VM whose packs go, are rewritten, and stay.
@@ -629,6 +630,11 @@ fn a_prune_that_is_killed_leaves_a_right_vault() {
     }
 }
 
+/// What one who fences has.
+fn under(tenant: &Tenant) -> Box<dyn Lease> {
+    tenant.rekey_lease(&Holder::this_process("prune".to_owned())).unwrap()
+}
+
 /// A fence whose maker died between its two steps: the number is taken, nobody takes it for a restore point, and whoever comes next
 /// finishes it.
 #[test]
@@ -639,8 +645,9 @@ fn a_fence_that_was_not_finished_is_no_restore_point() {
     let half_a_fence = |tenant: &Tenant, number| {
         // The number is taken, and there is no tombstone yet.
         let fault = Fault::Fails(ErrorKind::NotConnected);
+        let under = under(tenant);
         store.plan(Some(Plan { operation: Some(Operation::Upload), after: 1, lasting: true, fault }));
-        tenant.fence(&vm("web"), number).unwrap_err();
+        tenant.fence(&vm("web"), number, &*under).unwrap_err();
         store.plan(None);
     };
     half_a_fence(&tenant, 2);
@@ -667,10 +674,10 @@ fn a_fence_that_was_not_finished_is_no_restore_point() {
     life.check();
     // What was made, and what can't be next, is not fenced.
     for number in [1, 3, 4, 5, 7, 99] {
-        assert!(!tenant.fence(&vm("web"), number).unwrap());
+        assert!(!tenant.fence(&vm("web"), number, &*under(&tenant)).unwrap());
     }
     // A VM of which there is nothing yet.
-    assert!(tenant.fence(&vm("new"), 1).unwrap());
+    assert!(tenant.fence(&vm("new"), 1, &*under(&tenant)).unwrap());
     life.check();
     assert_eq!(life.backup("new", &content(4, 1))["number"], 2);
     life.check();

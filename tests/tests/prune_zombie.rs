@@ -77,7 +77,7 @@ fn stands_still_before(site: &Arc<Site>, number: usize, first: &[u8], second: &[
         say: &|_| {},
     };
     // What it finds changed may stop it.
-    let _ = prune.run();
+    let _ = prune.run(&*alone);
     drop(alone);
     let was_there = count.load(Ordering::Relaxed) > number;
     if was_there {

@@ -7,12 +7,13 @@
 //!     bench tenants [--output FILE]                          measures many tenants at once again, likewise
 //!     bench recovery [--output FILE]                         measures instant recovery again, likewise
 //!     bench prune [--output FILE]                            measures giving back space again, likewise
+//!     bench objects [--output FILE]                          measures a vault in an object store again, likewise
 //!     bench report [--output FILE]                           writes the document again from the last samples
 //!
 //! The modules, in the order of the data's path: `plan` says what to run, `host` finds the machine, disks and programs,
 //! `process` runs a program and weighs it, `contender` is what each tool can do (one module each: `reseal`, `restic`,
 //! `rustic`, `borg`, `luks`, `null`), `round` takes a round's figures with `reads` and `trace`, `memory`,
-//! `live`, `rekey`, `remote`, `tenants`, `recovery` and `prune` the cases of reseal alone, `samples` keeps them, `targets` judges them, `report` writes them down.
+//! `live`, `rekey`, `remote`, `tenants`, `recovery`, `prune` and `objects` the cases of reseal alone, `samples` keeps them, `targets` judges them, `report` writes them down.
 
 mod borg;
 mod contender;
@@ -22,6 +23,7 @@ mod live;
 mod luks;
 mod memory;
 mod null;
+mod objects;
 mod plan;
 mod process;
 mod prune;
@@ -62,6 +64,7 @@ fn main() -> ExitCode {
         Some("remote") => Plan::parse(&arguments[1..]).and_then(|plan| measure_again(&plan, remote::take)),
         Some("tenants") => Plan::parse(&arguments[1..]).and_then(|plan| measure_again(&plan, tenants::take)),
         Some("recovery") => Plan::parse(&arguments[1..]).and_then(|plan| measure_again(&plan, recovery::take)),
+        Some("objects") => Plan::parse(&arguments[1..]).and_then(|plan| measure_again(&plan, objects::take)),
         Some("prune") => Plan::parse(&arguments[1..]).and_then(|plan| measure_again(&plan, prune::take)),
         Some("report") => {
             Plan::parse(&arguments[1..]).and_then(|plan| report::write(&plan, &Samples::load(&plan.work)?))
@@ -126,6 +129,7 @@ fn measure_all(plan: &Plan) -> Result<Samples> {
     tenants::take(plan, &disks, &mut samples)?;
     recovery::take(plan, &disks, &mut samples)?;
     prune::take(plan, &disks, &mut samples)?;
+    objects::take(plan, &disks, &mut samples)?;
     Ok(samples)
 }
 

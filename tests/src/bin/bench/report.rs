@@ -47,6 +47,7 @@ fn document(plan: &Plan, samples: &Samples) -> Result<String> {
     figures(&mut text, "Many tenants", &samples.tenants)?;
     figures(&mut text, "Instant recovery", &samples.recovery)?;
     figures(&mut text, "Giving back space", &samples.prune)?;
+    figures(&mut text, "An object store", &samples.objects)?;
     text.push_str(METHOD);
     Ok(text)
 }

@@ -97,6 +97,8 @@ pub(crate) struct Samples {
     pub(crate) recovery: Vec<Figure>,
     #[serde(default)]
     pub(crate) prune: Vec<Figure>,
+    #[serde(default)]
+    pub(crate) objects: Vec<Figure>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -124,6 +126,7 @@ impl Samples {
             tenants: Vec::new(),
             recovery: Vec::new(),
             prune: Vec::new(),
+            objects: Vec::new(),
         }
     }
 
