@@ -1,10 +1,8 @@
 //! Azurite, which answers as Azure's blob storage does, with its data in a folder.
-//!
-//! It ends with the process that started it: a shell waits beside it for the end of a pipe.
 
+use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,7 +10,7 @@ use std::time::{Duration, Instant};
 use reseal_store::Variables;
 use tempfile::TempDir;
 
-use crate::process::run;
+use crate::process::{Server, installed, run};
 use crate::remote::free_port;
 use crate::site::Site;
 
@@ -35,17 +33,12 @@ request = urllib.request.Request(f"http://127.0.0.1:{port}{path}?restype=contain
 urllib.request.urlopen(request).read()
 "#;
 
-/// A folder of `tests/scripts/setup.sh`'s cache.
-fn cache() -> PathBuf {
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    std::env::var_os("RESEAL_CACHE").map_or_else(|| workspace.join(".cache"), PathBuf::from).join("azurite")
-}
-
 /// The server.
 pub struct Azurite {
+    // Ends before its folder goes.
+    _server: Server,
     folder: TempDir,
     port: u16,
-    server: Option<Child>,
 }
 
 /// One server for all tests of a program; each has a container of its own.
@@ -56,18 +49,15 @@ pub fn shared() -> &'static Azurite {
 
 impl Azurite {
     pub fn start() -> Azurite {
-        let (node, program) = (cache().join("node"), cache().join("node_modules/azurite/dist/src/blob/main.js"));
-        assert!(program.exists(), "there is no Azurite at {}: run tests/scripts/setup.sh", program.display());
+        let program = installed("azurite/node_modules/azurite/dist/src/blob/main.js");
         let folder = tempfile::Builder::new().prefix("reseal-azurite-").tempdir().unwrap();
         let port = free_port();
-        let script =
-            r#"node=$0; log=$1; shift; "$node" "$@" >>"$log" 2>&1 & server=$!; read -r _; kill -9 $server; wait"#;
-        let mut shell = Command::new("sh");
-        shell.args(["-c", script]).arg(node).arg(folder.path().join("log")).arg(program);
-        shell.args(["--silent", "--skipApiVersionCheck", "--disableTelemetry", "--blobPort", &port.to_string()]);
-        shell.arg("--location").arg(folder.path().join("data")).env("AZURITE_ACCOUNTS", format!("{ACCOUNT}:{KEY}"));
-        let server = shell.stdin(Stdio::piped()).spawn().unwrap();
-        let azurite = Azurite { folder, port, server: Some(server) };
+        let mut words = vec![program.into_os_string()];
+        words.extend(["--silent", "--skipApiVersionCheck", "--disableTelemetry", "--blobPort"].map(OsString::from));
+        words.extend([port.to_string().into(), "--location".into(), folder.path().join("data").into()]);
+        let accounts = [("AZURITE_ACCOUNTS", format!("{ACCOUNT}:{KEY}"))];
+        let server = Server::start(&installed("azurite/node"), words, &accounts, &folder.path().join("log"));
+        let azurite = Azurite { _server: server, folder, port };
         let end = Instant::now() + PATIENCE;
         while !azurite.make("ready") {
             assert!(Instant::now() < end, "Azurite does not answer:\n{}", azurite.log());
@@ -98,14 +88,5 @@ impl Azurite {
         ];
         site.variables = Variables::from(pairs.map(|(name, value)| (name.to_owned(), value)));
         site
-    }
-}
-
-impl Drop for Azurite {
-    fn drop(&mut self) {
-        if let Some(mut server) = self.server.take() {
-            drop(server.stdin.take());
-            let _ = server.wait();
-        }
     }
 }

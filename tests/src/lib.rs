@@ -2,12 +2,13 @@
 //! ([`model`], [`random`], with a [`marker`] to look for), the same work through the libraries ([`library`]) over stores that fail or count
 //! ([`faults`]) and a KMS that does so too ([`moody`]), while the tenant's keys are replaced step by step ([`rekeying`]); and
 //! what ends with a test: mounts of a vault ([`mounting`]), other file systems and devices ([`loops`]), a guest that runs ([`guest`], as a [`domain`] of libvirt too, watched by [`qmp`]); two
-//! sites, of which one sends to the other ([`remote`]), and is enrolled there by command ([`enrolled`]); object stores ([`seaweed`], [`azurite`]), and what comes between it and
-//! who uses it ([`s3_proxy`]).
+//! sites, of which one sends to the other ([`remote`]), and is enrolled there by command ([`enrolled`]); object stores ([`seaweed`], [`azurite`]), and what comes between one and
+//! who uses it ([`s3_proxy`]); who works on a vault beside others ([`beside`]).
 #![allow(clippy::unwrap_used)] // all of it is test code: it ends where it meets what it did not expect
 
 pub mod agent;
 pub mod azurite;
+pub mod beside;
 pub mod booted;
 pub mod certificates;
 pub mod domain;

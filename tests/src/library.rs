@@ -11,7 +11,7 @@ use reseal_vault::disk::{DiskReader, Tools};
 use reseal_vault::heads::Heads;
 use reseal_vault::{Tenant, VaultError, Wait};
 use reseal_writer::BackupError;
-use reseal_writer::backup::{Backup, Disks, Encoding, Input, Vault};
+use reseal_writer::backup::{Backup, CopyOf, Disks, Encoding, Input, Vault};
 use reseal_writer::source::Source;
 
 use crate::model::ReadDisk;
@@ -59,16 +59,23 @@ impl Site {
 
 /// Backs up one disk in this process. There is no lookup at `state`: one that a process opens stays open in it.
 pub fn backup(tenant: &Arc<Tenant>, heads: &Heads, name: &str, disk: &Path) -> Result<Manifest, BackupError> {
+    backup_as(tenant, heads, vm(name), DiskName::new("disk-0").unwrap(), disk, None)
+}
+
+/// The same of a disk of that name, as what a copy of another vault's point would be.
+pub fn backup_as(
+    tenant: &Arc<Tenant>,
+    heads: &Heads,
+    vm: VmName,
+    name: DiskName,
+    disk: &Path,
+    copy_of: Option<CopyOf>,
+) -> Result<Manifest, BackupError> {
     let backup = Backup {
-        vm: vm(name),
-        disks: Disks::Given(vec![Input {
-            name: DiskName::new("disk-0").unwrap(),
-            source: Source::open(disk)?,
-            said: None,
-            tracking: None,
-        }]),
+        vm,
+        disks: Disks::Given(vec![Input { name, source: Source::open(disk)?, said: None, tracking: None }]),
         definition: None,
-        copy_of: None,
+        copy_of,
         encoding: Encoding::DEFAULT,
         throttle: None,
         expect: &|_| (),

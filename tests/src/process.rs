@@ -1,8 +1,9 @@
 //! Running programs: with an end, whatever they do, and with the memory that they took.
 
+use std::ffi::OsStr;
 use std::io::Read;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -174,6 +175,50 @@ pub fn system(program: &str, arguments: &[&str]) -> String {
 pub fn signal(process: u32, signal: i32) {
     // SAFETY: a call that takes two numbers.
     unsafe { libc::kill(i32::try_from(process).unwrap(), signal) };
+}
+
+/// A server of a test. It ends with this, and with the process that started it: a shell waits beside it for the end of a pipe.
+pub struct Server(Child);
+
+impl Server {
+    /// Starts a program with that environment; what it prints goes to the end of a file.
+    pub fn start<A: AsRef<OsStr>>(
+        program: &Path,
+        arguments: impl IntoIterator<Item = A>,
+        environment: &[(&str, String)],
+        log: &Path,
+    ) -> Server {
+        let script =
+            r#"program=$0; log=$1; shift; "$program" "$@" >>"$log" 2>&1 & server=$!; read -r _; kill -9 $server; wait"#;
+        let mut shell = Command::new("sh");
+        shell.args(["-c", script]).arg(program).arg(log).args(arguments);
+        shell.envs(environment.iter().map(|(name, value)| (name, value)));
+        Server(shell.stdin(Stdio::piped()).spawn().unwrap())
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        let shell = self.0.id();
+        let children = std::fs::read_to_string(format!("/proc/{shell}/task/{shell}/children")).unwrap();
+        children.split_whitespace().next().unwrap().parse().unwrap()
+    }
+}
+
+impl Drop for Server {
+    /// As a power cut would.
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
+/// What `tests/scripts/setup.sh` has put into its cache under that name.
+pub fn installed(name: &str) -> PathBuf {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let cache = std::env::var_os("RESEAL_CACHE").map_or_else(|| workspace.join(".cache"), PathBuf::from);
+    let path = cache.join(name);
+    assert!(path.exists(), "there is no {}: run tests/scripts/setup.sh", path.display());
+    path
 }
 
 /// A command whose process dies with this one.

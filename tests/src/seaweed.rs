@@ -1,11 +1,7 @@
 //! A real object store with the interface of S3: SeaweedFS, with its data in a folder, so that it can be killed and started again.
-//!
-//! It ends with the process that started it: a shell waits beside it for the end of a pipe.
 
 use std::fs;
 use std::net::TcpListener;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,6 +9,7 @@ use std::time::{Duration, Instant};
 use reseal_store::{Bucket, Store, Variables};
 use tempfile::TempDir;
 
+use crate::process::{Server, installed};
 use crate::site::Site;
 
 /// How long a start may take on a busy machine.
@@ -20,23 +17,13 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const ACCESS: &str = "writer";
 const SECRET: &str = "not-so-secret";
 
-/// The program: `tests/scripts/setup.sh` puts it into the cache, unless another is named.
-fn program() -> PathBuf {
-    let variable = |name| std::env::var_os(name).map(PathBuf::from);
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let cache = variable("RESEAL_CACHE").unwrap_or_else(|| workspace.join(".cache"));
-    let path = variable("RESEAL_TEST_WEED").unwrap_or_else(|| cache.join("seaweed/bin/weed"));
-    let at = path.display();
-    assert!(path.exists(), "there is no SeaweedFS at {at}: run tests/scripts/setup.sh, or set RESEAL_TEST_WEED");
-    path
-}
-
 /// The server, with buckets of its own.
 pub struct Seaweed {
+    // Ends before its folder goes.
+    server: Mutex<Option<Server>>,
     folder: TempDir,
     /// Of master, volumes, filer and S3; that of gRPC is 10,000 higher, each.
     ports: [u16; 4],
-    server: Mutex<Option<Child>>,
 }
 
 /// Ports that nobody has now, nor those above them.
@@ -82,13 +69,11 @@ impl Seaweed {
              -master.port {master} -volume.port {volume} -filer.port {filer} -s3.port {s3} -volume.max 100 \
              -master.volumeSizeLimitMB 512 -master.telemetry=false -master.electionTimeout 1s -master.heartbeatInterval 100ms"
         );
-        let script =
-            r#"weed=$0; log=$1; shift; "$weed" "$@" >>"$log" 2>&1 & server=$!; read -r _; kill -9 $server; wait"#;
-        let mut shell = Command::new("sh");
-        shell.args(["-c", script]).arg(program()).arg(self.folder.path().join("log")).args(options.split(' '));
         // One volume for each bucket is enough.
-        shell.env("WEED_MASTER_VOLUME_GROWTH_COPY_1", "1");
-        *self.server.lock().unwrap() = Some(shell.stdin(Stdio::piped()).spawn().unwrap());
+        let growth = [("WEED_MASTER_VOLUME_GROWTH_COPY_1", "1".to_owned())];
+        let server =
+            Server::start(&installed("seaweed/bin/weed"), options.split(' '), &growth, &self.folder.path().join("log"));
+        *self.server.lock().unwrap() = Some(server);
         let end = Instant::now() + PATIENCE;
         while !self.answers() {
             assert!(Instant::now() < end, "SeaweedFS does not answer:\n{}", self.log());
@@ -115,9 +100,7 @@ impl Seaweed {
 
     /// Ends the server as a power cut would.
     pub fn kill(&self) {
-        let mut server = self.server.lock().unwrap().take().unwrap();
-        drop(server.stdin.take());
-        server.wait().unwrap();
+        drop(self.server.lock().unwrap().take());
     }
 
     /// Starts it again, with what it had.
@@ -127,9 +110,7 @@ impl Seaweed {
 
     /// How long processors were at work for it since it was started.
     pub fn processor_time(&self) -> Duration {
-        let shell = self.server.lock().unwrap().as_ref().unwrap().id();
-        let children = fs::read_to_string(format!("/proc/{shell}/task/{shell}/children")).unwrap();
-        let server: u32 = children.split_whitespace().next().unwrap().parse().unwrap();
+        let server = self.server.lock().unwrap().as_ref().unwrap().id();
         let stat = fs::read_to_string(format!("/proc/{server}/stat")).unwrap();
         // Behind the name, which may have spaces: the 12th and 13th word are ticks of user and of system.
         let words: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
@@ -190,13 +171,5 @@ fn exists(error: reseal_store::StoreError) -> Result<(), reseal_store::StoreErro
     match error {
         reseal_store::StoreError::Exists(_) => Ok(()),
         other => Err(other),
-    }
-}
-
-impl Drop for Seaweed {
-    fn drop(&mut self) {
-        if self.server.lock().unwrap().is_some() {
-            self.kill();
-        }
     }
 }

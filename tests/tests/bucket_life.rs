@@ -9,6 +9,7 @@ use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
 use reseal_format::hold_note::Hold;
+use reseal_tests::beside::{StopOnDrop, write};
 use reseal_tests::faults::{Operation, Watched};
 use reseal_tests::library::{LibraryDisk, vm};
 use reseal_tests::model::ReadDisk as _;
@@ -277,38 +278,6 @@ fn a_store_that_fails_now_and_then_is_asked_again() {
     assert!(met > 10, "{met} of {requests} requests met a fault");
 }
 
-/// Changes a disk and backs it up, again and again; what was made is read back.
-fn write(site: &Site, name: &str, seed: u64, stop: &AtomicBool, made: &AtomicU32) {
-    let mut random = Random::new(seed);
-    let mut disk = content(77, 3);
-    let mut points: Vec<(u32, Vec<u8>)> = Vec::new();
-    while !stop.load(Ordering::Relaxed) {
-        let at = random.index(2 * MIB);
-        let what = if random.below(3) == 0 { random.below(6) } else { random.number() };
-        disk[at..at + MIB / 2].copy_from_slice(&Random::new(what).bytes(MIB / 2));
-        let point = backup(site, name, &disk);
-        made.fetch_add(1, Ordering::Relaxed);
-        points.push((u32::try_from(point["number"].as_u64().unwrap()).unwrap(), disk.clone()));
-        if points.len() > 3 {
-            let (number, _) = points.remove(0);
-            site.reseal(["forget", &format!("{name}@{number}")]).ok();
-        }
-        let (number, wanted) = &points[random.index(points.len())];
-        read(site, name, *number, wanted);
-    }
-    for (number, wanted) in points {
-        read(site, name, number, &wanted);
-    }
-}
-
-struct StopOnDrop<'a>(&'a AtomicBool);
-
-impl Drop for StopOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 #[test]
 fn two_writers_a_prune_and_a_mount_go_on_while_the_engine_is_killed_and_started_again() {
     let seaweed = Seaweed::start();
@@ -325,7 +294,7 @@ fn two_writers_a_prune_and_a_mount_go_on_while_the_engine_is_killed_and_started_
             let made = &made;
             scope.spawn(move || {
                 let _ended = StopOnDrop(stop);
-                write(site, name, nth as u64, stop, made);
+                write(site, name, 3, nth as u64, stop, made);
             });
         }
         scope.spawn(|| {

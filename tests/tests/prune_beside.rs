@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use reseal_tests::library::{LibraryDisk, vm};
+use reseal_tests::beside::{StopOnDrop, write};
+use reseal_tests::library::vm;
 use reseal_tests::mounting::Mounted;
 use reseal_tests::random::{Random, soak};
 use reseal_tests::site::Site;
@@ -15,38 +16,6 @@ use reseal_vault::Points;
 const MIB: usize = 1 << 20;
 /// Seconds; ten times as long for each unit of a soak.
 const TIME: u64 = 20;
-
-/// Changes a disk and backs it up, again and again. What was made and is still there is read back.
-fn write(site: &Site, name: &str, seed: u64, stop: &AtomicBool, made: &AtomicU32) {
-    let mut random = Random::new(seed);
-    let path = site.disk(name);
-    let mut content = Random::new(77).bytes(4 * MIB);
-    let mut points: Vec<(u32, Vec<u8>)> = Vec::new();
-    while !stop.load(Ordering::Relaxed) {
-        // A third of what is written the other VM may have, too.
-        let at = random.index(3 * MIB);
-        let what = if random.below(3) == 0 { random.below(6) } else { random.number() };
-        content[at..at + MIB / 2].copy_from_slice(&Random::new(what).bytes(MIB / 2));
-        fs::write(&path, &content).unwrap();
-        let point = site.backup(name, &path);
-        made.fetch_add(1, Ordering::Relaxed);
-        points.push((u32::try_from(point["number"].as_u64().unwrap()).unwrap(), content.clone()));
-        if points.len() > 3 {
-            let (number, _) = points.remove(0);
-            site.reseal(["forget", &format!("{name}@{number}")]).ok();
-        }
-        let tenant = site.tenant();
-        let (number, content) = &points[random.index(points.len())];
-        let read = LibraryDisk::open(&tenant, name, *number, "disk-0").unwrap().all().unwrap();
-        assert!(read == *content, "{name}@{number} differs");
-    }
-    // The last words of this writer.
-    let tenant = site.tenant();
-    for (number, content) in points {
-        let read = LibraryDisk::open(&tenant, name, number, "disk-0").unwrap().all().unwrap();
-        assert!(read == content, "{name}@{number} differs at the end");
-    }
-}
 
 /// Until it is told to stop.
 fn again(stop: &AtomicBool, mut what: impl FnMut()) {
@@ -68,7 +37,7 @@ fn writers_prunes_copies_and_mounts_go_on_beside_each_other() {
             let (site, ended) = (&site, ended());
             scope.spawn(move || {
                 let _ended = ended;
-                write(site, name, nth as u64, stop, made);
+                write(site, name, 4, nth as u64, stop, made);
             });
         }
         let (pruner, ended_too) = (&site, ended());
@@ -125,12 +94,4 @@ fn writers_prunes_copies_and_mounts_go_on_beside_each_other() {
     let (made, freed) = (made.load(Ordering::Relaxed), freed.load(Ordering::Relaxed));
     eprintln!("{made} backups beside {freed} prunes that freed something");
     assert!(made > 5 && freed > 1, "{made} backups beside {freed} prunes that freed something");
-}
-
-struct StopOnDrop<'a>(&'a AtomicBool);
-
-impl Drop for StopOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }

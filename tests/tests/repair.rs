@@ -380,24 +380,12 @@ fn clusters_are_believed_only_if_they_are_the_ones() {
 
 /// Makes a restore point that has id and time of another one.
 fn pretend(site: &Site, disk: &std::path::Path, of: &reseal_format::manifest::Manifest) {
-    use reseal_writer::backup::{Backup, CopyOf, Disks, Encoding, Input, Vault};
+    use reseal_tests::library::backup_as;
+    use reseal_writer::backup::CopyOf;
     let (tenant, name) = (site.tenant(), of.disks[0].name.clone());
     let heads = site.heads(&tenant);
-    let source = reseal_writer::source::Source::open(disk).unwrap();
-    let backup = Backup {
-        vm: of.vm.clone(),
-        disks: Disks::Given(vec![Input { name, source, said: None, tracking: None }]),
-        definition: None,
-        copy_of: Some(CopyOf { point: of.point_id, created: of.created, warnings: Vec::new() }),
-        encoding: Encoding::DEFAULT,
-        throttle: None,
-        expect: &|_| (),
-        say: &|_| (),
-        workers: 2,
-        progress: &|_| {},
-    };
-    let to = Vault { tenant: tenant.clone(), heads: &heads, state: PathBuf::from("/dev/null/no-lookup") };
-    let made = backup.run(to).unwrap().manifest;
+    let copy_of = CopyOf { point: of.point_id, created: of.created, warnings: Vec::new() };
+    let made = backup_as(&tenant, &heads, of.vm.clone(), name, disk, Some(copy_of)).unwrap();
     assert_eq!(made.disks[0].used_clusters, of.disks[0].used_clusters);
 }
 

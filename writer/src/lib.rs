@@ -12,6 +12,7 @@
 //! pipeline there. The lookup is a hint: nothing is deduplicated against before the pack's own id table confirms it.
 
 mod assemble;
+mod at_work;
 pub mod backup;
 pub mod changes;
 mod content;
@@ -19,6 +20,7 @@ pub mod copy;
 mod draft;
 mod error;
 mod finisher;
+mod generations;
 pub mod guardian;
 pub mod image;
 mod index_writer;

@@ -14,13 +14,14 @@ use std::thread;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use reseal_format::layout;
 use reseal_format::seal::{MAX_OBJECT, check, reseal};
 use reseal_store::{Lease, StoreError};
-use reseal_vault::{Epochs, Held, ObjectSeal, PackFile, PackSeal, Packs, Silenced, Tenant, VaultError, random};
+use reseal_vault::{Epochs, Held, ObjectSeal, PackFile, PackSeal, Packs, Tenant, VaultError, random};
 use serde::Serialize;
 
 use crate::BackupError;
+use crate::at_work::still;
+use crate::generations::{self, Removal};
 use crate::rewrite::{Rewriting, tables_open};
 use crate::spread::spread;
 use crate::throttle::Throttle;
@@ -120,16 +121,7 @@ impl Rekey<'_> {
     fn wait_for(&self, at_work: &mut Vec<Held>) -> Result<(), BackupError> {
         let mut said = false;
         loop {
-            let mut held = Vec::new();
-            for lease in at_work.drain(..) {
-                match self.tenant.find_again(&lease)? {
-                    Some(lease) if lease.is_silent && self.tenant.end_silent(&lease, self.under)? != Silenced::No => {
-                        (self.say)(&format!("not waited for any longer, and may make nothing any more: {lease}"));
-                    }
-                    lease => held.extend(lease),
-                }
-            }
-            *at_work = held;
+            *at_work = still(&self.tenant, std::mem::take(at_work), self.under, self.say, &mut |_| ())?;
             if at_work.is_empty() {
                 return Ok(());
             }
@@ -212,19 +204,15 @@ impl Rekey<'_> {
 
     /// Removes a generation of a pack that another one has replaced; whether it is gone.
     fn remove(&self, old: PackFile, all: &Mutex<&mut Resealed>) -> Result<bool, VaultError> {
-        let key = layout::pack(self.tenant.name(), old.id, old.generation);
-        match self.tenant.store().delete(&key) {
-            Err(StoreError::NotFound(_)) => Ok(false),
-            Err(e) if e.is_refused() => {
-                all.lock().held_back.insert(key, e.to_string());
-                Ok(false)
-            }
-            Err(e) => Err(e.into()),
-            Ok(()) => {
+        match generations::remove(&self.tenant, &old)? {
+            Removal::Done => {
                 all.lock().removed += 1;
-                Ok(true)
+                return Ok(true);
             }
+            Removal::WasGone => {}
+            Removal::HeldBack(why) => _ = all.lock().held_back.insert(generations::key(&self.tenant, &old), why),
         }
+        Ok(false)
     }
 
     /// Seals a manifest, tombstone or note again, in its place.

@@ -149,6 +149,13 @@ pub trait Upload: Send {
     fn finish(self: Box<Self>) -> Result<(), StoreError>;
 }
 
+/// 32 hexadecimal digits that nobody else has.
+fn random_name() -> io::Result<String> {
+    let mut random = [0u8; 16];
+    getrandom::fill(&mut random).map_err(io::Error::other)?;
+    Ok(random.map(|byte| format!("{byte:02x}")).concat())
+}
+
 /// Why the store did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {

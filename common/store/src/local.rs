@@ -23,7 +23,7 @@ use rustix::fs::{Advice, AtFlags, CWD, FlockOperation, Mode, OFlags, fadvise, fl
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use rustix::process::{Resource, getrlimit};
 
-use crate::{Entry, Lease, LeaseUse, Standing, Store, StoreError, Upload};
+use crate::{Entry, Lease, LeaseUse, Standing, Store, StoreError, Upload, random_name};
 
 /// Folder of unfinished objects.
 const TMP: &str = "tmp";
@@ -157,9 +157,7 @@ impl Shared {
         let folder = self.root.join(TMP);
         self.ensure_folder(&folder)?;
         loop {
-            let mut name = [0u8; 16];
-            getrandom::fill(&mut name).map_err(io::Error::other)?;
-            let path = folder.join(temporary_name(name));
+            let path = folder.join(random_name()?);
             let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
             flock(&file, FlockOperation::LockExclusive)?;
             // A sweep that came between the two has taken it for abandoned.
@@ -215,11 +213,7 @@ fn open_files() -> NonZeroUsize {
     NonZeroUsize::new(files).unwrap_or(NonZeroUsize::MIN)
 }
 
-/// The name of a file under `tmp/`: 32 hexadecimal digits. Nothing else there is touched.
-fn temporary_name(random: [u8; 16]) -> String {
-    random.map(|byte| format!("{byte:02x}")).concat()
-}
-
+/// Whether a file under `tmp/` may be one of ours: see [`random_name`]. Nothing else there is touched.
 fn is_temporary(name: &str) -> bool {
     name.len() == 32 && name.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }

@@ -25,16 +25,18 @@ use reseal_format::condemned::Condemned;
 use reseal_format::dated_note::DatedKind;
 use reseal_format::ids::CondemnedId;
 use reseal_format::layout;
-use reseal_store::{Lease, StoreError};
-use reseal_vault::{Held, PackFile, Packs, PointName, Silenced, Tenant, Tree, VaultError};
+use reseal_store::Lease;
+use reseal_vault::{Held, PackFile, Packs, PointName, Tenant, Tree, VaultError};
 use serde::Serialize;
 
 use crate::BackupError;
+use crate::at_work::still;
+use crate::generations::{self, Listed, Removal};
 use crate::rewrite::{Rewriting, tables_open};
 use crate::spread::spread;
 use crate::throttle::Throttle;
 use marks::Marks;
-use plan::{Listed, Plan, Worth};
+use plan::{Plan, Worth};
 
 /// Bytes of tables that are kept. Each node is read once, so none is.
 const TABLES: usize = 16 << 20;
@@ -193,13 +195,8 @@ impl Prune<'_> {
         let mut at_work = self.tenant.leases()?;
         let mut said = false;
         loop {
-            let mut held: Vec<Held> = Vec::new();
-            for lease in at_work {
-                match self.tenant.find_again(&lease)? {
-                    Some(lease) if lease.is_silent => self.end(lease, under, pruned, &mut held)?,
-                    lease => held.extend(lease),
-                }
-            }
+            let held =
+                still(&self.tenant, at_work, under, self.say, &mut |point| pruned.fenced.push(point.to_string()))?;
             if held.is_empty() {
                 return Ok(());
             }
@@ -214,24 +211,6 @@ impl Prune<'_> {
             at_work = held;
             thread::sleep(NAP.min(self.grace));
         }
-    }
-
-    /// Ends the lease of a process that was not heard of for long. One that can't be ended is waited for.
-    fn end(
-        &self,
-        lease: Held,
-        under: &dyn Lease,
-        pruned: &mut Pruned,
-        held: &mut Vec<Held>,
-    ) -> Result<(), BackupError> {
-        match self.tenant.end_silent(&lease, under)? {
-            Silenced::No => held.push(lease),
-            Silenced::Yes(fenced) => {
-                (self.say)(&format!("not waited for any longer, and may make nothing any more: {lease}"));
-                pruned.fenced.extend(fenced.map(|point| point.to_string()));
-            }
-        }
-        Ok(())
     }
 
     fn fence(&self, held: &[Held], under: &dyn Lease, pruned: &mut Pruned) -> Result<(), BackupError> {
@@ -306,15 +285,13 @@ impl Prune<'_> {
     ) -> Result<bool, BackupError> {
         let mut all = true;
         for file in files {
-            let key = layout::pack(self.tenant.name(), file.id, file.generation);
-            match self.tenant.store().delete(&key) {
-                Ok(()) => pruned.lock().freed += file.length,
-                Err(StoreError::NotFound(_)) => {}
-                Err(e) if e.is_refused() => {
+            match generations::remove(&self.tenant, file)? {
+                Removal::Done => pruned.lock().freed += file.length,
+                Removal::WasGone => {}
+                Removal::HeldBack(why) => {
                     all = false;
-                    pruned.lock().held_back.insert(key, e.to_string());
+                    pruned.lock().held_back.insert(generations::key(&self.tenant, file), why);
                 }
-                Err(e) => return Err(VaultError::from(e).into()),
             }
         }
         Ok(all)

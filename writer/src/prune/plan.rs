@@ -12,20 +12,13 @@ use reseal_format::pack::TARGET_BYTES;
 use reseal_vault::{PackFile, Packs, VaultError};
 
 use crate::BackupError;
+use crate::generations::{Listed, by_pack};
 use crate::spread::spread;
 use crate::walk::{Need, Needed};
 
 /// Usually no more is read of packs that are rewritten than one part of so many of what is stored, or this.
 const USUAL_PART: u64 = 32;
 const USUAL_LEAST: u64 = TARGET_BYTES;
-
-/// The generations of a pack that were listed.
-#[derive(Debug, Clone)]
-pub(super) struct Listed {
-    pub newest: PackFile,
-    /// Those that it has replaced.
-    pub older: Vec<PackFile>,
-}
 
 /// What is to become of the packs.
 #[derive(Debug, Default)]
@@ -56,19 +49,6 @@ pub(super) struct Sizes {
     pub postponed: u64,
     /// That will be freed.
     pub to_free: u64,
-}
-
-/// Brings the generations of each pack together.
-fn by_pack(mut files: Vec<PackFile>) -> Vec<Listed> {
-    files.sort_unstable();
-    let mut packs: Vec<Listed> = Vec::new();
-    for file in files {
-        match packs.last_mut() {
-            Some(pack) if pack.newest.id == file.id => pack.older.push(std::mem::replace(&mut pack.newest, file)),
-            _ => packs.push(Listed { newest: file, older: Vec::new() }),
-        }
-    }
-    packs
 }
 
 /// Which blobs of a pack nothing needs.

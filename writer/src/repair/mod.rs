@@ -29,13 +29,14 @@ use parking_lot::Mutex;
 use reseal_format::ids::PackId;
 use reseal_format::keys::Kind;
 use reseal_format::layout;
-use reseal_store::{Lease, StoreError};
+use reseal_store::Lease;
 use reseal_vault::heads::Heads;
 use reseal_vault::{Holder, PackFile, Packs, Tenant, Tree, VaultError};
 use serde::Serialize;
 
 use crate::BackupError;
 use crate::draft::{Caches, open_known};
+use crate::generations::{self, Listed, Removal, by_pack};
 use crate::lookup::{Lookup, lookup_folder};
 use crate::rewrite::tables_open;
 use crate::spread::spread;
@@ -270,7 +271,7 @@ impl Repair<'_> {
     ) -> Result<(), BackupError> {
         let of_pack = || report.damaged.iter().filter(|damage| damage.pack == Some(patient.id));
         repaired.mended.push(Mended {
-            object: self.key(written.file),
+            object: generations::key(&self.tenant, &written.file),
             what: of_pack().map(|damage| damage.what.as_str()).collect::<Vec<_>>().join("; "),
             hurt: of_pack().flat_map(|damage| damage.hurts.clone()).collect(),
             blobs: written.from.values().sum(),
@@ -283,19 +284,15 @@ impl Repair<'_> {
         Ok(())
     }
 
-    fn key(&self, file: PackFile) -> String {
-        layout::pack(self.tenant.name(), file.id, file.generation)
-    }
-
     /// Removes generations that were replaced.
     fn remove(&self, files: &[PackFile], repaired: &mut Repaired) -> Result<(), BackupError> {
         for file in files {
-            let key = self.key(*file);
-            match self.tenant.store().delete(&key) {
-                Ok(()) => repaired.removed.push(key),
-                Err(StoreError::NotFound(_)) => {}
-                Err(e) if e.is_refused() => _ = repaired.held_back.insert(key, e.to_string()),
-                Err(e) => return Err(VaultError::from(e).into()),
+            match generations::remove(&self.tenant, file)? {
+                Removal::Done => repaired.removed.push(generations::key(&self.tenant, file)),
+                Removal::WasGone => {}
+                Removal::HeldBack(why) => {
+                    _ = repaired.held_back.insert(generations::key(&self.tenant, file), why);
+                }
             }
         }
         Ok(())
@@ -322,25 +319,20 @@ impl Repair<'_> {
         }
     }
 
-    /// Packs of which there are several generations, each with the newest and the others; none if not all was verified.
-    fn superseded(&self) -> Result<Vec<(PackFile, Vec<PackFile>)>, BackupError> {
+    /// Packs of which there are several generations; none if not all was verified.
+    fn superseded(&self) -> Result<Vec<Listed>, BackupError> {
         if self.what != What::Everything || self.part != Part::All {
             return Ok(Vec::new());
         }
-        let mut files = Packs::new(self.tenant.clone(), 0).list()?;
-        files.sort_unstable();
-        let of_pack = files.chunk_by(|one, next| one.id == next.id);
-        let several = of_pack.filter_map(|generations| match generations {
-            [] | [_] => None,
-            [older @ .., newest] => Some((*newest, older.to_vec())),
-        });
-        Ok(several.collect())
+        let mut listed = by_pack(Packs::new(self.tenant.clone(), 0).list()?);
+        listed.retain(|pack| !pack.older.is_empty());
+        Ok(listed)
     }
 
     /// Removes all but the newest generation of each pack, where everything was found whole a moment ago.
     fn remove_superseded(&self, repaired: &mut Repaired) -> Result<(), BackupError> {
         let packs = Packs::new(self.tenant.clone(), 0);
-        for (newest, older) in self.superseded()? {
+        for Listed { newest, older } in self.superseded()? {
             tables_open(&packs, newest)?;
             self.remove(&older, repaired)?;
         }

@@ -136,6 +136,14 @@ pub(super) fn told(key: &str, action: &'static str, error: Error) -> StoreError 
     if status(&error).as_deref() == Some("404") && matches!(error, Error::Generic { .. }) {
         return no_bucket(key, action);
     }
+    let error = match error {
+        // What this process has refused itself.
+        Error::NotSupported { source } => match source.downcast::<StoreError>() {
+            Ok(own) => return *own,
+            Err(source) => Error::NotSupported { source },
+        },
+        error => error,
+    };
     let kind = match &error {
         Error::NotFound { .. } => return StoreError::NotFound(key.into()),
         Error::AlreadyExists { .. } => return StoreError::Exists(key.into()),

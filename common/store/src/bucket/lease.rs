@@ -14,21 +14,19 @@
 //! was ended or taken over. That clock is its own, and it goes on while the machine sleeps. But a process may stand still between looking at it
 //! and the request, so this only makes rare what the rest makes harmless.
 
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use object_store::path::Path;
 use object_store::{PutMode, PutPayload, UpdateVersion};
 use parking_lot::Mutex;
 use rustix::time::{ClockId, clock_gettime};
 use tokio::time::sleep;
 
-use super::attempts::{spawn, told};
+use super::attempts::spawn;
 use super::open::{AddressError, Variables};
-use super::{Guard, Shared, told_of_write};
-use crate::{Lease, LeaseUse, Standing, StoreError};
+use super::{Guard, Object, Shared, told_of_write};
+use crate::{Lease, LeaseUse, Standing, StoreError, random_name};
 
 /// How long a lease may go without being renewed, in seconds, and the variable that says otherwise.
 const USUAL: u64 = 90;
@@ -162,15 +160,10 @@ impl Renewed {
         text: Vec<u8>,
         of: LeaseUse,
     ) -> Result<Renewed, StoreError> {
-        let mut random = [0u8; 16];
-        getrandom::fill(&mut random).map_err(|e| StoreError::Io {
-            key: key.clone(),
-            action: "name",
-            source: io::Error::other(e.to_string()),
-        })?;
+        let nonce = random_name().map_err(|source| StoreError::Io { key: key.clone(), action: "name", source })?;
         let state = Arc::new(State {
             guards: above(&key).filter(|_| of == LeaseUse::Changing),
-            nonce: random.map(|byte| format!("{byte:02x}")).concat(),
+            nonce,
             seconds: shared.leases.seconds,
             text,
             of,
@@ -193,12 +186,18 @@ impl Renewed {
     }
 }
 
+/// The object of a lease, if there is one.
+async fn read(shared: &Shared, key: &str) -> Result<Option<Object>, StoreError> {
+    match shared.read_within(key, MAX_LEASE).await {
+        Ok(object) => Ok(Some(object)),
+        Err(StoreError::NotFound(_)) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
 /// Puts a lease in the place of one that is silent; `None` where it is not.
 async fn take_over(shared: &Shared, state: &State) -> Result<Option<UpdateVersion>, StoreError> {
-    let object = match shared.read_within(&state.key, MAX_LEASE).await {
-        Err(StoreError::NotFound(_)) => return Ok(None),
-        other => other?,
-    };
+    let Some(object) = read(shared, &state.key).await? else { return Ok(None) };
     if !is_silent(shared, object.modified, Said::of(&object.concat()).as_ref()).await? {
         return Ok(None);
     }
@@ -222,15 +221,9 @@ async fn store_time(shared: &Shared) -> Result<i64, StoreError> {
     let path = shared.path(CLOCK)?;
     let put = shared.put(CLOCK, &path, &PutPayload::from_static(b"the store's clock"), PutMode::Overwrite).await;
     put.map_err(|refusal| told_of_write(CLOCK, "make", refusal.error))?;
-    let time = modified(shared, &path).await?;
+    let time = shared.about(CLOCK).await?.last_modified.timestamp();
     *shared.leases.clock.lock() = Some((time, uptime()));
     Ok(time)
-}
-
-async fn modified(shared: &Shared, path: &Path) -> Result<i64, StoreError> {
-    use object_store::ObjectStoreExt;
-    let asked = shared.attempts.ask(0, || shared.store.head(path)).await;
-    asked.map(|meta| meta.last_modified.timestamp()).map_err(|refusal| told(CLOCK, "look at", refusal.error))
 }
 
 /// Renews a lease until it is dropped or lost.
@@ -246,14 +239,12 @@ async fn renew(shared: Arc<Shared>, state: Arc<State>, mut version: UpdateVersio
         let renewed = match shared.update(&state.key, version.clone(), state.payload(beat)).await {
             Ok(Some(next)) => Some(next),
             Ok(None) if state.is_dropped.load(Ordering::Acquire) => return,
-            Ok(None) => match shared.read_within(&state.key, MAX_LEASE).await {
+            Ok(None) => match read(&shared, &state.key).await {
                 // What an earlier request has made, whose answer was lost.
-                Ok(object) if state.is_said_by(&object.concat()) => Some(object.version),
+                Ok(Some(object)) if state.is_said_by(&object.concat()) => Some(object.version),
                 // One who only reads takes it again: nobody relied on his not having it.
-                Err(StoreError::NotFound(_)) if state.of == LeaseUse::Reading => {
-                    shared.make(&state.key, state.payload(beat)).await.ok()
-                }
-                Ok(_) | Err(StoreError::NotFound(_)) => {
+                Ok(None) if state.of == LeaseUse::Reading => shared.make(&state.key, state.payload(beat)).await.ok(),
+                Ok(_) => {
                     state.is_lost.store(true, Ordering::Release);
                     return;
                 }
@@ -274,13 +265,9 @@ impl Lease for Renewed {
     fn check(&self) -> Result<(), StoreError> {
         let (shared, state) = (self.shared.clone(), self.state.clone());
         let key = self.state.key.clone();
-        let asked = super::wait(async move { shared.read_within(&state.key, MAX_LEASE).await });
-        let object = asked.map_err(|source| StoreError::Io { key, action: "read", source })?;
-        let stands = match object {
-            Ok(object) => self.state.is_said_by(&object.concat()),
-            Err(StoreError::NotFound(_)) => false,
-            Err(e) => return Err(e),
-        };
+        let asked = super::wait(async move { read(&shared, &state.key).await });
+        let object = asked.map_err(|source| StoreError::Io { key, action: "read", source })??;
+        let stands = object.is_some_and(|object| self.state.is_said_by(&object.concat()));
         match stands && !self.state.is_lost.load(Ordering::Acquire) {
             true => Ok(()),
             false => Err(self.state.lost()),
@@ -320,10 +307,7 @@ impl Drop for Renewed {
 
 /// A lease that some process has, or is silent.
 pub(super) async fn standing(shared: &Shared, key: &str) -> Result<Option<Standing>, StoreError> {
-    let object = match shared.read_within(key, MAX_LEASE).await {
-        Err(StoreError::NotFound(_)) => return Ok(None),
-        other => other?,
-    };
+    let Some(object) = read(shared, key).await? else { return Ok(None) };
     let bytes = object.concat();
     let said = Said::of(&bytes);
     let is_silent = is_silent(shared, object.modified, said.as_ref()).await?;

@@ -21,7 +21,8 @@ use bytes::Bytes;
 use futures_util::TryStreamExt;
 use object_store::path::Path;
 use object_store::{
-    Error, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, UpdateVersion,
+    Error, GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
+    UpdateVersion,
 };
 
 use crate::{Entry, Lease, LeaseUse, Standing, Store, StoreError, Upload};
@@ -125,7 +126,6 @@ impl Bucket {
 
     /// Makes an object.
     fn make(&self, key: &str, payload: PutPayload) -> Result<(), StoreError> {
-        self.shared.leases.check(key)?;
         let name = key.to_owned();
         self.run(key, "make", |shared| async move { shared.make(&name, payload).await.map(drop) })
     }
@@ -188,7 +188,6 @@ impl Shared {
                 Err(refusal) => refusal,
             };
             if !matches!(refusal.error, Error::AlreadyExists { .. }) {
-                self.leases.check(key)?;
                 return Err(told_of_write(key, "make", refusal.error));
             }
             // It may be what a request made whose answer was lost; and some say so of one that is just being removed.
@@ -197,7 +196,7 @@ impl Shared {
                     .read_within(key, payload.content_length() as u64)
                     .await
                     .map(|object| object.is(&payload).then_some(object.version)),
-                false => self.head(key).await.map(|()| None),
+                false => self.about(key).await.map(|_| None),
             };
             match ours {
                 Ok(Some(version)) => return Ok(version),
@@ -209,10 +208,11 @@ impl Shared {
         Err(StoreError::Exists(key.into()))
     }
 
-    async fn head(&self, key: &str) -> Result<(), StoreError> {
+    /// What a store says of an object without its bytes.
+    async fn about(&self, key: &str) -> Result<ObjectMeta, StoreError> {
         let path = self.path(key)?;
         let asked = self.attempts.ask(0, || self.store.head(&path)).await;
-        asked.map(drop).map_err(|refusal| told(key, "look at", refusal.error))
+        asked.map_err(|refusal| told(key, "look at", refusal.error))
     }
 
     /// Puts `new` in the place of a version; `None` where that is not what is there.
@@ -236,10 +236,7 @@ impl Shared {
                 }
             }
             Error::Precondition { .. } | Error::AlreadyExists { .. } | Error::NotFound { .. } => Ok(None),
-            error => {
-                self.leases.check(key)?;
-                Err(told_of_write(key, "replace", error))
-            }
+            error => Err(told_of_write(key, "replace", error)),
         }
     }
 
@@ -255,12 +252,7 @@ impl Shared {
             Ok(()) => Ok(()),
             // Done before, and the answer was lost.
             Err(Refusal { error: Error::NotFound { .. }, was_repeated: true }) => Ok(()),
-            Err(refusal) => {
-                if guard == Guard::On {
-                    self.leases.check(key)?;
-                }
-                Err(told(key, "delete", refusal.error))
-            }
+            Err(refusal) => Err(told(key, "delete", refusal.error)),
         }
     }
 
@@ -298,7 +290,7 @@ enum Guard {
     Off,
 }
 
-/// Ends asking again; what is told is that the lease was lost.
+/// Ends asking again; [`told`] tells it as it is.
 fn not_any_more(error: StoreError) -> Error {
     Error::NotSupported { source: Box::new(error) }
 }
@@ -331,21 +323,16 @@ impl Store for Bucket {
             return Ok(());
         }
         let wanted = offset.saturating_add(buf.len() as u64);
-        let object = match self.read(key, Some(GetRange::Bounded(offset..wanted)), buf.len() as u64) {
-            Err(e) if is_behind_the_end(&e) => {
-                return Err(StoreError::Short { key: key.into(), length: self.length(key)?, wanted });
-            }
-            other => other?,
-        };
+        let (chunks, length) = self.fetch(key, offset..wanted)?;
         let mut at = 0;
-        for chunk in &object.chunks {
-            let length = chunk.len().min(buf.len() - at);
-            buf[at..at + length].copy_from_slice(&chunk[..length]);
-            at += length;
+        for chunk in &chunks {
+            let part = chunk.len().min(buf.len() - at);
+            buf[at..at + part].copy_from_slice(&chunk[..part]);
+            at += part;
         }
         match at == buf.len() {
             true => Ok(()),
-            false => Err(StoreError::Short { key: key.into(), length: object.length, wanted }),
+            false => Err(StoreError::Short { key: key.into(), length, wanted }),
         }
     }
 
@@ -405,7 +392,6 @@ impl Store for Bucket {
     }
 
     fn delete(&self, key: &str) -> Result<(), StoreError> {
-        self.shared.leases.check(key)?;
         let name = key.to_owned();
         self.run(key, "delete", |shared| async move { shared.delete(&name, Guard::On).await })
     }
@@ -439,17 +425,11 @@ impl Store for Bucket {
 impl Bucket {
     fn length(&self, key: &str) -> Result<u64, StoreError> {
         let name = key.to_owned();
-        self.run(key, "look at", |shared| async move { shared.length(&name).await })
+        self.run(key, "look at", |shared| async move { Ok(shared.about(&name).await?.size) })
     }
 }
 
 impl Shared {
-    async fn length(&self, key: &str) -> Result<u64, StoreError> {
-        let path = self.path(key)?;
-        let asked = self.attempts.ask(0, || self.store.head(&path)).await;
-        asked.map(|meta| meta.size).map_err(|refusal| told(key, "look at", refusal.error))
-    }
-
     /// The last bytes of an object. Not all stores can be asked for them, nor do all answer for an object without a byte.
     async fn read_tail(&self, key: &str, want: u64) -> Result<(Vec<u8>, u64), StoreError> {
         let asked = match want {
@@ -460,7 +440,7 @@ impl Shared {
             Some(Ok(object)) => (object.concat(), object.length),
             Some(Err(e)) if !is_behind_the_end(&e) && !is_not_asked_so(&e) => return Err(e),
             Some(Err(_)) | None => {
-                let length = self.length(key).await?;
+                let length = self.about(key).await?.size;
                 let start = length.saturating_sub(want);
                 match length - start {
                     0 => (Vec::new(), length),

@@ -145,7 +145,7 @@ fn s3(
         }
     }
     if !has(&builder, &Key::Region)
-        && let Some(region) = variable("AWS_REGION").or_else(|| profile.get("region").cloned())
+        && let Some(region) = profile.get("region")
     {
         builder = builder.with_region(region);
     }

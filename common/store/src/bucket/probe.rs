@@ -6,7 +6,7 @@ use object_store::{Error, ObjectStoreExt, PutMode, PutPayload, UpdateVersion};
 
 use super::Shared;
 use super::attempts::told;
-use crate::StoreError;
+use crate::{StoreError, random_name};
 
 /// How many make, or replace, one object at a time.
 const CROWD: u8 = 12;
@@ -16,13 +16,8 @@ const ROUNDS: usize = 3;
 /// Makes and replaces objects under `tmp/`; an error where more than one of several who do is told that he has.
 pub(super) async fn conditions(shared: &Shared) -> Result<(), StoreError> {
     for _ in 0..ROUNDS {
-        let mut random = [0u8; 16];
-        getrandom::fill(&mut random).map_err(|e| StoreError::Io {
-            key: "tmp".into(),
-            action: "probe",
-            source: std::io::Error::other(e.to_string()),
-        })?;
-        let key = format!("tmp/probe-{}", random.map(|byte| format!("{byte:02x}")).concat());
+        let name = random_name().map_err(|source| StoreError::Io { key: "tmp".into(), action: "probe", source })?;
+        let key = format!("tmp/probe-{name}");
         let honoured = round(shared, &key).await;
         let path = shared.path(&key)?;
         // Should it stay, it is a small object that nobody looks at.
@@ -56,7 +51,7 @@ async fn round(shared: &Shared, key: &str) -> Result<bool, StoreError> {
     }
     let Some((nth, version)) = version else {
         // None was told so; what is there tells more.
-        shared.head(key).await?;
+        shared.about(key).await?;
         return Ok(true);
     };
     let there = shared.read(key, None, 64).await?.concat();

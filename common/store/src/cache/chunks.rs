@@ -165,14 +165,14 @@ impl Chunks {
     }
 
     /// Reads chunks as far as they are there and as they were written, one after the other, into `bytes`; how many these are.
-    pub(super) fn read(&self, chunks: Range<u64>, bytes: &mut Vec<u8>, wait: Wait) -> u64 {
+    pub(super) fn read(&self, chunks: Range<u64>, bytes: &mut Vec<u8>) -> u64 {
         let Some(length) = self.length() else { return 0 };
         let mut chunk = vec![0; CHUNK_BYTES];
         for number in chunks.start..chunks.end.min(length.div_ceil(CHUNK)) {
             let of = usize::try_from(length - number * CHUNK).map_or(CHUNK_BYTES, |rest| rest.min(CHUNK_BYTES));
             let (part, mut said) = (&mut chunk[..of], [0; MARK]);
-            let is_read = self.read_exact(&mut said, place_of_mark(number), wait).unwrap_or(false)
-                && self.read_exact(part, place_of_chunk(number), wait).unwrap_or(false);
+            let is_read = self.read_exact(&mut said, place_of_mark(number), Wait::May).unwrap_or(false)
+                && self.read_exact(part, place_of_chunk(number), Wait::May).unwrap_or(false);
             if !is_read || mark(&self.name, number, part) != said {
                 return number - chunks.start;
             }
@@ -236,11 +236,11 @@ mod tests {
         let chunks = Chunks::new(file(), [1; 32]);
         let all = content(300 * CHUNK_BYTES + 77);
         let length = all.len() as u64;
-        assert_eq!(chunks.read(0..9, &mut Vec::new(), Wait::May), 0);
+        assert_eq!(chunks.read(0..9, &mut Vec::new()), 0);
         chunks.write(0, &all[..100 * CHUNK_BYTES], length).unwrap();
         chunks.write(200, &all[200 * CHUNK_BYTES..], length).unwrap();
         let mut bytes = Vec::new();
-        assert_eq!(chunks.read(98..120, &mut bytes, Wait::May), 2);
+        assert_eq!(chunks.read(98..120, &mut bytes), 2);
         assert!(bytes == all[98 * CHUNK_BYTES..100 * CHUNK_BYTES]);
         bytes.clear();
         let mut part = vec![0; 60 * CHUNK_BYTES + 9];
@@ -248,18 +248,18 @@ mod tests {
         assert!(part == all[240 * CHUNK_BYTES + 68..]);
         assert!(!chunks.fill(99 * CHUNK + 1, &mut part[..CHUNK_BYTES], Wait::May), "one of two is not there");
         assert!(!chunks.fill(299 * CHUNK, &mut part[..CHUNK_BYTES + 78], Wait::May), "past the end");
-        assert_eq!(chunks.read(250..400, &mut bytes, Wait::May), 51, "the last one is short");
+        assert_eq!(chunks.read(250..400, &mut bytes), 51, "the last one is short");
         assert!(bytes == all[250 * CHUNK_BYTES..]);
         assert_eq!((chunks.missing(98..258), chunks.missing(0..100)), (Some(100..200), None));
         assert_eq!((chunks.missing(300..301), chunks.length()), (None, Some(length)));
         // Another process finds the same, one that takes it for another object nothing.
         let again = Chunks::new(chunks.file.try_clone().unwrap(), [1; 32]);
         bytes.clear();
-        assert_eq!((again.length(), again.read(0..1, &mut bytes, Wait::May)), (Some(length), 1));
+        assert_eq!((again.length(), again.read(0..1, &mut bytes)), (Some(length), 1));
         let other = Chunks::new(chunks.file.try_clone().unwrap(), [2; 32]);
         assert_eq!(other.length(), None);
         other.length.store(length, Ordering::Relaxed);
-        assert_eq!(other.read(0..1, &mut Vec::new(), Wait::May), 0);
+        assert_eq!(other.read(0..1, &mut Vec::new()), 0);
     }
 
     #[test]
@@ -272,21 +272,21 @@ mod tests {
             chunks.file.read_exact_at(&mut byte, at).unwrap();
             chunks.file.write_all_at(&[byte[0] ^ 4], at).unwrap();
             let mut bytes = Vec::new();
-            assert_eq!(chunks.read(0..3, &mut bytes, Wait::May), 1, "{at}");
+            assert_eq!(chunks.read(0..3, &mut bytes), 1, "{at}");
             assert_eq!(bytes.len() as u64, CHUNK);
             chunks.file.write_all_at(&byte, at).unwrap();
         }
-        assert_eq!(chunks.read(0..3, &mut Vec::new(), Wait::May), 3);
+        assert_eq!(chunks.read(0..3, &mut Vec::new()), 3);
         chunks.file.set_len(place_of_chunk(2) + 5).unwrap();
-        assert_eq!(chunks.read(2..3, &mut Vec::new(), Wait::May), 0);
+        assert_eq!(chunks.read(2..3, &mut Vec::new()), 0);
         chunks.empty();
-        assert_eq!(chunks.read(0..3, &mut Vec::new(), Wait::May), 0);
+        assert_eq!(chunks.read(0..3, &mut Vec::new()), 0);
     }
 
     #[test]
     fn a_part_of_a_chunk_is_not_kept() {
         let chunks = Chunks::new(file(), [1; 32]);
         chunks.write(0, &content(CHUNK_BYTES + 5), 4 * CHUNK).unwrap();
-        assert_eq!(chunks.read(0..2, &mut Vec::new(), Wait::May), 1);
+        assert_eq!(chunks.read(0..2, &mut Vec::new()), 1);
     }
 }

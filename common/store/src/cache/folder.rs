@@ -153,7 +153,7 @@ fn create(path: &Path) -> io::Result<File> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::chunks::{CHUNK, CHUNK_BYTES, Wait};
+    use super::super::chunks::{CHUNK, CHUNK_BYTES};
     use super::*;
 
     #[test]
@@ -174,7 +174,7 @@ mod tests {
         }
         assert!(folder.found().iter().map(|file| file.bytes).sum::<u64>() <= limit);
         assert!(!folder.file(&[0; 32]).exists() && folder.file(&[7; 32]).exists());
-        assert_eq!(old.read(0..1, &mut Vec::new(), Wait::May), 0, "emptied for those who have it open, too");
+        assert_eq!(old.read(0..1, &mut Vec::new()), 0, "emptied for those who have it open, too");
         assert!(old.is_removed());
         folder.remove(&[7; 32]);
         assert!(!folder.file(&[7; 32]).exists());

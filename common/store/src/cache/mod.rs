@@ -108,7 +108,7 @@ fn tail(chunks: &Chunks, want: u64) -> Option<(Vec<u8>, u64)> {
     let from = length.saturating_sub(want);
     let wanted = chunks_of(&(from..length));
     let mut bytes = Vec::new();
-    let there = chunks.read(wanted.clone(), &mut bytes, Wait::May);
+    let there = chunks.read(wanted.clone(), &mut bytes);
     let skipped = usize::try_from(from - wanted.start * CHUNK).ok()?;
     (there == wanted.end - wanted.start && bytes.len() as u64 == length - wanted.start * CHUNK)
         .then(|| (bytes.split_off(skipped), length))
