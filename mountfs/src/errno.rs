@@ -146,6 +146,7 @@ fn vault_errno(error: &VaultError) -> Errno {
             StoreError::TooLong { .. } | StoreError::Short { .. } | StoreError::Io { .. } => Errno::EIO,
             StoreError::Exists(_) | StoreError::Changed(_) | StoreError::Full(_) => Errno::EIO,
             StoreError::Lost(_) | StoreError::Unconditional => Errno::EIO,
+            StoreError::NoLocks | StoreError::Locked { .. } => Errno::EPERM,
         },
     }
 }

@@ -24,6 +24,7 @@ pub mod marker;
 pub mod model;
 pub mod moody;
 pub mod mounting;
+pub mod owner;
 pub mod process;
 pub mod qmp;
 pub mod random;

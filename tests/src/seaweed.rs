@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use reseal_store::{Bucket, Store, Variables};
 use tempfile::TempDir;
 
+use crate::owner::Owner;
 use crate::process::{Server, installed};
 use crate::site::Site;
 
@@ -147,6 +148,17 @@ impl Seaweed {
     fn try_bucket(&self, name: &str) -> bool {
         let made = ureq::post(format!("http://127.0.0.1:{}/buckets/{name}/", self.ports[2])).send_empty();
         matches!(made, Ok(_) | Err(ureq::Error::StatusCode(409)))
+    }
+
+    /// A site whose vault is to be in a bucket of that name in which objects can be locked; and who owns the bucket.
+    pub fn locked_site(&self, name: &str) -> (Site, Owner) {
+        let owner = Owner::of(name, &self.variables());
+        owner.make_bucket_with_locks();
+        let mut site = Site::bare();
+        site.vault = format!("s3://{name}/vaults/one").into();
+        site.variables = self.variables();
+        site.variables.insert("RESEAL_LEASE_SECONDS".into(), "6".into());
+        (site, owner)
     }
 
     /// A site whose vault is to be in a bucket of that name, reached at that port. Nothing was made there yet.

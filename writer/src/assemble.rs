@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use reseal_format::geometry::{CLUSTER_U64, ClusterIndex};
-use reseal_format::ids::BlobId;
+use reseal_format::ids::{BlobId, PackId};
 use reseal_format::index::BlobRef;
 use reseal_format::keys::Kind;
 use reseal_vault::{PackWriter, Tenant};
@@ -35,6 +35,8 @@ pub(crate) struct Assembler {
     /// New blobs that the lookup does not know yet: those of packs that are not finished.
     session: HashMap<BlobId, BlobRef>,
     pub counted: Counted,
+    /// Packs, with their generations, of clusters that the tenant has but the restore point before does not.
+    pub shared: BTreeMap<PackId, u32>,
 }
 
 impl Assembler {
@@ -45,6 +47,7 @@ impl Assembler {
             nodes: NodeStore::new(tenant),
             session: HashMap::new(),
             counted: Counted::default(),
+            shared: BTreeMap::new(),
         }
     }
 
@@ -93,6 +96,7 @@ impl Assembler {
                 Cluster::Unchanged(place) => place,
                 Cluster::Known(place) => {
                     self.counted.changed += CLUSTER_U64;
+                    self.shared.insert(place.pack, place.generation);
                     place
                 }
                 Cluster::New { id, frames } => {

@@ -2,14 +2,15 @@
 //! session of another site fill it in the same way.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use reseal_format::condemned::Condemned;
-use reseal_format::ids::{Digest, PointId, VmId};
+use reseal_format::ids::{Digest, PackId, PointId, VmId};
 use reseal_format::keys::Kind;
 use reseal_format::layout::MAX_NUMBER;
 use reseal_format::manifest::{Claim, Disk, MAX_TEXT, Manifest, Parent, Stats, Tracking, method};
@@ -18,7 +19,7 @@ use reseal_format::time::Timestamp;
 use reseal_nbd::server::SinceDisk;
 use reseal_store::Lease;
 use reseal_vault::heads::Heads;
-use reseal_vault::{Holder, PackFile, Packs, Points, Quota, Tenant, Tree, VaultError, random};
+use reseal_vault::{Holder, Locks, PackFile, Packs, Points, Quota, Tenant, ToLock, Tree, VaultError, random};
 
 use crate::BackupError;
 use crate::assemble::{Assembler, Counted};
@@ -29,13 +30,17 @@ use crate::judge::Judge;
 use crate::known::{Known, ParentDisk};
 use crate::lookup::{Lookup, lookup_folder};
 use crate::pipeline::Job;
+use crate::spread::spread;
 use crate::target::{Asked, DiskFacts, Ending, Start, Target};
+use crate::walk::Collector;
 use crate::worker::Right;
 
 /// Bytes of pack tables and of index nodes that a backup keeps.
 const CACHE: usize = 144 << 20;
 /// One part of so many of these is for index nodes.
 const NODES: usize = 9;
+/// Packs that are locked at a time: enough to hide the delay of an object store behind one another.
+const LOCKERS: usize = 16;
 /// How far the newest point may be ahead of the clock before it is worth a warning.
 const MAX_AHEAD_MS: i64 = 60_000;
 
@@ -101,6 +106,10 @@ pub(crate) struct Draft {
     warnings: Vec<String>,
     current: Option<Current>,
     disks: Vec<Disk>,
+    /// If what it leads to is to be locked.
+    locks: Option<Locks>,
+    /// Whether clusters were kept of another restore point than the newest.
+    has_older_base: bool,
     /// The time of the point, where it is a copy.
     created: Option<Timestamp>,
     /// When all was durable: the time of the point, and the bytes that were stored.
@@ -156,6 +165,7 @@ impl Draft {
     ) -> Result<Draft, BackupError> {
         let (lease, position) = begin(&tenant, &heads, &vm, &what)?;
         tenant.store().sweep().map_err(VaultError::from)?;
+        let locks = tenant.locks()?;
         let point = PointId::from_bytes(random()?);
         let (known, no_lookup) = open_known(&tenant, caches, state)?;
         let known = Arc::new(known);
@@ -178,6 +188,8 @@ impl Draft {
             warnings: Vec::from_iter(no_lookup),
             current: None,
             disks: Vec::new(),
+            locks,
+            has_older_base: false,
             created: None,
             closed: None,
             made: None,
@@ -261,6 +273,28 @@ impl Draft {
         Ok(Ok(Believed { base: base.clone(), always, claim }))
     }
 
+    /// Locks what its disks lead to; until when all is locked.
+    fn lock(&self, locks: Locks) -> Result<Timestamp, BackupError> {
+        let before =
+            self.position.newest.as_ref().filter(|_| !self.has_older_base).and_then(|newest| newest.locked_until);
+        let ToLock { is_all, own_too, until } = self.tenant.to_lock(locks, before)?;
+        self.tenant.lock_records(locks)?;
+        let mut packs = match is_all {
+            true => packs_of(&self.known, &self.disks)?,
+            false => self.assembler.shared.clone(),
+        };
+        if !own_too {
+            let own = self.finisher.made();
+            packs.retain(|id, _| !own.contains(id));
+        }
+        let packs: Vec<_> = packs.into_iter().collect();
+        let tenant = &self.tenant;
+        spread(&packs, LOCKERS, &AtomicBool::new(false), |(id, generation)| {
+            Ok(tenant.lock_pack(locks, *id, *generation)?)
+        })?;
+        Ok(until)
+    }
+
     /// Fills the disk that was begun.
     pub(crate) fn fill(
         &mut self,
@@ -306,7 +340,11 @@ impl Target for Draft {
         let before = self.assembler.counted;
         let same = newest.into_iter().find(|disk| disk.name == facts.name).cloned();
         let (parent, claim, start) = match asked.map(|asked| self.believe(&facts, &asked)).transpose()? {
-            Some(Ok(Believed { base, always, claim })) => (Some(base), Some(claim), Start::Since { always }),
+            Some(Ok(Believed { base, always, claim })) => {
+                let newest = self.position.newest.as_ref().map(|newest| newest.number);
+                self.has_older_base |= newest != Some(claim.since);
+                (Some(base), Some(claim), Start::Since { always })
+            }
             Some(Err(why)) => {
                 // That the first restore point reads everything needs no reason.
                 let why = self.position.newest.is_some().then_some(why);
@@ -359,6 +397,7 @@ impl Target for Draft {
             stored,
             duration_ms: ending.duration_ms,
         };
+        let locked_until = self.locks.map(|locks| self.lock(locks)).transpose()?;
         let mut warnings = std::mem::take(&mut self.warnings);
         warnings.extend(ending.warnings);
         let manifest = Manifest {
@@ -372,6 +411,7 @@ impl Target for Draft {
             definition: ending.definition,
             stats,
             warnings,
+            locked_until,
         };
         let digest = self.tenant.commit(&manifest)?;
         // The point exists, whatever becomes of the memory of it.
@@ -388,6 +428,20 @@ impl Target for Draft {
     fn is_made(&self) -> bool {
         self.made.is_some()
     }
+}
+
+/// The packs that disks lead to, with their newest generations.
+fn packs_of(known: &Known, disks: &[Disk]) -> Result<BTreeMap<PackId, u32>, BackupError> {
+    let mut collector = Collector::default();
+    collector.disks(&known.tree, disks)?;
+    if let Some((_, error)) = collector.broken.pop_first() {
+        return Err(error.into());
+    }
+    let mut packs: BTreeMap<_, _> = collector.needed.iter().map(|(id, need)| (*id, need.generation)).collect();
+    for file in known.packs.list()? {
+        packs.entry(file.id).and_modify(|newest| *newest = file.generation.max(*newest));
+    }
+    Ok(packs)
 }
 
 /// Takes a lease that says which restore point will be made, and finds its place.

@@ -1,11 +1,12 @@
 //! Full packs are made durable in the background, so that waiting for the disk does not stop the pipeline.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use parking_lot::Mutex;
-use reseal_format::ids::BlobId;
+use reseal_format::ids::{BlobId, PackId};
 use reseal_vault::{FinishingPack, Quota, VaultError};
 
 use crate::BackupError;
@@ -36,6 +37,8 @@ struct Shared {
     quota: Option<Quota>,
     /// Bytes of the packs that were finished or are being so. One that the quota refuses is not among them.
     stored: Mutex<u64>,
+    /// Packs that are durable.
+    made: Mutex<HashSet<PackId>>,
     failure: Mutex<Option<VaultError>>,
 }
 
@@ -49,6 +52,7 @@ impl Shared {
             *stored += bytes;
         }
         let (id, ids) = job.pack.finish()?;
+        self.made.lock().insert(id);
         if let Some(lookup) = &self.known.lookup {
             // What the lookup does not learn now, the next backup learns from the listing.
             let _ = lookup.learn(id, 0, if job.dedup { &ids } else { &[] });
@@ -61,7 +65,8 @@ impl Finisher {
     pub(crate) fn new(known: Arc<Known>, quota: Option<Quota>) -> Finisher {
         let (jobs, todo) = bounded::<Job>(WAITING);
         let (done, learnt) = unbounded();
-        let shared = Arc::new(Shared { known, quota, stored: Mutex::new(0), failure: Mutex::new(None) });
+        let shared =
+            Arc::new(Shared { known, quota, stored: Mutex::new(0), made: Mutex::default(), failure: Mutex::new(None) });
         let thread = |_| {
             let (todo, done, shared) = (todo.clone(), done.clone(), shared.clone());
             std::thread::spawn(move || {
@@ -91,6 +96,11 @@ impl Finisher {
     /// The ids of blobs that the lookup has learnt since the last call.
     pub(crate) fn learnt(&self) -> impl Iterator<Item = Vec<BlobId>> + '_ {
         self.learnt.try_iter()
+    }
+
+    /// The packs that were made.
+    pub(crate) fn made(&self) -> HashSet<PackId> {
+        self.shared.made.lock().clone()
     }
 
     /// Takes no more packs and waits until all are durable; how many bytes they have.

@@ -225,7 +225,7 @@ impl Rekey<'_> {
         let resealed = store.get(key, MAX_OBJECT).map_err(VaultError::from).and_then(|old| {
             let new = reseal(&self.tenant.keys(), &old, random()?);
             let new = new.map_err(|source| VaultError::Damaged { object: key.clone(), source })?;
-            Ok(store.replace(key, &old, &new)?)
+            self.tenant.replace_locked(key, &old, &new)
         });
         (self.progress)(*length);
         match resealed {

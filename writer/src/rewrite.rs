@@ -43,7 +43,7 @@ impl Rewriting<'_> {
         let damaged = |source| VaultError::Damaged { object: handle.key().to_owned(), source };
         let mut sealer = PackSealer::next(&keys, handle.trailer(), random()?).map_err(damaged)?;
         let generation = sealer.generation();
-        let mut upload = tenant.store().upload(&layout::pack(tenant.name(), file.id, generation))?;
+        let mut upload = tenant.upload_next(&layout::pack(tenant.name(), file.id, generation), handle.key())?;
         // With all the room that they may need, so that no plaintext is moved and left behind.
         let mut window = Zeroizing::new(Vec::with_capacity(WINDOW + MAX_SEALED));
         let mut content = Vec::with_capacity(MAX_SEALED);

@@ -26,6 +26,7 @@ pub mod ids;
 pub mod index;
 pub mod keys;
 pub mod layout;
+pub mod lock;
 pub mod manifest;
 pub mod names;
 pub mod objectives;

@@ -3,7 +3,7 @@
 //! ```text
 //! tenant.json { tenant id, generation, kms { kind, key }, wrapped, salt, sealed }
 //! wrapped = KMS(KEK, magic ‖ vault id ‖ tenant id ‖ generation ‖ master)
-//! sealed  = AES-256-GCM(HKDF(master, salt), JSON { name, features, DEKs by epoch, current epoch, dedup secret, quota, objectives, retention })
+//! sealed  = AES-256-GCM(HKDF(master, salt), JSON { name, features, DEKs by epoch, current epoch, dedup secret, quota, objectives, retention, lock })
 //! ```
 //!
 //! A record is replaced by its [`Successor`], of the next generation: its master wrapped anew, its secrets sealed anew, and
@@ -20,6 +20,7 @@ use zeroize::{Zeroize, Zeroizing};
 use crate::fields::{Borrowed, Unknown, unknown};
 use crate::ids::{TenantId, VaultId};
 use crate::keys::{DedupSecret, Dek, KEY, Kind, Master, ONLY_ORDINAL, Scope, header_aad, nonce, object_key};
+use crate::lock::LockRule;
 use crate::names::{TenantName, VmName};
 use crate::objectives::Objectives;
 use crate::retention::{Policies, Policy};
@@ -110,6 +111,7 @@ pub struct TenantKeys {
     quota: Option<u64>,
     objectives: Objectives,
     policies: Policies,
+    lock: Option<LockRule>,
 }
 
 impl TenantKeys {
@@ -127,6 +129,7 @@ impl TenantKeys {
             quota: None,
             objectives: Objectives::default(),
             policies: Policies::default(),
+            lock: None,
         }
     }
 
@@ -169,6 +172,11 @@ impl TenantKeys {
     /// Which restore points its VMs keep.
     pub fn policies(&self) -> &Policies {
         &self.policies
+    }
+
+    /// How what it writes is locked in an object store.
+    pub fn lock(&self) -> Option<LockRule> {
+        self.lock
     }
 
     /// Generation of the record that they came from.
@@ -231,6 +239,9 @@ struct Secrets {
     retention: Option<Policy>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     vm_retention: BTreeMap<VmName, Option<Policy>>,
+    /// The same: whoever could change it could have what is written not be locked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    lock: Option<LockRule>,
 }
 
 /// Names of fields, for whoever changes the sealed part as text.
@@ -242,6 +253,7 @@ const OBJECTIVE: &str = "objective";
 const VM_OBJECTIVES: &str = "vm_objectives";
 const RETENTION: &str = "retention";
 const VM_RETENTION: &str = "vm_retention";
+const LOCK: &str = "lock";
 
 #[derive(Serialize, Deserialize)]
 struct SecretDek {
@@ -306,6 +318,7 @@ impl TenantRecord {
             vm_objectives: keys.objectives.vms.clone(),
             retention: keys.policies.tenant.clone(),
             vm_retention: keys.policies.vms.clone(),
+            lock: keys.lock,
         };
         // With its whole capacity reserved, so that no part of it is moved and left behind unwiped.
         let mut plain = Zeroizing::new(Vec::with_capacity(1024 + secrets.deks.len() * 128));
@@ -438,6 +451,7 @@ impl TenantRecord {
             quota: secrets.quota,
             objectives: Objectives { tenant: secrets.objective, vms: secrets.vm_objectives },
             policies: Policies { tenant: secrets.retention, vms: secrets.vm_retention },
+            lock: secrets.lock,
         };
         keys.dek(keys.current)?;
         Ok(keys)
@@ -527,6 +541,14 @@ impl Successor<'_> {
         let quota = quota.map(|bytes| secret_json(&bytes)).transpose()?;
         let quota = quota.as_ref().map(|json| parse_secrets(json)).transpose()?;
         self.plain = with_fields(&self.plain, &[(QUOTA, quota)])?;
+        Ok(())
+    }
+
+    /// From then on what it writes is locked so.
+    pub fn set_lock(&mut self, lock: Option<LockRule>) -> Result<(), FormatError> {
+        let lock = lock.map(|rule| secret_json(&rule)).transpose()?;
+        let lock = lock.as_ref().map(|json| parse_secrets(json)).transpose()?;
+        self.plain = with_fields(&self.plain, &[(LOCK, lock)])?;
         Ok(())
     }
 

@@ -12,6 +12,7 @@ mod cache;
 mod local;
 
 use std::io;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 pub use bucket::{AddressError, Bucket, Variables, is_address};
 pub use cache::Cached;
@@ -80,8 +81,34 @@ pub trait Store: Send + Sync {
     /// Makes durable what a listing of a folder has shown: its writer may have died before it had.
     fn settle(&self, folder: &str) -> Result<(), StoreError>;
 
-    /// Removes an object.
+    /// Removes an object; of one that has versions, the newest for good. One that is locked is refused.
     fn delete(&self, key: &str) -> Result<(), StoreError>;
+
+    /// Takes an object out of sight, and removes it where nothing keeps it.
+    fn hide(&self, key: &str) -> Result<(), StoreError> {
+        self.delete(key)
+    }
+
+    /// The store's own time, by which it keeps locks, in seconds since 1970.
+    fn time(&self) -> Result<i64, StoreError> {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Ok(since.as_secs().cast_signed())
+    }
+
+    /// Locks an object, so that what it is now can't be removed before then by anybody. One that is locked for longer already stays so.
+    fn lock(&self, _key: &str, _lock: Lock) -> Result<(), StoreError> {
+        Err(StoreError::NoLocks)
+    }
+
+    /// The lock of an object that is there, if it is locked now.
+    fn lock_of(&self, _key: &str) -> Result<Option<Lock>, StoreError> {
+        Ok(None)
+    }
+
+    /// Refuses a place that lets what is locked be removed, or that knows no locks.
+    fn probe_locks(&self, _mode: LockMode) -> Result<(), StoreError> {
+        Err(StoreError::NoLocks)
+    }
 
     /// Removes a folder and those below it, as far as no object is in them. Where a store has no folders of its own, there
     /// is nothing to do.
@@ -130,6 +157,23 @@ pub struct Standing {
     pub is_silent: bool,
 }
 
+/// Until when an object can't be removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lock {
+    /// Seconds since 1970, by the store's clock; `i64::MAX` where no time ends it.
+    pub until: i64,
+    pub mode: LockMode,
+}
+
+/// How firm a lock is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LockMode {
+    /// Whom the store gives the right to can bypass it.
+    Governance,
+    /// Nobody can.
+    Compliance,
+}
+
 /// A lease that this process has, until this is dropped.
 pub trait Lease: Send + Sync {
     /// An error if another process has ended it, for nothing was heard of this one for too long. Asked after a change that counts only while
@@ -144,6 +188,11 @@ pub trait Lease: Send + Sync {
 pub trait Upload: Send {
     /// Adds bytes at its end.
     fn append(&mut self, bytes: &[u8]) -> Result<(), StoreError>;
+
+    /// Locks it from its beginning on. Said before it is finished.
+    fn lock(&mut self, _lock: Lock) -> Result<(), StoreError> {
+        Err(StoreError::NoLocks)
+    }
 
     /// Makes it durable under its key, as [`Store::create`] does.
     fn finish(self: Box<Self>) -> Result<(), StoreError>;
@@ -183,6 +232,13 @@ pub enum StoreError {
          they had succeeded; use an engine, or a version of it, that does"
     )]
     Unconditional,
+    #[error(
+        "objects can't be locked here: a vault whose tenants lock what they write has to be in a bucket of S3, or of one like it, that was made \
+         with Object Lock"
+    )]
+    NoLocks,
+    #[error("{key} is locked until {until} in the object store, and stays")]
+    Locked { key: String, until: String },
     #[error("can't {action} {key}: {source}")]
     Io { key: String, action: &'static str, source: io::Error },
 }
@@ -191,7 +247,11 @@ impl StoreError {
     /// Whether the place refuses to change or remove the object, as a lock on it makes it: trying again changes nothing.
     pub fn is_refused(&self) -> bool {
         let refused = [io::ErrorKind::PermissionDenied, io::ErrorKind::ReadOnlyFilesystem];
-        matches!(self, StoreError::Io { source, .. } if refused.contains(&source.kind()))
+        match self {
+            StoreError::Io { source, .. } => refused.contains(&source.kind()),
+            StoreError::Locked { .. } => true,
+            _ => false,
+        }
     }
 
     /// The key of the object that it is about.
@@ -199,7 +259,8 @@ impl StoreError {
         match self {
             StoreError::NotFound(key) | StoreError::NotAFile(key) => key,
             StoreError::Exists(key) | StoreError::Changed(key) | StoreError::Full(key) | StoreError::Lost(key) => key,
-            StoreError::Unconditional => "tmp",
+            StoreError::Unconditional | StoreError::NoLocks => "tmp",
+            StoreError::Locked { key, .. } => key,
             StoreError::TooLong { key, .. } | StoreError::Short { key, .. } | StoreError::Io { key, .. } => key,
         }
     }

@@ -47,6 +47,8 @@ pub enum Left {
     Tombstone,
     /// All of it, for as long as these read it.
     Read(Vec<Held>),
+    /// All of it, for the object store does not let the manifest go before then.
+    Locked(String),
 }
 
 fn name(point: &Manifest) -> String {
@@ -145,7 +147,7 @@ impl Forgetting<'_> {
             Err(e) => return Err(e.into()),
         }
         if let Err(e) = tenant.check_not_held(manifest) {
-            tenant.store.delete(&key)?;
+            tenant.store.hide(&key)?;
             return Err(e);
         }
         self.delete_manifest(&manifest.vm, manifest.number)
@@ -170,7 +172,7 @@ impl Forgetting<'_> {
             Ok(Some(manifest)) if manifest.point_id == tombstone.point_id => {
                 if let Err(e) = tenant.check_not_held(&manifest) {
                     if matches!(e, VaultError::Held { .. }) {
-                        tenant.store.delete(&layout::tombstone(&tenant.name, vm, number))?;
+                        tenant.store.hide(&layout::tombstone(&tenant.name, vm, number))?;
                     }
                     return Err(e);
                 }
@@ -190,6 +192,7 @@ impl Forgetting<'_> {
         }
         match tenant.store.delete(&layout::manifest(&tenant.name, vm, number)) {
             Ok(()) | Err(StoreError::NotFound(_)) => Ok(Left::Tombstone),
+            Err(StoreError::Locked { until, .. }) => Ok(Left::Locked(until)),
             Err(e) => Err(e.into()),
         }
     }

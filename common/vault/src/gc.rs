@@ -68,7 +68,7 @@ impl Tenant {
     /// Says no longer that what these lists name is about to be removed.
     pub fn drop_condemned(&self, lists: &[CondemnedId]) -> Result<(), VaultError> {
         for id in lists {
-            match self.store.delete(&layout::condemned(&self.name, *id)) {
+            match self.store.hide(&layout::condemned(&self.name, *id)) {
                 Err(StoreError::NotFound(_)) => {}
                 other => other?,
             }
@@ -122,7 +122,7 @@ impl Tenant {
             Ok(()) | Err(StoreError::Exists(_)) => {}
             Err(e) => return Err(e.into()),
         }
-        match self.store.delete(&layout::manifest(&self.name, vm, number)) {
+        match self.store.hide(&layout::manifest(&self.name, vm, number)) {
             Ok(()) | Err(StoreError::NotFound(_)) => Ok(()),
             Err(e) => Err(e.into()),
         }

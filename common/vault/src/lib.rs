@@ -11,6 +11,7 @@
 //! notes:  listing → the latest of a kind → opened                               (notes)
 //! hold:   a note that says so; forget: tombstone → manifest deleted           (forget)
 //! prune:  what is condemned, and who must not rely on it                        (gc)
+//! lock:   what can't be removed for a while                                     (locks)
 //! tidy:   what a tenant has, and may have; removing one that has nothing        (holdings, quota, objectives)
 //! ```
 //!
@@ -32,6 +33,7 @@ mod gc;
 pub mod heads;
 mod holdings;
 mod leases;
+mod locks;
 mod notes;
 mod objectives;
 mod pack_writer;
@@ -51,6 +53,7 @@ pub use error::{Class, VaultError};
 pub use forget::{Forgetting, HeldPoint, Left};
 pub use holdings::{Holdings, VmHoldings, tenants};
 pub use leases::{Held, Holder, Pins, PointName, Silenced, holders};
+pub use locks::{Locks, ToLock};
 pub use notes::{Booted, NoteNames};
 pub use pack_writer::{FinishingPack, PackWriter};
 pub use packs::{PackFile, PackHandle, Packs, Wait, Window, list_packs};

@@ -44,7 +44,7 @@ impl PackWriter {
         let key = layout::pack(&self.tenant.name, id, 0);
         let sealer = PackSealer::new(&self.tenant.keys(), self.kind, id, random()?);
         let sealer = sealer.map_err(VaultError::damaged(layout::tenant_record(&self.tenant.name)))?;
-        let upload = self.tenant.store.upload(&key)?;
+        let upload = self.tenant.upload(&key)?;
         Ok(OpenPack { sealer, upload, buffer: Vec::with_capacity(BUFFER * 2), ids: Vec::new() })
     }
 

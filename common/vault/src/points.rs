@@ -383,19 +383,23 @@ impl Tenant {
         let key = layout::manifest(&self.name, &manifest.vm, manifest.number);
         let (object, digest) = manifest.seal(&self.keys(), random()?).map_err(VaultError::damaged(&key))?;
         let (vm, number) = (manifest.vm.clone(), manifest.number);
-        match self.store.create(&key, &object) {
+        let made = self.upload(&key).and_then(|mut upload| {
+            upload.append(&object)?;
+            Ok(upload.finish()?)
+        });
+        match made {
             // Where a prune gave up waiting, its tombstone was there before the number became free again.
             Ok(()) if self.is_forgotten(&vm, number)? => {
                 // Nobody has seen it. Where this fails, the next prune does it.
-                let _ = self.store.delete(&key);
+                let _ = self.store.hide(&key);
                 Err(VaultError::Fenced { vm, number })
             }
             Ok(()) => Ok(digest),
-            Err(StoreError::Exists(_)) => match self.point(&vm, number) {
+            Err(VaultError::Store(StoreError::Exists(_))) => match self.point(&vm, number) {
                 Err(VaultError::NoPoint { .. }) => Err(VaultError::Fenced { vm, number }),
                 _ => Err(VaultError::LostRace { vm, number }),
             },
-            Err(e) => Err(e.into()),
+            Err(e) => Err(e),
         }
     }
 

@@ -58,6 +58,8 @@ pub(crate) struct PointJson<'a> {
     boot: Option<Value>,
     /// Since when it is held, and why, if it is; none where another site has the keys.
     held: Option<Value>,
+    /// Until when all that it leads to was locked in the object store when it was made, if it was.
+    locked_until: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -94,6 +96,7 @@ impl<'a> PointJson<'a> {
             warnings: &manifest.warnings,
             boot: booted.map(boot::json),
             held: held.map(|held| json!({ "since": held.since.to_rfc3339(), "reason": held.reason })),
+            locked_until: manifest.locked_until.map(|until| until.to_rfc3339()),
         }
     }
 }

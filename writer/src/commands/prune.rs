@@ -124,6 +124,16 @@ fn told(output: Output, pruned: &Pruned, forgotten: &BTreeSet<PointName>, took: 
     let unused = unused(pruned.unused, "are mostly used (--min-unused)");
     let stay = human_bytes(pruned.before.saturating_sub(pruned.freed));
     output.say(format!("stays       {stay} for {} restore points{unused}{postponed}", pruned.points));
+    if pruned.locked > 0 || pruned.locked_points > 0 {
+        let until =
+            pruned.locked_until.as_ref().map(|until| format!(" until {until} at the latest")).unwrap_or_default();
+        let manifests = match pruned.locked_points {
+            0 => String::new(),
+            points => format!(", and the manifests of {points} forgotten restore points"),
+        };
+        let bytes = human_bytes(pruned.locked);
+        output.say(format!("locked      {bytes} that nothing needs{manifests}: the object store keeps them{until}"));
+    }
     for (point, by) in &pruned.read {
         output.say(format!("stays       {point}, which is forgotten, while it is read: {by}"));
     }

@@ -62,6 +62,9 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
         let why = reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
         output.say(format!("held        since {since}{why}"));
     }
+    if let Some(until) = manifest.locked_until {
+        output.say(format!("locked      until {until}, all that it leads to"));
+    }
     if let Some(booted) = &noted.booted {
         output.say(format!("boot        {}", boot::whole(booted)));
     }

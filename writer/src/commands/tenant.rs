@@ -56,7 +56,7 @@ enum Action {
         /// Its name [default: the one of --tenant]
         name: Option<String>,
     },
-    /// Changes what a tenant may store, or how old its newest restore points may be
+    /// Changes what a tenant may store, how old its newest restore points may be, which of them stay, or how long they are locked
     Set(set::Args),
     /// Removes a tenant that has no restore points, or that was erased
     Remove {
@@ -257,6 +257,7 @@ fn show(common: &CommonArgs, name: TenantName) -> Result<(), Failure> {
     document["quota"] = json!(keys.quota());
     document["objective"] = json!(keys.objectives().tenant);
     document["vm_objectives"] = json!(keys.objectives().vms);
+    document["lock"] = json!(keys.lock());
     document["retention"] = json!(keys.policies().tenant);
     document["vm_retention"] = json!(keys.policies().vms);
     let vm = |vm: &VmHoldings| json!({ "vm": vm.name, "points": vm.points, "forgotten": vm.forgotten });
@@ -285,6 +286,7 @@ fn show(common: &CommonArgs, name: TenantName) -> Result<(), Failure> {
     for (vm, objective) in &keys.objectives().vms {
         output.say(format!("objective   {} for {vm}", set::human_objective(*objective)));
     }
+    output.say(format!("lock        {}", set::human_lock(keys.lock())));
     output.say(format!("keeps       {}", set::human_retention(keys.policies().tenant.as_ref())));
     for (vm, policy) in &keys.policies().vms {
         output.say(format!("keeps       {} for {vm}", set::human_retention(policy.as_ref())));

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use reseal_format::layout::{self, PointFile, parse_point_file};
 use reseal_format::names::VmName;
 use reseal_store::StoreError;
-use reseal_vault::{Chain, PointName, State, Tenant, Tree, VaultError};
+use reseal_vault::{Chain, Left, PointName, State, Tenant, Tree, VaultError};
 
 use crate::BackupError;
 use crate::spread::spread;
@@ -43,6 +43,8 @@ pub(super) struct Marks<'a> {
     seen: BTreeMap<VmName, BTreeMap<u32, Seen>>,
     /// Restore points that are to be there.
     pub points: u64,
+    /// Restore points that were forgotten, and whose manifests are locked in the object store.
+    pub locked_points: u64,
     /// What was forgotten and is read, and by whom.
     pub read: BTreeMap<String, String>,
     /// What is missing or can't be opened, so that nobody knows what it needs.
@@ -59,6 +61,7 @@ impl<'a> Marks<'a> {
             collector: Collector::default(),
             seen: BTreeMap::new(),
             points: 0,
+            locked_points: 0,
             read: BTreeMap::new(),
             damaged: BTreeMap::new(),
             is_dry,
@@ -98,7 +101,7 @@ impl<'a> Marks<'a> {
                     Err(VaultError::Store(StoreError::NotFound(_)) | VaultError::Held { .. }) => {}
                     // Whatever it hides must stay.
                     Err(e) if e.damaged_object().is_some() => self.damage(&e),
-                    other => _ = other?,
+                    other => self.locked_points += u64::from(matches!(other?, Left::Locked(_))),
                 }
             }
         }

@@ -25,6 +25,7 @@ use reseal_format::condemned::Condemned;
 use reseal_format::dated_note::DatedKind;
 use reseal_format::ids::CondemnedId;
 use reseal_format::layout;
+use reseal_format::time::Timestamp;
 use reseal_store::Lease;
 use reseal_vault::{Held, PackFile, Packs, PointName, Tenant, Tree, VaultError};
 use serde::Serialize;
@@ -82,6 +83,12 @@ pub struct Pruned {
     pub unused: u64,
     /// Bytes that nothing needs, in packs that are mostly unused and are rewritten the next time.
     pub postponed: u64,
+    /// Bytes that nothing needs, in packs that are locked in the object store.
+    pub locked: u64,
+    /// When the last of these locks ends; `null` where none does by itself.
+    pub locked_until: Option<String>,
+    /// Restore points that were forgotten and stay, for their manifests are locked.
+    pub locked_points: u64,
     /// Restore points that were forgotten and stay while they are read, each with who reads it.
     pub read: BTreeMap<String, String>,
     /// Restore points that won't be made, for the prune did not wait any longer.
@@ -309,6 +316,9 @@ impl Pruned {
     fn tell(&mut self, marks: &Marks<'_>, plan: &Plan) {
         (self.points, self.before) = (marks.points, plan.sizes.all);
         (self.unused, self.postponed) = (plan.sizes.unused, plan.sizes.postponed);
+        (self.locked, self.locked_points) = (plan.sizes.locked, marks.locked_points);
+        let until = plan.sizes.locked_until.filter(|until| *until < i64::MAX);
+        self.locked_until = until.map(|until| Timestamp(until.saturating_mul(1000)).to_rfc3339());
         self.read.clone_from(&marks.read);
         self.damaged.clone_from(&marks.damaged);
         self.bad_packs.clone_from(&plan.damaged);

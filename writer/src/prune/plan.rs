@@ -9,10 +9,11 @@ use reseal_format::ids::PackId;
 use reseal_format::layout;
 use reseal_format::ordinals::Ordinals;
 use reseal_format::pack::TARGET_BYTES;
+use reseal_store::Lock;
 use reseal_vault::{PackFile, Packs, VaultError};
 
 use crate::BackupError;
-use crate::generations::{Listed, by_pack};
+use crate::generations::{Listed, by_pack, key};
 use crate::spread::spread;
 use crate::walk::{Need, Needed};
 
@@ -34,7 +35,7 @@ pub(super) struct Plan {
     pub sizes: Sizes,
     /// Packs that are needed, and can't be opened or are missing.
     pub damaged: BTreeMap<String, String>,
-    /// Whether one of these is what another prune was about to rewrite or remove.
+    /// Whether one of these, or one that is locked, is what another prune was about to rewrite or remove.
     pub leaves_begun: bool,
 }
 
@@ -47,8 +48,36 @@ pub(super) struct Sizes {
     pub unused: u64,
     /// That nothing needs, in packs that are mostly unused and left for the next time.
     pub postponed: u64,
+    /// That nothing needs, in packs that the object store does not let go of yet.
+    pub locked: u64,
+    /// Until when, in seconds since 1970.
+    pub locked_until: Option<i64>,
     /// That will be freed.
     pub to_free: u64,
+}
+
+impl Sizes {
+    fn lock(&mut self, bytes: u64, lock: Lock) {
+        self.locked += bytes;
+        self.locked_until = self.locked_until.max(Some(lock.until));
+    }
+}
+
+fn lock_of(packs: &Packs, file: &PackFile) -> Result<Option<Lock>, VaultError> {
+    let tenant = packs.tenant();
+    Ok(tenant.store().lock_of(&key(tenant, file))?)
+}
+
+/// A pack without the older generations that are locked; and those.
+fn without_locked(packs: &Packs, pack: &Listed) -> Result<(Listed, Vec<(PackFile, Lock)>), VaultError> {
+    let (mut older, mut locked) = (Vec::new(), Vec::new());
+    for file in &pack.older {
+        match lock_of(packs, file)? {
+            Some(lock) => locked.push((*file, lock)),
+            None => older.push(*file),
+        }
+    }
+    Ok((Listed { newest: pack.newest, older }, locked))
 }
 
 /// Which blobs of a pack nothing needs.
@@ -116,10 +145,28 @@ impl Plan {
         let candidates = Mutex::new(Vec::new());
         spread(&listed, threads, &AtomicBool::new(false), |pack| {
             let file = pack.newest;
+            let (pack, locked_older) = &without_locked(packs, pack)?;
             let older: u64 = pack.older.iter().map(|file| file.length).sum();
             let found = needed.get(&file.id).map(|need| Unused::of(packs, file, need, begun)).transpose();
+            let goes = match &found {
+                Ok(None) => Some(file.length),
+                Ok(Some(unused)) => (unused.is_begun || unused.is_at_least(worth.percent)).then_some(unused.bytes),
+                Err(_) => None,
+            };
+            // What is locked is not rewritten either: it would stay beside what takes its place.
+            let lock = goes.map(|_| lock_of(packs, &file)).transpose()?.flatten();
             let mut plan = plan.lock();
             plan.sizes.all += file.length + older;
+            for (file, lock) in locked_older {
+                plan.sizes.all += file.length;
+                plan.sizes.lock(file.length, *lock);
+            }
+            if let (Some(bytes), Some(lock)) = (goes, lock) {
+                plan.sizes.lock(bytes, lock);
+                plan.leaves_begun |= begun.of(file.id).is_some();
+                plan.leave(pack);
+                return Ok(());
+            }
             match found {
                 Ok(None) => {
                     plan.sizes.to_free += file.length + older;

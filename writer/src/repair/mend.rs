@@ -86,7 +86,9 @@ impl Mender<'_> {
         let mut blobs = Blobs::new(self, patient, &own, rebuilt)?;
         let Some(mut sealer) = self.sealer(patient)? else { return Ok(None) };
         let (generation, tenant) = (sealer.generation(), self.packs.tenant());
-        let mut upload = tenant.store().upload(&layout::pack(tenant.name(), patient.id, generation)).map_err(vault)?;
+        let of = patient.generations.first().map_or(patient.need.generation, |newest| newest.generation);
+        let of = layout::pack(tenant.name(), patient.id, of);
+        let mut upload = tenant.upload_next(&layout::pack(tenant.name(), patient.id, generation), &of)?;
         let mut sealed = Vec::with_capacity(BUFFER + MAX_SEALED);
         let (mut from, mut left_out) = (BTreeMap::<Arc<str>, u64>::new(), LeftOut::default());
         for ordinal in 0..count {

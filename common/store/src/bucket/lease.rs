@@ -172,7 +172,7 @@ impl Renewed {
             is_dropped: AtomicBool::new(false),
             key,
         });
-        let version = match shared.make(&state.key, state.payload(0)).await {
+        let version = match shared.make(&state.key, state.payload(0), None).await {
             Err(StoreError::Exists(key)) => take_over(&shared, &state).await?.ok_or(StoreError::Exists(key))?,
             other => other?,
         };
@@ -211,7 +211,7 @@ async fn is_silent(shared: &Shared, modified: i64, said: Option<&Said>) -> Resul
 }
 
 /// What the store's clock says.
-async fn store_time(shared: &Shared) -> Result<i64, StoreError> {
+pub(super) async fn store_time(shared: &Shared) -> Result<i64, StoreError> {
     let now = uptime();
     if let Some((time, at)) = *shared.leases.clock.lock()
         && now.saturating_sub(at) < CLOCK_AGE
@@ -219,7 +219,7 @@ async fn store_time(shared: &Shared) -> Result<i64, StoreError> {
         return Ok(time + now.saturating_sub(at).cast_signed());
     }
     let path = shared.path(CLOCK)?;
-    let put = shared.put(CLOCK, &path, &PutPayload::from_static(b"the store's clock"), PutMode::Overwrite).await;
+    let put = shared.put(CLOCK, &path, &PutPayload::from_static(b"the store's clock"), PutMode::Overwrite, None).await;
     put.map_err(|refusal| told_of_write(CLOCK, "make", refusal.error))?;
     let time = shared.about(CLOCK).await?.last_modified.timestamp();
     *shared.leases.clock.lock() = Some((time, uptime()));
@@ -243,7 +243,9 @@ async fn renew(shared: Arc<Shared>, state: Arc<State>, mut version: UpdateVersio
                 // What an earlier request has made, whose answer was lost.
                 Ok(Some(object)) if state.is_said_by(&object.concat()) => Some(object.version),
                 // One who only reads takes it again: nobody relied on his not having it.
-                Ok(None) if state.of == LeaseUse::Reading => shared.make(&state.key, state.payload(beat)).await.ok(),
+                Ok(None) if state.of == LeaseUse::Reading => {
+                    shared.make(&state.key, state.payload(beat), None).await.ok()
+                }
                 Ok(_) => {
                     state.is_lost.store(true, Ordering::Release);
                     return;
@@ -254,8 +256,9 @@ async fn renew(shared: Arc<Shared>, state: Arc<State>, mut version: UpdateVersio
             Err(_) => None,
         };
         if let Some(next) = renewed {
-            version = next;
             state.renewed.store(before, Ordering::Release);
+            let replaced = std::mem::replace(&mut version, next);
+            shared.forget_version(&state.key, replaced, LAST_PATIENCE).await;
             beat += 1;
         }
     }
@@ -277,7 +280,7 @@ impl Lease for Renewed {
     fn take_back(&self, key: &str) -> Result<(), StoreError> {
         let (shared, name) = (self.shared.clone(), key.to_owned());
         // What the lease guards must not be changed any more, but for this.
-        let asked = super::wait(async move { shared.delete(&name, Guard::Off).await });
+        let asked = super::wait(async move { shared.delete_or_hide(&name, Guard::Off).await });
         asked.map_err(|source| StoreError::Io { key: key.into(), action: "delete", source })?
     }
 }
@@ -317,7 +320,7 @@ pub(super) async fn standing(shared: &Shared, key: &str) -> Result<Option<Standi
 /// Removes a lease that is silent; whether nobody has it now.
 pub(super) async fn end(shared: &Shared, key: &str) -> Result<bool, StoreError> {
     match standing(shared, key).await? {
-        Some(standing) if standing.is_silent => match shared.delete(key, Guard::On).await {
+        Some(standing) if standing.is_silent => match shared.hide(key, Guard::On).await {
             Ok(()) | Err(StoreError::NotFound(_)) => Ok(true),
             Err(e) => Err(e),
         },

@@ -3,13 +3,15 @@
 //! An object is made by one conditional request, so it exists whole and durable, or not; and of several who make one, one succeeds.
 //! Where the answer to such a request was lost, the store is asked what is there: whoever finds his own bytes has made them.
 //!
-//! A lease is an object that its process renews: see `lease.rs`.
+//! A lease is an object that its process renews: see `lease.rs`. What is locked, and a bucket that keeps versions: see `versions.rs`.
 
 mod attempts;
 mod lease;
 mod open;
 mod probe;
 mod profile;
+mod signed;
+mod versions;
 
 use std::future::Future;
 use std::io;
@@ -25,10 +27,11 @@ use object_store::{
     UpdateVersion,
 };
 
-use crate::{Entry, Lease, LeaseUse, Standing, Store, StoreError, Upload};
+use crate::{Entry, Lease, LeaseUse, Lock, LockMode, Standing, Store, StoreError, Upload};
 use attempts::{Attempts, Refusal, is_behind_the_end, told, wait};
 use lease::{Leases, Renewed};
 pub use open::{AddressError, Variables, is_address};
+use versions::Versions;
 
 /// How often is looked what became of an object that others make and remove at the same time.
 const ROUNDS: usize = 8;
@@ -44,6 +47,7 @@ struct Shared {
     prefix: Path,
     attempts: Attempts,
     leases: Leases,
+    versions: Versions,
 }
 
 /// What an object is, and which version of it.
@@ -74,9 +78,9 @@ impl Bucket {
 
     /// The same in another environment than this process's.
     pub fn open_with(address: &str, variables: &Variables) -> Result<Bucket, AddressError> {
-        let open::Place { store, prefix } = open::open(address, variables)?;
-        let (attempts, leases) = (Attempts::default(), Leases::new(variables)?);
-        Ok(Bucket { shared: Arc::new(Shared { store, prefix, attempts, leases }) })
+        let open::Place { store, prefix, signed } = open::open(address, variables)?;
+        let (attempts, leases, versions) = (Attempts::default(), Leases::new(variables)?, Versions::new(signed));
+        Ok(Bucket { shared: Arc::new(Shared { store, prefix, attempts, leases, versions }) })
     }
 
     /// Runs a request and waits for it.
@@ -125,9 +129,9 @@ impl Bucket {
     }
 
     /// Makes an object.
-    fn make(&self, key: &str, payload: PutPayload) -> Result<(), StoreError> {
+    fn make(&self, key: &str, payload: PutPayload, lock: Option<Lock>) -> Result<(), StoreError> {
         let name = key.to_owned();
-        self.run(key, "make", |shared| async move { shared.make(&name, payload).await.map(drop) })
+        self.run(key, "make", |shared| async move { shared.make(&name, payload, lock).await.map(drop) })
     }
 }
 
@@ -167,11 +171,21 @@ impl Shared {
         }
     }
 
-    async fn put(&self, key: &str, path: &Path, payload: &PutPayload, mode: PutMode) -> Result<UpdateVersion, Refusal> {
+    async fn put(
+        &self,
+        key: &str,
+        path: &Path,
+        payload: &PutPayload,
+        mode: PutMode,
+        lock: Option<Lock>,
+    ) -> Result<UpdateVersion, Refusal> {
         let bytes = payload.content_length() as u64;
         let request = || async {
             // Each time: it may take long until a store answers.
             self.leases.check(key).map_err(not_any_more)?;
+            if let Some(lock) = lock {
+                return self.versions.signed()?.put(path, payload.clone(), mode.clone(), lock).await;
+            }
             let options = PutOptions { mode: mode.clone(), ..PutOptions::default() };
             let result = self.store.put_opts(path, payload.clone(), options).await?;
             Ok(UpdateVersion { e_tag: result.e_tag, version: result.version })
@@ -180,10 +194,10 @@ impl Shared {
     }
 
     /// Makes an object, if there is none of that key.
-    async fn make(&self, key: &str, payload: PutPayload) -> Result<UpdateVersion, StoreError> {
+    async fn make(&self, key: &str, payload: PutPayload, lock: Option<Lock>) -> Result<UpdateVersion, StoreError> {
         let path = self.path(key)?;
         for _ in 0..ROUNDS {
-            let refusal = match self.put(key, &path, &payload, PutMode::Create).await {
+            let refusal = match self.put(key, &path, &payload, PutMode::Create, lock).await {
                 Ok(version) => return Ok(version),
                 Err(refusal) => refusal,
             };
@@ -223,7 +237,7 @@ impl Shared {
         new: PutPayload,
     ) -> Result<Option<UpdateVersion>, StoreError> {
         let path = self.path(key)?;
-        let refusal = match self.put(key, &path, &new, PutMode::Update(version)).await {
+        let refusal = match self.put(key, &path, &new, PutMode::Update(version), None).await {
             Ok(version) => return Ok(Some(version)),
             Err(refusal) => refusal,
         };
@@ -240,7 +254,8 @@ impl Shared {
         }
     }
 
-    async fn delete(&self, key: &str, guard: Guard) -> Result<(), StoreError> {
+    /// Removes an object; in a bucket with versions, it is only hidden.
+    async fn hide(&self, key: &str, guard: Guard) -> Result<(), StoreError> {
         let path = self.path(key)?;
         let request = || async {
             if guard == Guard::On {
@@ -372,13 +387,13 @@ impl Store for Bucket {
     }
 
     fn create(&self, key: &str, bytes: &[u8]) -> Result<(), StoreError> {
-        self.make(key, PutPayload::from(bytes.to_vec()))
+        self.make(key, PutPayload::from(bytes.to_vec()), None)
     }
 
     fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError> {
         self.shared.path(key)?;
         let bucket = Bucket { shared: self.shared.clone() };
-        Ok(Box::new(BucketUpload { bucket, key: key.into(), chunks: Vec::new() }))
+        Ok(Box::new(BucketUpload { bucket, key: key.into(), chunks: Vec::new(), lock: None }))
     }
 
     fn list(&self, folder: &str) -> Result<Vec<Entry>, StoreError> {
@@ -394,6 +409,29 @@ impl Store for Bucket {
     fn delete(&self, key: &str) -> Result<(), StoreError> {
         let name = key.to_owned();
         self.run(key, "delete", |shared| async move { shared.delete(&name, Guard::On).await })
+    }
+
+    fn hide(&self, key: &str) -> Result<(), StoreError> {
+        let name = key.to_owned();
+        self.run(key, "delete", |shared| async move { shared.delete_or_hide(&name, Guard::On).await })
+    }
+
+    fn time(&self) -> Result<i64, StoreError> {
+        self.run("", "ask the time of", |shared| async move { lease::store_time(&shared).await })
+    }
+
+    fn lock(&self, key: &str, lock: Lock) -> Result<(), StoreError> {
+        let name = key.to_owned();
+        self.run(key, "lock", |shared| async move { shared.lock(&name, lock).await })
+    }
+
+    fn lock_of(&self, key: &str) -> Result<Option<Lock>, StoreError> {
+        let name = key.to_owned();
+        self.run(key, "look at", |shared| async move { shared.lock_of(&name).await })
+    }
+
+    fn probe_locks(&self, mode: LockMode) -> Result<(), StoreError> {
+        self.run("", "probe", |shared| async move { probe::locks(&shared, mode).await })
     }
 
     fn sweep(&self) -> Result<(), StoreError> {
@@ -474,6 +512,7 @@ struct BucketUpload {
     bucket: Bucket,
     key: String,
     chunks: Vec<Bytes>,
+    lock: Option<Lock>,
 }
 
 impl Upload for BucketUpload {
@@ -482,7 +521,12 @@ impl Upload for BucketUpload {
         Ok(())
     }
 
+    fn lock(&mut self, lock: Lock) -> Result<(), StoreError> {
+        self.lock = Some(lock);
+        Ok(())
+    }
+
     fn finish(self: Box<Self>) -> Result<(), StoreError> {
-        self.bucket.make(&self.key, self.chunks.into_iter().collect())
+        self.bucket.make(&self.key, self.chunks.into_iter().collect(), self.lock)
     }
 }

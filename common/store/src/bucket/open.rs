@@ -8,13 +8,15 @@ use std::io;
 use std::path::Path as FilePath;
 use std::sync::Arc;
 
-use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, S3ConditionalPut};
+use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey, S3ConditionalPut};
 use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
+use object_store::client::{HttpConnector, ReqwestConnector};
 use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 use object_store::path::Path;
 use object_store::{Certificate, ClientOptions, ObjectStore, RetryConfig};
 
 use super::profile;
+use super::signed::Signed;
 
 const CONNECT: std::time::Duration = std::time::Duration::from_secs(10);
 /// Connections that are kept: as many as requests may be under way.
@@ -60,6 +62,8 @@ fn known<'v, K: std::str::FromStr>(variables: &'v Variables, prefix: &'v str) ->
 pub(super) struct Place {
     pub store: Arc<dyn ObjectStore>,
     pub prefix: Path,
+    /// Where it is one of S3.
+    pub signed: Option<Signed>,
 }
 
 /// Whether this is the address of an object store.
@@ -84,8 +88,15 @@ pub(super) fn open(address: &str, variables: &Variables) -> Result<Place, Addres
     let options = client_options(variables).map_err(setup)?;
     // Asking again is done by who knows what was asked for.
     let retry = RetryConfig { max_retries: 0, ..RetryConfig::default() };
+    let mut signed = None;
     let store: Arc<dyn ObjectStore> = match scheme {
-        "s3" => Arc::new(s3(bucket, options, retry, variables).map_err(setup)?),
+        "s3" => {
+            let (store, options) = s3(bucket, options, retry, variables).map_err(setup)?;
+            let client = ReqwestConnector::default().connect(&options);
+            let client = client.map_err(|e| setup(io::Error::other(e.to_string())))?;
+            signed = Some(Signed { signer: store.clone(), client });
+            store
+        }
         "az" => Arc::new(azure(bucket, options, retry, variables).map_err(setup)?),
         _ => {
             let settings = known::<GoogleConfigKey>(variables, "GOOGLE_");
@@ -95,7 +106,7 @@ pub(super) fn open(address: &str, variables: &Variables) -> Result<Place, Addres
             Arc::new(built.map_err(|e| setup(io::Error::other(e.to_string())))?)
         }
     };
-    Ok(Place { store, prefix: parsed })
+    Ok(Place { store, prefix: parsed, signed })
 }
 
 fn is_plain(endpoint: Option<&String>) -> bool {
@@ -123,7 +134,7 @@ fn s3(
     options: ClientOptions,
     retry: RetryConfig,
     variables: &Variables,
-) -> io::Result<impl ObjectStore + use<>> {
+) -> io::Result<(Arc<AmazonS3>, ClientOptions)> {
     use AmazonS3ConfigKey as Key;
     let profile = profile::named(variables)?;
     let variable = |name: &str| variables.get(name).cloned();
@@ -169,13 +180,13 @@ fn s3(
         };
         builder = builder.with_endpoint(endpoint);
     }
-    builder
+    let built = builder
         .with_virtual_hosted_style_request(virtual_style)
         .with_conditional_put(S3ConditionalPut::ETagMatch)
-        .with_client_options(options)
+        .with_client_options(options.clone())
         .with_retry(retry)
-        .build()
-        .map_err(|e| io::Error::other(e.to_string()))
+        .build();
+    Ok((Arc::new(built.map_err(|e| io::Error::other(e.to_string()))?), options))
 }
 
 fn client_options(variables: &Variables) -> io::Result<ClientOptions> {

@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::{Bucket, Entry, Lease, LeaseUse, Standing, Store, StoreError, Upload};
+use crate::{Bucket, Entry, Lease, LeaseUse, Lock, LockMode, Standing, Store, StoreError, Upload};
 use chunks::{CHUNK, CHUNK_BYTES, Chunks, Name, Wait, chunks_of};
 use flights::Flights;
 use folder::Folder;
@@ -237,6 +237,27 @@ impl Store for Cached {
     fn delete(&self, key: &str) -> Result<(), StoreError> {
         self.doubt(key);
         self.bucket.delete(key)
+    }
+
+    fn hide(&self, key: &str) -> Result<(), StoreError> {
+        self.doubt(key);
+        self.bucket.hide(key)
+    }
+
+    fn time(&self) -> Result<i64, StoreError> {
+        self.bucket.time()
+    }
+
+    fn lock(&self, key: &str, lock: Lock) -> Result<(), StoreError> {
+        self.bucket.lock(key, lock)
+    }
+
+    fn lock_of(&self, key: &str) -> Result<Option<Lock>, StoreError> {
+        self.bucket.lock_of(key)
+    }
+
+    fn probe_locks(&self, mode: LockMode) -> Result<(), StoreError> {
+        self.bucket.probe_locks(mode)
     }
 
     fn sweep(&self) -> Result<(), StoreError> {

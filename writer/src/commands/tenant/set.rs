@@ -1,7 +1,8 @@
-//! `reseal tenant set`: what a tenant may store, how old its newest restore points may be, and which of them stay. Each replaces its
-//! record.
+//! `reseal tenant set`: what a tenant may store, how old its newest restore points may be, which of them stay, and for how long they are
+//! locked. Each replaces its record.
 
 use reseal_cli::{CommonArgs, Failure, Status, human_bytes, of_tenant, parse_size};
+use reseal_format::lock::{LockMode, LockRule, MAX_LOCK_DAYS};
 use reseal_format::names::{TenantName, VmName};
 use reseal_format::objectives::Objective;
 use reseal_format::retention::{Policy, Retention};
@@ -16,7 +17,7 @@ use crate::commands::keep::{KEEP_RULES, KeepArgs, options};
 /// Arguments of `tenant set`.
 #[derive(clap::Args)]
 #[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args(
-    ["quota", "objective", "no_objective", "keep_all", "keep_as_tenant"]).args(KEEP_RULES))]
+    ["quota", "objective", "no_objective", "lock", "no_lock", "keep_all", "keep_as_tenant"]).args(KEEP_RULES))]
 pub(super) struct Args {
     name: String,
     /// Bytes that its packs may have, as 500G or 2T, or none
@@ -28,6 +29,16 @@ pub(super) struct Args {
     /// They may be as old as they like; of one VM whatever the tenant's objective is
     #[arg(long, conflicts_with = "objective")]
     no_objective: bool,
+    /// Has what its restore points lead to be locked in the object store, for at least so many days after each was made; in a bucket that
+    /// was made with Object Lock
+    #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_LOCK_DAYS)), conflicts_with = "vm")]
+    lock: Option<u16>,
+    /// How firm: nobody can shorten a lock; or whom the object store allows to bypass it can
+    #[arg(long, value_name = "MODE", value_enum, default_value_t = Firmness::Compliance, requires = "lock")]
+    lock_mode: Firmness,
+    /// Locks nothing from now on; what is locked stays so
+    #[arg(long, conflicts_with_all = ["lock", "vm"])]
+    no_lock: bool,
     #[command(flatten)]
     keep: KeepArgs,
     /// Nothing is forgotten by itself; of one VM whatever the tenant's policy is
@@ -51,6 +62,13 @@ impl Args {
             _ => (!policy.is_empty()).then_some(Retention::By(policy)),
         }
     }
+}
+
+/// What `--lock-mode` says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Firmness {
+    Compliance,
+    Governance,
 }
 
 /// What `--quota` says: bytes, or no limit.
@@ -81,17 +99,31 @@ pub(super) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
     let usage = |e: &dyn std::error::Error| Failure::of(Status::Usage, e);
     let name = TenantName::new(&args.name).map_err(|e| usage(&e))?;
     let is_objective = args.objective.is_some() || args.no_objective;
+    let is_lock = args.lock.is_some() || args.no_lock;
     let retention = args.retention();
-    if [args.quota.is_some(), is_objective, retention.is_some()].into_iter().filter(|is_asked| *is_asked).count() > 1 {
-        let message = "one thing at a time: --quota, or --objective or --no-objective, or --keep options";
+    if [args.quota.is_some(), is_objective, is_lock, retention.is_some()]
+        .into_iter()
+        .filter(|is_asked| *is_asked)
+        .count()
+        > 1
+    {
+        let message =
+            "one thing at a time: --quota, or --objective or --no-objective, or --lock or --no-lock, or --keep options";
         return Err(Failure::new(Status::Usage, message));
     }
-    if args.quota.is_none() && !is_objective && retention.is_none() {
+    if args.quota.is_none() && !is_objective && !is_lock && retention.is_none() {
         let message = "a policy that keeps nothing is none: give a --keep option a number, or --keep-all";
         return Err(Failure::new(Status::Usage, message));
     }
     if let Some(Allowance(quota)) = args.quota {
         return set_quota(common, &name, quota);
+    }
+    if is_lock {
+        let mode = match args.lock_mode {
+            Firmness::Compliance => LockMode::Compliance,
+            Firmness::Governance => LockMode::Governance,
+        };
+        return set_lock(common, &name, args.lock.map(|days| LockRule { days, mode }));
     }
     let vm = args.vm.as_deref().map(VmName::new).transpose().map_err(|e| usage(&e))?;
     if let Some(retention) = retention {
@@ -154,6 +186,20 @@ fn set_objective(
     let of = vm.map(|vm| format!(" for {vm}")).unwrap_or_default();
     output.say(format!("objective   {said}{of}"));
     output.say(format!("record      generation {}", new.generation()));
+    Ok(())
+}
+
+/// How what is written is locked, for people.
+pub(super) fn human_lock(rule: Option<LockRule>) -> String {
+    rule.map_or_else(|| "none".to_owned(), |rule| format!("{} days, {}", rule.days, rule.mode.name()))
+}
+
+fn set_lock(common: &CommonArgs, name: &TenantName, rule: Option<LockRule>) -> Result<(), Failure> {
+    let new = replaced(common, name, |record, kms| record.set_lock(kms, rule))?;
+    let output = common.output();
+    output.json(&json!({ "tenant": name, "lock": rule, "generation": new.generation(), "objects": [new.key()] }));
+    output.say(format!("lock        {}", human_lock(rule)));
+    output.say(format!("record      generation {}; from the next restore points on", new.generation()));
     Ok(())
 }
 

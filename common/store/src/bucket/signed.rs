@@ -1,0 +1,188 @@
+//! Requests of S3 that `object_store` has no call for: objects that are locked, and the removal of one version. It signs them.
+//!
+//! Sources: the S3 API's PutObject, HeadObject, PutObjectRetention and DeleteObject. A body's SHA-256 is among the headers that are
+//! signed, which S3 wants of whatever locks.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use aws_lc_rs::digest::{Context, SHA256};
+use base64ct::{Base64, Encoding};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use jiff::Timestamp;
+use jiff::fmt::rfc2822;
+use object_store::aws::AmazonS3;
+use object_store::client::{HttpClient, HttpRequest, HttpRequestBody, HttpResponse};
+use object_store::path::Path;
+use object_store::signer::{HeaderName, HeaderValue, Method, SignedUrlOptions, Signer};
+use object_store::{Error, HeaderMap, PutMode, PutPayload, UpdateVersion};
+
+use crate::{Lock, LockMode};
+
+/// How long a signature is good for.
+const VALID: Duration = Duration::from_secs(3600);
+/// As much of what a store says of a refusal as is read.
+const MAX_SAID: usize = 16 << 10;
+const STORE: &str = "S3";
+
+/// Makes such requests.
+pub(super) struct Signed {
+    pub signer: Arc<AmazonS3>,
+    pub client: HttpClient,
+}
+
+/// What is sent beside method and path.
+#[derive(Default)]
+struct Parts {
+    query: Vec<(&'static str, String)>,
+    headers: Vec<(&'static str, String)>,
+    body: PutPayload,
+}
+
+/// What a store says of an object's lock, and of its version.
+pub(super) struct About {
+    pub version: Option<String>,
+    pub lock: Option<Lock>,
+    /// When it was made or replaced, by the store's clock, in seconds.
+    pub modified: i64,
+}
+
+fn name(mode: LockMode) -> &'static str {
+    match mode {
+        LockMode::Governance => "GOVERNANCE",
+        LockMode::Compliance => "COMPLIANCE",
+    }
+}
+
+fn date(lock: Lock) -> Result<String, Error> {
+    Ok(Timestamp::from_second(lock.until).map_err(generic)?.to_string())
+}
+
+fn generic(source: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::Generic { store: STORE, source: Box::new(source) }
+}
+
+fn sha256(body: &PutPayload) -> String {
+    let mut digest = Context::new(&SHA256);
+    body.iter().for_each(|chunk| digest.update(chunk));
+    Base64::encode_string(digest.finish().as_ref())
+}
+
+fn text<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
+    headers.get(name)?.to_str().ok()
+}
+
+impl Signed {
+    async fn send(&self, method: Method, path: &Path, parts: Parts) -> Result<HeaderMap, Error> {
+        let mut options = SignedUrlOptions::new().with_query(parts.query);
+        for (name, value) in parts.headers {
+            let value = HeaderValue::from_str(&value).map_err(generic)?;
+            options = options.with_signed_header(HeaderName::from_static(name), value);
+        }
+        let url = self.signer.signed_url_opts(method.clone(), path, VALID, &options).await?;
+        let length = parts.body.content_length();
+        let mut request = HttpRequest::new(HttpRequestBody::from(parts.body));
+        *request.uri_mut() = url.as_str().parse().map_err(generic)?;
+        *request.headers_mut() = options.signed_headers;
+        if method == Method::PUT {
+            request.headers_mut().insert("content-length", length.into());
+        }
+        *request.method_mut() = method;
+        let response = self.client.execute(request).await.map_err(generic)?;
+        answer(path, response).await
+    }
+
+    /// Makes or replaces an object that is locked from its beginning on.
+    pub(super) async fn put(
+        &self,
+        path: &Path,
+        body: PutPayload,
+        mode: PutMode,
+        lock: Lock,
+    ) -> Result<UpdateVersion, Error> {
+        let mut headers = vec![
+            ("x-amz-checksum-sha256", sha256(&body)),
+            ("x-amz-object-lock-mode", name(lock.mode).to_owned()),
+            ("x-amz-object-lock-retain-until-date", date(lock)?),
+        ];
+        match &mode {
+            PutMode::Create => headers.push(("if-none-match", "*".to_owned())),
+            PutMode::Update(version) => headers.extend(version.e_tag.clone().map(|tag| ("if-match", tag))),
+            PutMode::Overwrite => {}
+        }
+        let answered = self.send(Method::PUT, path, Parts { headers, body, ..Parts::default() }).await;
+        let headers = answered.map_err(|error| match (error, &mode) {
+            (Error::Precondition { path, source }, PutMode::Create) => Error::AlreadyExists { path, source },
+            (error, _) => error,
+        })?;
+        let value = |name| text(&headers, name).map(str::to_owned);
+        Ok(UpdateVersion { e_tag: value("etag"), version: value("x-amz-version-id") })
+    }
+
+    /// Locks what an object is now until then, which must not be earlier than it is locked until.
+    pub(super) async fn lock(&self, path: &Path, lock: Lock) -> Result<(), Error> {
+        let body = format!(
+            "<Retention xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><Mode>{}</Mode><RetainUntilDate>{}</RetainUntilDate></Retention>",
+            name(lock.mode),
+            date(lock)?
+        );
+        let body = PutPayload::from(body.into_bytes());
+        let headers = vec![("x-amz-checksum-sha256", sha256(&body)), ("content-type", "application/xml".to_owned())];
+        let query = vec![("retention", String::new())];
+        self.send(Method::PUT, path, Parts { query, headers, body }).await.map(drop)
+    }
+
+    /// What is known of an object's lock.
+    pub(super) async fn about(&self, path: &Path) -> Result<About, Error> {
+        let headers = self.send(Method::HEAD, path, Parts::default()).await?;
+        let is_held = text(&headers, "x-amz-object-lock-legal-hold").is_some_and(|hold| hold == "ON");
+        let mode = match text(&headers, "x-amz-object-lock-mode") {
+            Some("GOVERNANCE") => LockMode::Governance,
+            _ => LockMode::Compliance,
+        };
+        let until =
+            text(&headers, "x-amz-object-lock-retain-until-date").and_then(|date| date.parse::<Timestamp>().ok());
+        let until = if is_held { Some(i64::MAX) } else { until.map(Timestamp::as_second) };
+        let modified = text(&headers, "last-modified").and_then(|date| rfc2822::parse(date).ok());
+        Ok(About {
+            version: text(&headers, "x-amz-version-id").map(str::to_owned),
+            lock: until.map(|until| Lock { until, mode }),
+            modified: modified.map_or(0, |date| date.timestamp().as_second()),
+        })
+    }
+
+    /// Removes one version of an object for good; the one before it is there again, if there is one.
+    pub(super) async fn delete_version(&self, path: &Path, version: &str) -> Result<(), Error> {
+        let query = vec![("versionId", version.to_owned())];
+        self.send(Method::DELETE, path, Parts { query, ..Parts::default() }).await.map(drop)
+    }
+}
+
+/// The headers of an answer; an error as `object_store` itself tells one.
+async fn answer(path: &Path, response: HttpResponse) -> Result<HeaderMap, Error> {
+    let (parts, body) = response.into_parts();
+    if parts.status.is_success() {
+        return Ok(parts.headers);
+    }
+    let mut said = Vec::new();
+    let mut stream = body.bytes_stream();
+    while let Some(chunk) = stream.next().await {
+        let chunk: Bytes = chunk.map_err(generic)?;
+        said.extend_from_slice(&chunk[..chunk.len().min(MAX_SAID - said.len())]);
+        if said.len() == MAX_SAID {
+            break;
+        }
+    }
+    let status = parts.status.as_u16();
+    // Whether it is worth asking again is read from this text: see `attempts.rs`.
+    let source = format!("status code: {status}: {}", String::from_utf8_lossy(&said)).into();
+    let path = path.to_string();
+    Err(match status {
+        304 | 412 => Error::Precondition { path, source },
+        409 => Error::AlreadyExists { path, source },
+        404 => Error::NotFound { path, source },
+        401 | 403 => Error::PermissionDenied { path, source },
+        _ => Error::Generic { store: STORE, source },
+    })
+}

@@ -1,0 +1,141 @@
+//! Buckets that keep versions, as those do in which objects can be locked.
+//!
+//! There, replacing and removing an object by its key only hides it, and what is locked, too. So an object is removed by its version: the
+//! store refuses that while it is locked, and its space is free then. Where that brings back an older version, for the object was replaced
+//! once, that is hidden: it goes by the rules of the bucket.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use object_store::{Error, UpdateVersion};
+
+use super::attempts::told;
+use super::lease::store_time;
+use super::signed::{About, Signed};
+use super::{Guard, Refusal, Shared, not_any_more};
+use crate::{Lock, StoreError};
+
+/// What is known of a bucket's versions.
+pub(super) struct Versions {
+    signed: Option<Signed>,
+    /// Whether it was seen to keep none.
+    are_off: AtomicBool,
+}
+
+/// A version that can be named. A bucket that does not keep versions any more calls the next one so.
+fn named(version: Option<String>) -> Option<String> {
+    version.filter(|version| version != "null")
+}
+
+impl Versions {
+    pub(super) fn new(signed: Option<Signed>) -> Versions {
+        Versions { signed, are_off: AtomicBool::new(false) }
+    }
+
+    /// Makes requests about versions, where the store is one of S3.
+    pub(super) fn signed(&self) -> Result<&Signed, Error> {
+        self.signed.as_ref().ok_or_else(|| not_any_more(StoreError::NoLocks))
+    }
+
+    /// The same, unless there is nothing to be asked.
+    fn in_use(&self) -> Option<&Signed> {
+        self.signed.as_ref().filter(|_| !self.are_off.load(Ordering::Relaxed))
+    }
+}
+
+impl Shared {
+    /// What is known of an object's version and lock; `None` where there are none.
+    async fn version_of(&self, key: &str) -> Result<Option<(&Signed, About)>, StoreError> {
+        let Some(signed) = self.versions.in_use() else { return Ok(None) };
+        let path = self.path(key)?;
+        let asked = self.attempts.ask(0, || signed.about(&path)).await;
+        let about = asked.map_err(|refusal| told(key, "look at", refusal.error))?;
+        let about = About { version: named(about.version), ..about };
+        if about.version.is_none() {
+            self.versions.are_off.store(true, Ordering::Relaxed);
+            return Ok(None);
+        }
+        Ok(Some((signed, about)))
+    }
+
+    /// Removes an object for good.
+    pub(super) async fn delete(&self, key: &str, guard: Guard) -> Result<(), StoreError> {
+        let Some((signed, about)) = self.version_of(key).await? else { return self.hide(key, guard).await };
+        if let Some(lock) = self.stands(about.lock).await? {
+            return Err(StoreError::Locked { key: key.into(), until: shown(lock) });
+        }
+        let (path, version) = (self.path(key)?, about.version.unwrap_or_default());
+        let request = || async {
+            if guard == Guard::On {
+                self.leases.check(key).map_err(not_any_more)?;
+            }
+            signed.delete_version(&path, &version).await
+        };
+        match self.attempts.ask(0, request).await {
+            Ok(()) | Err(Refusal { error: Error::NotFound { .. }, was_repeated: true }) => {}
+            Err(refusal) => return Err(told(key, "delete", refusal.error)),
+        }
+        match self.version_of(key).await {
+            Err(StoreError::NotFound(_)) | Ok(None) => Ok(()),
+            // Not one that another process has just made.
+            Ok(Some((_, older))) if older.modified < about.modified => self.hide(key, guard).await,
+            other => other.map(drop),
+        }
+    }
+
+    /// The same; what is locked is hidden.
+    pub(super) async fn delete_or_hide(&self, key: &str, guard: Guard) -> Result<(), StoreError> {
+        match self.delete(key, guard).await {
+            Err(e) if e.is_refused() => self.hide(key, guard).await,
+            other => other,
+        }
+    }
+
+    /// Removes a version that was replaced, if it is easily done.
+    pub(super) async fn forget_version(&self, key: &str, version: UpdateVersion, patience: Duration) {
+        if let (Some(version), Some(signed), Ok(path)) =
+            (named(version.version), self.versions.in_use(), self.path(key))
+        {
+            let _ = tokio::time::timeout(patience, signed.delete_version(&path, &version)).await;
+        }
+    }
+
+    /// A lock, if it is not over.
+    async fn stands(&self, lock: Option<Lock>) -> Result<Option<Lock>, StoreError> {
+        match lock {
+            Some(lock) if lock.until > store_time(self).await? => Ok(Some(lock)),
+            _ => Ok(None),
+        }
+    }
+
+    /// The lock of an object that is there, if it is locked now.
+    pub(super) async fn lock_of(&self, key: &str) -> Result<Option<Lock>, StoreError> {
+        match self.version_of(key).await {
+            Ok(None) | Err(StoreError::NotFound(_)) => Ok(None),
+            Ok(Some((_, about))) => self.stands(about.lock).await,
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Locks an object until then at least.
+    pub(super) async fn lock(&self, key: &str, lock: Lock) -> Result<(), StoreError> {
+        let path = self.path(key)?;
+        let signed = self.versions.signed().map_err(|error| told(key, "lock", error))?;
+        let error = match self.attempts.ask(0, || signed.lock(&path, lock)).await {
+            Ok(()) => return Ok(()),
+            Err(refusal) => told(key, "lock", refusal.error),
+        };
+        // None is shortened: it may be locked for longer.
+        match error.is_refused() && self.lock_of(key).await?.is_some_and(|now| now.until >= lock.until) {
+            true => Ok(()),
+            false => Err(error),
+        }
+    }
+}
+
+fn shown(lock: Lock) -> String {
+    match jiff::Timestamp::from_second(lock.until) {
+        Ok(until) => until.to_string(),
+        Err(_) => "its legal hold is released".to_owned(),
+    }
+}
