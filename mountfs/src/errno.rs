@@ -147,6 +147,7 @@ fn vault_errno(error: &VaultError) -> Errno {
             StoreError::Exists(_) | StoreError::Changed(_) | StoreError::Full(_) => Errno::EIO,
             StoreError::Lost(_) | StoreError::Unconditional => Errno::EIO,
             StoreError::NoLocks | StoreError::Locked { .. } => Errno::EPERM,
+            StoreError::Past(_) => Errno::EROFS,
         },
     }
 }

@@ -155,8 +155,11 @@ impl CommonArgs {
     pub fn find(&self, name: &TenantName) -> Result<Found, Failure> {
         let (store, repo) = self.vault()?;
         let paths = self.paths()?;
+        // That a vault is older which is shown as it was is no rollback.
+        let (state, is_past) = (paths.state.clone(), store.is_past());
+        let state = if is_past { state.join("past") } else { state };
         let record = Record::read(store, &repo, name)?;
-        let heads = Heads::new(&paths.state, &record.scope(), self.accept_rollback);
+        let heads = Heads::new(&state, &record.scope(), self.accept_rollback || is_past);
         heads.check_generation(record.generation())?;
         Ok(Found { record, heads, paths, repo })
     }

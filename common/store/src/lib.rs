@@ -57,6 +57,11 @@ pub trait Store: Send + Sync {
     /// The last bytes of the object, `want` of them or all it has, and its length.
     fn read_tail(&self, key: &str, want: usize) -> Result<(Vec<u8>, u64), StoreError>;
 
+    /// Whether it is shown as it was at a moment, so that nothing can be changed.
+    fn is_past(&self) -> bool {
+        false
+    }
+
     /// Makes an object whole, or not at all; durable when it returns. Fails with [`StoreError::Exists`] where the key is
     /// taken: of several that try, exactly one succeeds.
     fn create(&self, key: &str, bytes: &[u8]) -> Result<(), StoreError> {
@@ -237,6 +242,8 @@ pub enum StoreError {
          with Object Lock"
     )]
     NoLocks,
+    #[error("{0} can't be changed: the vault is shown as it was at a moment; leave `?as-of=` out of its address")]
+    Past(String),
     #[error("{key} is locked until {until} in the object store, and stays")]
     Locked { key: String, until: String },
     #[error("can't {action} {key}: {source}")]
@@ -258,7 +265,8 @@ impl StoreError {
     pub fn key(&self) -> &str {
         match self {
             StoreError::NotFound(key) | StoreError::NotAFile(key) => key,
-            StoreError::Exists(key) | StoreError::Changed(key) | StoreError::Full(key) | StoreError::Lost(key) => key,
+            StoreError::Exists(key) | StoreError::Changed(key) | StoreError::Full(key) => key,
+            StoreError::Lost(key) | StoreError::Past(key) => key,
             StoreError::Unconditional | StoreError::NoLocks => "tmp",
             StoreError::Locked { key, .. } => key,
             StoreError::TooLong { key, .. } | StoreError::Short { key, .. } | StoreError::Io { key, .. } => key,

@@ -203,7 +203,7 @@ impl VaultError {
                 StoreError::TooLong { .. } | StoreError::Short { .. } => Class::Damaged,
                 StoreError::Exists(_) | StoreError::Changed(_) | StoreError::Full(_) => Class::Failed,
                 StoreError::Lost(_) | StoreError::Unconditional => Class::Failed,
-                StoreError::NoLocks | StoreError::Locked { .. } => Class::Failed,
+                StoreError::NoLocks | StoreError::Locked { .. } | StoreError::Past(_) => Class::Failed,
                 StoreError::Io { source, .. } => match source.kind() {
                     // Trying again changes nothing.
                     ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem | ErrorKind::InvalidInput => {

@@ -8,6 +8,7 @@
 mod attempts;
 mod lease;
 mod open;
+mod past;
 mod probe;
 mod profile;
 mod signed;
@@ -31,6 +32,7 @@ use crate::{Entry, Lease, LeaseUse, Lock, LockMode, Standing, Store, StoreError,
 use attempts::{Attempts, Refusal, is_behind_the_end, told, wait};
 use lease::{Leases, Renewed};
 pub use open::{AddressError, Variables, is_address};
+use past::Past;
 use versions::Versions;
 
 /// How often is looked what became of an object that others make and remove at the same time.
@@ -48,6 +50,8 @@ struct Shared {
     attempts: Attempts,
     leases: Leases,
     versions: Versions,
+    /// If it is shown as it was at a moment.
+    past: Option<Past>,
 }
 
 /// What an object is, and which version of it.
@@ -78,9 +82,9 @@ impl Bucket {
 
     /// The same in another environment than this process's.
     pub fn open_with(address: &str, variables: &Variables) -> Result<Bucket, AddressError> {
-        let open::Place { store, prefix, signed } = open::open(address, variables)?;
+        let open::Place { store, prefix, signed, past } = open::open(address, variables)?;
         let (attempts, leases, versions) = (Attempts::default(), Leases::new(variables)?, Versions::new(signed));
-        Ok(Bucket { shared: Arc::new(Shared { store, prefix, attempts, leases, versions }) })
+        Ok(Bucket { shared: Arc::new(Shared { store, prefix, attempts, leases, versions, past: past.map(Past::new) }) })
     }
 
     /// Runs a request and waits for it.
@@ -151,8 +155,9 @@ impl Shared {
 
     async fn read(&self, key: &str, range: Option<GetRange>, bytes: u64) -> Result<Object, StoreError> {
         let path = self.path(key)?;
+        let version = self.version_then(key).await?;
         let request = || async {
-            let options = GetOptions { range: range.clone(), ..GetOptions::default() };
+            let options = GetOptions { range: range.clone(), version: version.clone(), ..GetOptions::default() };
             let result = self.store.get_opts(&path, options).await?;
             let (length, modified) = (result.meta.size, result.meta.last_modified.timestamp());
             let version = UpdateVersion { e_tag: result.meta.e_tag.clone(), version: result.meta.version.clone() };
@@ -181,6 +186,7 @@ impl Shared {
     ) -> Result<UpdateVersion, Refusal> {
         let bytes = payload.content_length() as u64;
         let request = || async {
+            self.check_present(key).map_err(not_any_more)?;
             // Each time: it may take long until a store answers.
             self.leases.check(key).map_err(not_any_more)?;
             if let Some(lock) = lock {
@@ -225,8 +231,12 @@ impl Shared {
     /// What a store says of an object without its bytes.
     async fn about(&self, key: &str) -> Result<ObjectMeta, StoreError> {
         let path = self.path(key)?;
-        let asked = self.attempts.ask(0, || self.store.head(&path)).await;
-        asked.map_err(|refusal| told(key, "look at", refusal.error))
+        let version = self.version_then(key).await?;
+        let request = || async {
+            let options = GetOptions { head: true, version: version.clone(), ..GetOptions::default() };
+            Ok(self.store.get_opts(&path, options).await?.meta)
+        };
+        self.attempts.ask(0, request).await.map_err(|refusal| told(key, "look at", refusal.error))
     }
 
     /// Puts `new` in the place of a version; `None` where that is not what is there.
@@ -256,6 +266,7 @@ impl Shared {
 
     /// Removes an object; in a bucket with versions, it is only hidden.
     async fn hide(&self, key: &str, guard: Guard) -> Result<(), StoreError> {
+        self.check_present(key)?;
         let path = self.path(key)?;
         let request = || async {
             if guard == Guard::On {
@@ -283,6 +294,9 @@ impl Shared {
             true => self.prefix.clone(),
             false => self.path(folder)?,
         };
+        if let Some(past) = &self.past {
+            return self.folder_then(past, folder, &path).await;
+        }
         let asked = self.attempts.ask(0, || self.store.list_with_delimiter(Some(&path))).await;
         let shown = if folder.is_empty() { "the vault's folder" } else { folder };
         let listed = asked.map_err(|refusal| told(shown, "list", refusal.error))?;
@@ -437,6 +451,10 @@ impl Store for Bucket {
     fn sweep(&self) -> Result<(), StoreError> {
         // What was not made whole does not exist.
         Ok(())
+    }
+
+    fn is_past(&self) -> bool {
+        self.shared.past.is_some()
     }
 
     fn probe(&self) -> Result<(), StoreError> {

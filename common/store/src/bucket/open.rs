@@ -15,8 +15,8 @@ use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 use object_store::path::Path;
 use object_store::{Certificate, ClientOptions, ObjectStore, RetryConfig};
 
-use super::profile;
 use super::signed::Signed;
+use super::{past, profile};
 
 const CONNECT: std::time::Duration = std::time::Duration::from_secs(10);
 /// Connections that are kept: as many as requests may be under way.
@@ -35,6 +35,10 @@ pub enum AddressError {
     NoBucket(String, &'static str),
     #[error("{0}: {1} is not a legal prefix")]
     Prefix(String, String),
+    #[error("{0}: {1:?} is no moment; give one as 2026-11-24T06:31:47Z")]
+    Moment(String, String),
+    #[error("{0}: only a bucket of S3 that keeps versions can be shown as it was")]
+    NoPast(String),
     #[error("RESEAL_LEASE_SECONDS must be a number from {0}")]
     LeaseSeconds(String),
     #[error("can't set up {address}: {source}")]
@@ -64,6 +68,8 @@ pub(super) struct Place {
     pub prefix: Path,
     /// Where it is one of S3.
     pub signed: Option<Signed>,
+    /// As of which moment it is shown, in seconds since 1970.
+    pub past: Option<i64>,
 }
 
 /// Whether this is the address of an object store.
@@ -73,6 +79,8 @@ pub fn is_address(repo: &str) -> bool {
 
 /// Opens what an address means. Nothing is asked yet.
 pub(super) fn open(address: &str, variables: &Variables) -> Result<Place, AddressError> {
+    let given = address;
+    let (address, past) = past::split(given).map_err(|moment| AddressError::Moment(given.into(), moment.into()))?;
     let (scheme, rest) = address.split_once("://").unwrap_or(("", address));
     let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
     let setup = |source: io::Error| AddressError::Setup { address: address.into(), source };
@@ -81,6 +89,9 @@ pub(super) fn open(address: &str, variables: &Variables) -> Result<Place, Addres
         "az" => "container",
         other => return Err(AddressError::Scheme(other.into())),
     };
+    if past.is_some() && scheme != "s3" {
+        return Err(AddressError::NoPast(given.into()));
+    }
     if bucket.is_empty() {
         return Err(AddressError::NoBucket(address.into(), what));
     }
@@ -106,11 +117,22 @@ pub(super) fn open(address: &str, variables: &Variables) -> Result<Place, Addres
             Arc::new(built.map_err(|e| setup(io::Error::other(e.to_string())))?)
         }
     };
-    Ok(Place { store, prefix: parsed, signed })
+    Ok(Place { store, prefix: parsed, signed, past })
 }
 
 fn is_plain(endpoint: Option<&String>) -> bool {
     endpoint.is_some_and(|endpoint| endpoint.starts_with("http://"))
+}
+
+/// Whether nobody can be on the way there: it goes over TLS, or does not leave this machine.
+fn is_private(endpoint: &str) -> bool {
+    let Some((scheme, rest)) = endpoint.split_once("://") else { return false };
+    let host = rest.split('/').next().unwrap_or_default();
+    let host = host
+        .rsplit_once(':')
+        .filter(|(_, port)| port.bytes().all(|b| b.is_ascii_digit()))
+        .map_or(host, |(host, _)| host);
+    scheme == "https" || matches!(host, "localhost" | "127.0.0.1" | "[::1]")
 }
 
 fn azure(
@@ -169,6 +191,10 @@ fn s3(
         None => style == Some("virtual") || (style != Some("path") && endpoint.is_none()),
     };
     let mut options = options;
+    // Where nobody is on the line who could change it, signing what goes over it only takes time: it is authenticated when it is read.
+    if variable("AWS_UNSIGNED_PAYLOAD").is_none() && endpoint.as_deref().is_none_or(is_private) {
+        builder = builder.with_unsigned_payload(true);
+    }
     if let Some(endpoint) = endpoint {
         options = options.with_allow_http(is_plain(Some(&endpoint)));
         // With the bucket in the name, the endpoint has to have it.
@@ -227,6 +253,25 @@ mod tests {
         let place = open("s3://bucket/a/b/", &Variables::new()).unwrap();
         assert_eq!(place.prefix.as_ref(), "a/b");
         assert_eq!(open("s3://bucket", &Variables::new()).unwrap().prefix.as_ref(), "");
+        for wrong in ["s3://b/x?as-of=yesterday", "az://b/x?as-of=2026-11-24T06:31:47Z"] {
+            assert!(open(wrong, &Variables::new()).is_err(), "{wrong}");
+        }
         assert!(is_address("s3://x") && !is_address("/srv/vault") && !is_address("s3:/x"));
+    }
+
+    #[test]
+    fn a_line_is_private_where_nobody_can_be_on_it() {
+        for private in ["https://s3.example.org", "http://127.0.0.1:8333", "http://localhost/x", "http://[::1]:1"] {
+            assert!(is_private(private), "{private}");
+        }
+        for open in [
+            "http://s3.example.org",
+            "http://127.0.0.1.example.org",
+            "http://localhost@example.org:80",
+            "http://10.0.0.1:80",
+            "x",
+        ] {
+            assert!(!is_private(open), "{open}");
+        }
     }
 }

@@ -26,6 +26,9 @@ const VALID: Duration = Duration::from_secs(3600);
 const MAX_SAID: usize = 16 << 10;
 const STORE: &str = "S3";
 
+/// Longest answer that is read.
+const MAX_ANSWER: usize = 16 << 20;
+
 /// Makes such requests.
 pub(super) struct Signed {
     pub signer: Arc<AmazonS3>,
@@ -74,7 +77,7 @@ fn text<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
 }
 
 impl Signed {
-    async fn send(&self, method: Method, path: &Path, parts: Parts) -> Result<HeaderMap, Error> {
+    async fn send(&self, method: Method, path: &Path, parts: Parts) -> Result<(HeaderMap, Vec<u8>), Error> {
         let mut options = SignedUrlOptions::new().with_query(parts.query);
         for (name, value) in parts.headers {
             let value = HeaderValue::from_str(&value).map_err(generic)?;
@@ -112,7 +115,7 @@ impl Signed {
             PutMode::Overwrite => {}
         }
         let answered = self.send(Method::PUT, path, Parts { headers, body, ..Parts::default() }).await;
-        let headers = answered.map_err(|error| match (error, &mode) {
+        let (headers, _) = answered.map_err(|error| match (error, &mode) {
             (Error::Precondition { path, source }, PutMode::Create) => Error::AlreadyExists { path, source },
             (error, _) => error,
         })?;
@@ -135,7 +138,7 @@ impl Signed {
 
     /// What is known of an object's lock.
     pub(super) async fn about(&self, path: &Path) -> Result<About, Error> {
-        let headers = self.send(Method::HEAD, path, Parts::default()).await?;
+        let (headers, _) = self.send(Method::HEAD, path, Parts::default()).await?;
         let is_held = text(&headers, "x-amz-object-lock-legal-hold").is_some_and(|hold| hold == "ON");
         let mode = match text(&headers, "x-amz-object-lock-mode") {
             Some("GOVERNANCE") => LockMode::Governance,
@@ -159,20 +162,108 @@ impl Signed {
     }
 }
 
-/// The headers of an answer; an error as `object_store` itself tells one.
-async fn answer(path: &Path, response: HttpResponse) -> Result<HeaderMap, Error> {
-    let (parts, body) = response.into_parts();
-    if parts.status.is_success() {
-        return Ok(parts.headers);
+/// One version of an object, or what hides those before it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Version {
+    pub id: String,
+    /// When it was made, by the store's clock, in seconds since 1970.
+    pub modified: i64,
+    pub length: u64,
+    pub is_marker: bool,
+}
+
+/// A page of a listing of versions.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Listed {
+    /// By path; of one path the newest first.
+    pub versions: Vec<(String, Version)>,
+    pub folders: Vec<String>,
+    /// Where the next page begins, if there is one.
+    pub next: Option<Next>,
+}
+
+/// Path and version after which a page begins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Next {
+    path: String,
+    version: String,
+}
+
+impl Signed {
+    /// The versions of what begins so, up to the delimiter.
+    pub(super) async fn versions(
+        &self,
+        prefix: &str,
+        delimiter: Option<&str>,
+        from: Option<&Next>,
+    ) -> Result<Listed, Error> {
+        let mut query = vec![("versions", String::new()), ("prefix", prefix.to_owned())];
+        query.extend(delimiter.map(|delimiter| ("delimiter", delimiter.to_owned())));
+        if let Some(Next { path, version }) = from {
+            query.push(("key-marker", path.clone()));
+            query.push(("version-id-marker", version.clone()));
+        }
+        let (_, said) = self.send(Method::GET, &Path::default(), Parts { query, ..Parts::default() }).await?;
+        listed(&said).ok_or_else(|| {
+            let source = "its list of versions can't be read".into();
+            Error::NotSupported { source }
+        })
     }
+}
+
+/// Reads a `ListVersionsResult`.
+fn listed(said: &[u8]) -> Option<Listed> {
+    let document = roxmltree::Document::parse(std::str::from_utf8(said).ok()?).ok()?;
+    let root = document.root_element();
+    let text = |node: roxmltree::Node<'_, '_>, name: &str| {
+        let child = node.children().find(|child| child.tag_name().name() == name)?;
+        Some(child.text().unwrap_or_default().to_owned())
+    };
+    let (mut listed, mut newest) = (Listed::default(), Vec::new());
+    for node in root.children() {
+        match node.tag_name().name() {
+            "CommonPrefixes" => listed.folders.push(text(node, "Prefix")?),
+            name @ ("Version" | "DeleteMarker") => {
+                let version = Version {
+                    id: text(node, "VersionId")?,
+                    modified: text(node, "LastModified")?.parse::<Timestamp>().ok()?.as_second(),
+                    length: text(node, "Size").and_then(|size| size.parse().ok()).unwrap_or(0),
+                    is_marker: name == "DeleteMarker",
+                };
+                // Some list markers apart from the rest.
+                let is_older = text(node, "IsLatest").is_none_or(|latest| latest != "true");
+                newest.push((-version.modified, is_older));
+                listed.versions.push((text(node, "Key")?, version));
+            }
+            _ => {}
+        }
+    }
+    let mut sorted: Vec<_> = newest.into_iter().zip(listed.versions).collect();
+    sorted.sort_by(|(one, (path, _)), (other, (than, _))| (path, one).cmp(&(than, other)));
+    listed.versions = sorted.into_iter().map(|(_, version)| version).collect();
+    if text(root, "IsTruncated").as_deref() == Some("true") {
+        let version = text(root, "NextVersionIdMarker").unwrap_or_default();
+        listed.next = Some(Next { path: text(root, "NextKeyMarker")?, version });
+    }
+    Some(listed)
+}
+
+/// An answer's headers and body; an error as `object_store` itself tells one.
+async fn answer(path: &Path, response: HttpResponse) -> Result<(HeaderMap, Vec<u8>), Error> {
+    let (parts, body) = response.into_parts();
+    let is_success = parts.status.is_success();
+    let most = if is_success { MAX_ANSWER } else { MAX_SAID };
     let mut said = Vec::new();
     let mut stream = body.bytes_stream();
     while let Some(chunk) = stream.next().await {
         let chunk: Bytes = chunk.map_err(generic)?;
-        said.extend_from_slice(&chunk[..chunk.len().min(MAX_SAID - said.len())]);
-        if said.len() == MAX_SAID {
+        said.extend_from_slice(&chunk[..chunk.len().min(most - said.len())]);
+        if said.len() == most {
             break;
         }
+    }
+    if is_success {
+        return Ok((parts.headers, said));
     }
     let status = parts.status.as_u16();
     // Whether it is worth asking again is read from this text: see `attempts.rs`.
@@ -185,4 +276,34 @@ async fn answer(path: &Path, response: HttpResponse) -> Result<HeaderMap, Error>
         401 | 403 => Error::PermissionDenied { path, source },
         _ => Error::Generic { store: STORE, source },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_of_versions_is_read_the_newest_first() {
+        let one = |name: &str, key: &str, id: &str, time: &str, latest: bool| {
+            format!(
+                "<{name}><Key>{key}</Key><VersionId>{id}</VersionId><IsLatest>{latest}</IsLatest><LastModified>2026-11-24T06:31:{time}Z</LastModified><Size>7</Size></{name}>"
+            )
+        };
+        let text = [
+            "<?xml version=\"1.0\"?><ListVersionsResult xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><IsTruncated>true</IsTruncated><NextKeyMarker>k</NextKeyMarker>".to_owned(),
+            one("Version", "k", "b", "40.000", false),
+            one("Version", "k", "a", "39.000", false),
+            one("DeleteMarker", "k", "c", "40.900", true),
+            "<CommonPrefixes><Prefix>k/x/</Prefix></CommonPrefixes></ListVersionsResult>".to_owned(),
+        ];
+        let listed = listed(text.concat().as_bytes()).unwrap();
+        let found: Vec<_> =
+            listed.versions.iter().map(|(_, version)| (version.id.as_str(), version.is_marker)).collect();
+        assert_eq!(found, [("c", true), ("b", false), ("a", false)]);
+        assert_eq!((listed.versions[1].1.length, listed.folders), (7, vec!["k/x/".to_owned()]));
+        assert_eq!(listed.next, Some(Next { path: "k".into(), version: String::new() }));
+        for wrong in [&b""[..], b"<a>", b"<a><Version><Key>k</Key></Version></a>", b"\xff"] {
+            assert_eq!(super::listed(wrong), None);
+        }
+    }
 }

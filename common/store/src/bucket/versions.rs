@@ -60,6 +60,7 @@ impl Shared {
 
     /// Removes an object for good.
     pub(super) async fn delete(&self, key: &str, guard: Guard) -> Result<(), StoreError> {
+        self.check_present(key)?;
         let Some((signed, about)) = self.version_of(key).await? else { return self.hide(key, guard).await };
         if let Some(lock) = self.stands(about.lock).await? {
             return Err(StoreError::Locked { key: key.into(), until: shown(lock) });
@@ -119,6 +120,7 @@ impl Shared {
 
     /// Locks an object until then at least.
     pub(super) async fn lock(&self, key: &str, lock: Lock) -> Result<(), StoreError> {
+        self.check_present(key)?;
         let path = self.path(key)?;
         let signed = self.versions.signed().map_err(|error| told(key, "lock", error))?;
         let error = match self.attempts.ask(0, || signed.lock(&path, lock)).await {

@@ -214,6 +214,10 @@ impl Store for Cached {
         true
     }
 
+    fn is_past(&self) -> bool {
+        self.bucket.is_past()
+    }
+
     fn replace(&self, key: &str, expected: &[u8], new: &[u8]) -> Result<(), StoreError> {
         self.bucket.replace(key, expected, new)
     }
