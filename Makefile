@@ -24,7 +24,7 @@ test: setup lint
 	tests/scripts/debian-disk.sh --small .cache/disk-small
 	tests/scripts/debian-disk.sh --guest .cache/disk-guest
 	cargo build --workspace
-	cargo test --workspace --no-fail-fast
+	tests/scripts/lanes.sh
 
 # The comparison with peers; rewrites docs/BENCHMARKS.md.
 bench:

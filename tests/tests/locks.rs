@@ -5,6 +5,7 @@ use std::fs;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use reseal_format::time::Timestamp;
+use reseal_tests::mounting::Mounted;
 use reseal_tests::owner::{Owner, Version};
 use reseal_tests::process::Run;
 use reseal_tests::random::Random;
@@ -69,6 +70,17 @@ fn content_of(site: &Site, point: &str) -> Vec<u8> {
     let _ = fs::remove_file(&to);
     site.restore(point, "disk-0", &to).ok();
     fs::read(to).unwrap()
+}
+
+/// The site with its vault as it is now, and with its keys; a while later.
+fn as_of_now(site: &Site) -> Site {
+    std::thread::sleep(Duration::from_secs(2));
+    let then = in_seconds(0);
+    std::thread::sleep(Duration::from_secs(2));
+    let past = site.elsewhere();
+    fs::create_dir(past.keyring.parent().unwrap()).unwrap();
+    fs::copy(&site.keyring, &past.keyring).unwrap();
+    Site { vault: format!("{}?as-of={then}", site.vault.display()).into(), ..past }
 }
 
 /// Removes what hides an object, and what was put in its place, so that what was locked is there again.
@@ -202,6 +214,7 @@ fn a_thief_of_the_buckets_keys_hides_what_is_locked_and_removes_nothing() {
     let (site, owner, content) = locked("stolen", "1", "compliance");
     site.backup("vm", &site.disk("a"));
     let locked = newest(&owner);
+    let past = as_of_now(&site);
     for version in &locked {
         assert!(!owner.delete(&version.key, Some(&version.id)), "{} was removed", version.key);
         assert!(!owner.shorten(version, "COMPLIANCE", &in_seconds(2), true));
@@ -214,6 +227,23 @@ fn a_thief_of_the_buckets_keys_hides_what_is_locked_and_removes_nothing() {
         assert!(owner.delete(&version.key, None));
     }
     site.reseal(["list"]).fails(1, &[]);
+    // As it was before: all can be read and copied, and nothing changed.
+    past.verify();
+    let listed = past.reseal(["list", "vm"]).ok().stdout;
+    assert!(listed.contains("vm@1"), "{listed}");
+    assert!(content_of(&past, "vm@1") == content);
+    let mounted = Mounted::new(&past, "mnt", &[]);
+    assert!(fs::read(mounted.point(&past, "vm", 1).join("disk-0.raw")).unwrap() == content);
+    mounted.umount(&past).ok();
+    let disk = site.disk("a");
+    let backup = ["backup", "vm", disk.to_str().unwrap()];
+    for change in [&["forget", "vm@1"][..], &backup, &["tenant", "set", "default", "--no-lock"]] {
+        past.reseal(change).fails(1, &["the vault is shown as it was"]);
+    }
+    let saved = Site::new();
+    let (to, keyring) = (saved.vault.to_str().unwrap(), saved.keyring.to_str().unwrap());
+    past.reseal(["copy", "--to", to, "--to-keyring", keyring]).ok();
+    assert!(content_of(&saved, "vm@1") == content);
     undo(&owner, &locked);
     site.verify();
     assert!(content_of(&site, "vm@1") == content);
@@ -224,6 +254,7 @@ fn a_thief_of_the_servers_shell_forgets_all_and_changes_the_keys_and_frees_nothi
     let (site, owner, content) = locked("shell", "1", "compliance");
     site.backup("vm", &site.disk("a"));
     let locked = newest(&owner);
+    let past = as_of_now(&site);
     set_lock(&site, &["--no-lock"]).ok();
     site.reseal(["rekey", "--data", "--no-recovery"]).ok();
     site.reseal(["forget", "vm@1"]).ok();
@@ -231,10 +262,13 @@ fn a_thief_of_the_servers_shell_forgets_all_and_changes_the_keys_and_frees_nothi
     let left = of_points(&owner);
     let is_left = |version: &Version| left.iter().any(|left| left.id == version.id);
     assert!(locked.iter().all(is_left), "{locked:?} {left:?}");
-    let mut hidden: Vec<_> =
-        owner.versions("").into_iter().filter(|version| version.key.ends_with(".forgotten")).collect();
-    hidden.retain(|version| !version.is_marker);
-    for version in hidden {
+    site.reseal(["show", "vm@1"]).fails(1, &[]);
+    // With the keys of then all is as it was, whatever was made since.
+    past.verify();
+    assert!(content_of(&past, "vm@1") == content);
+    // With those of now, once no tombstone says that it was forgotten.
+    let tombstones = owner.versions("").into_iter().filter(|version| version.key.ends_with(".forgotten"));
+    for version in tombstones.filter(|version| !version.is_marker) {
         assert!(owner.delete(&version.key, Some(&version.id)));
     }
     site.verify();

@@ -1,5 +1,5 @@
 //! Random lives of a tenant: backups that share content, of which some are stopped in the midst and some killed, forgets, prunes of
-//! which some are killed, changes of the data keys. Every point that was not forgotten is right at each moment, and what nothing needs
+//! which some are killed, changes of the data keys, copies to a second vault, which forgets and prunes, too. Every point that was not forgotten is right at each moment, and what nothing needs
 //! is gone after a prune that nobody disturbs.
 #![allow(clippy::unwrap_used)] // helpers of tests end where they meet what they did not expect
 
@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use reseal_format::ids::PointId;
 use reseal_tests::library::{LibraryDisk, vm};
 use reseal_tests::process::{Running, signal};
 use reseal_tests::random::{Random, seeds};
@@ -33,6 +34,9 @@ struct Stopped {
 
 struct Life {
     site: Site,
+    second: Site,
+    /// What each restore point that was ever there holds, by its id, which a copy has too.
+    contents: BTreeMap<PointId, Vec<u8>>,
     random: Random,
     disks: BTreeMap<&'static str, Vec<u8>>,
     points: BTreeMap<(&'static str, u32), Vec<u8>>,
@@ -47,6 +51,8 @@ impl Life {
     fn new(seed: u64) -> Life {
         let mut life = Life {
             site: Site::new(),
+            second: Site::new(),
+            contents: BTreeMap::new(),
             random: Random::new(seed),
             disks: BTreeMap::new(),
             points: BTreeMap::new(),
@@ -104,7 +110,7 @@ impl Life {
 
     fn step(&mut self) {
         let name = self.a_vm();
-        match self.random.below(16) {
+        match self.random.below(18) {
             0..=4 => {
                 self.write(name);
                 let mut machine = self.site.elsewhere();
@@ -169,6 +175,8 @@ impl Life {
                 running.kill();
                 self.tell("killed prune");
             }
+            14 | 15 => self.copy(),
+            16 => self.forget_copies(),
             13 if self.stopped.is_empty() => {
                 self.site.reseal(["rekey", "--data", "--no-recovery"]).ok();
                 self.tell("rekey");
@@ -179,6 +187,58 @@ impl Life {
                     self.tell("prune that fenced");
                 }
                 self.tell("prune");
+            }
+        }
+    }
+
+    /// Copies what the second vault lacks, or is killed meanwhile.
+    fn copy(&mut self) {
+        let tenant = self.site.tenant();
+        for (&(name, number), content) in &self.points {
+            let id = tenant.point(&vm(name), number).unwrap().manifest.point_id;
+            self.contents.insert(id, content.clone());
+        }
+        let (to, keyring) = (self.second.vault.to_str().unwrap(), self.second.keyring.to_str().unwrap());
+        let running = self.site.start(["copy", "--to", to, "--to-keyring", keyring]);
+        if self.random.below(3) == 0 {
+            sleep(Duration::from_micros(self.random.below(60_000)));
+            running.kill();
+            return self.tell("killed copy");
+        }
+        running.wait().ok();
+        let copied = self.second.tenant();
+        for name in VMS {
+            let Some((_, number)) = self.points.keys().rfind(|(of, _)| *of == name) else { continue };
+            let newest = tenant.point(&vm(name), *number).unwrap().manifest;
+            let chain = copied.chain(&vm(name)).unwrap();
+            let is_there = |number| copied.point(&vm(name), number).unwrap().manifest.point_id == newest.point_id;
+            let is_forgotten = chain.numbers().any(|(number, state)| {
+                state == State::Forgotten && copied.tombstone(&vm(name), number).unwrap().point_id == newest.point_id
+            });
+            assert!(is_forgotten || chain.live().any(is_there), "{name}@{number} was not copied: {:?}", self.told);
+        }
+        self.tell("copy");
+    }
+
+    /// What the second vault keeps is its own business.
+    fn forget_copies(&mut self) {
+        let keep = (1 + self.random.below(3)).to_string();
+        if !self.second.tenant().vms().unwrap().is_empty() {
+            self.second.reseal(["forget", "--all", "--keep-last", &keep]).ok();
+        }
+        self.second.reseal(["prune", "--min-unused", "10"]).ok();
+        self.tell("prune of copies");
+    }
+
+    /// Every copy of a restore point that is known is right.
+    fn check_copies(&self) {
+        let copied = self.second.tenant();
+        for name in copied.vms().unwrap() {
+            for number in copied.chain(&name).unwrap().live() {
+                let id = copied.point(&name, number).unwrap().manifest.point_id;
+                let read = LibraryDisk::open(&copied, name.as_str(), number, "disk-0").and_then(|disk| disk.all());
+                let read = read.unwrap_or_else(|e| panic!("copy {name}@{number}: {e}; {:?}", self.told));
+                assert!(self.contents.get(&id).is_none_or(|content| *content == read), "copy {name}@{number} differs");
             }
         }
     }
@@ -222,6 +282,7 @@ impl Life {
             let read = read.unwrap_or_else(|e| panic!("step {step}: {name}@{number}: {e}; {:?}", self.told));
             assert!(read == *content, "step {step}: {name}@{number} differs; {:?}", self.told);
         }
+        self.check_copies();
     }
 
     fn packs(&self) -> Vec<PathBuf> {
@@ -258,6 +319,9 @@ impl Life {
         self.site.reseal(["prune"]).ok();
         assert_eq!(self.packs(), Vec::<PathBuf>::new(), "nothing is needed any more");
         self.site.verify();
+        // The copies stand by themselves.
+        self.second.verify();
+        self.check_copies();
         self.told
     }
 }
@@ -276,7 +340,18 @@ fn whatever_happens_points_are_right_and_garbage_goes() {
         }
     }
     eprintln!("{told:?}");
-    for what in ["backup", "forget", "policy", "killed prune", "killed backup", "rekey", "prune"] {
+    for what in [
+        "backup",
+        "forget",
+        "policy",
+        "killed prune",
+        "killed backup",
+        "rekey",
+        "prune",
+        "copy",
+        "killed copy",
+        "prune of copies",
+    ] {
         assert!(told.contains_key(what), "{what} never happened: {told:?}");
     }
 }
