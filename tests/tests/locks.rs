@@ -77,10 +77,11 @@ fn as_of_now(site: &Site) -> Site {
     std::thread::sleep(Duration::from_secs(2));
     let then = in_seconds(0);
     std::thread::sleep(Duration::from_secs(2));
-    let past = site.elsewhere();
+    let mut past = site.elsewhere();
     fs::create_dir(past.keyring.parent().unwrap()).unwrap();
     fs::copy(&site.keyring, &past.keyring).unwrap();
-    Site { vault: format!("{}?as-of={then}", site.vault.display()).into(), ..past }
+    past.vault = format!("{}?as-of={then}", site.vault.display()).into();
+    past
 }
 
 /// Removes what hides an object, and what was put in its place, so that what was locked is there again.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use reseal_cli::{CommonArgs, Failure, human_bytes, human_duration};
 use reseal_format::manifest::Manifest;
 use reseal_site::Reading;
-use reseal_vault::{Booted, HeldPoint, PointSpec, Tenant, VaultError};
+use reseal_vault::{Booted, HeldPoint, PointSpec, State, Tenant, VaultError};
 use reseal_writer::status::boot;
 
 use super::{PointJson, point_name};
@@ -22,9 +22,13 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
     let spec = PointSpec::parse(&args.point)?;
     let reading = Reading::open(common)?;
     let points = reading.points();
-    reading.heads().whole_chain(&*points, &spec.vm)?;
+    let chain = reading.heads().whole_chain(&*points, &spec.vm)?;
     let point = points.resolve(&spec)?;
     let manifest = &point.manifest;
+    // Its manifest may be there for a while: somebody reads it, or it is locked.
+    if chain.numbers().any(|(number, state)| (number, state) == (manifest.number, State::Forgotten)) {
+        return Err(VaultError::NoPoint { vm: spec.vm, point: point_name(&point) }.into());
+    }
     // A note that is damaged does not hide the point.
     let (noted, damaged) = match reading.tenant().map(|tenant| noted(tenant, manifest)) {
         None => (Noted::default(), None),
