@@ -267,7 +267,7 @@ mod tests {
             definition: Some(Definition { file_name: definition.into(), text: "<domain/>".into() }),
             stats: Stats { read: 1, changed: 2, new: 3, stored: 4, duration_ms: 5 },
             warnings: vec!["a \"quoted\" warning".into()],
-            locked_until: None,
+            locked: None,
         };
         OpenPoint::new(Point { manifest, digest: Digest::from_bytes([3; 32]) })
     }

@@ -38,7 +38,7 @@ fn point(disks: &[&str], definition: Option<&str>) -> Manifest {
         definition: definition.map(|text| Definition { file_name: "x".into(), text: text.into() }),
         stats: Stats { read: 0, changed: 0, new: 0, stored: 0, duration_ms: 0 },
         warnings: vec![],
-        locked_until: None,
+        locked: None,
     }
 }
 

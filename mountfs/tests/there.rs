@@ -52,7 +52,7 @@ fn manifest(disks: &[(String, u64)]) -> Manifest {
         definition: None,
         stats: Stats { read: 0, changed: 0, new: 0, stored: 0, duration_ms: 0 },
         warnings: vec![],
-        locked_until: None,
+        locked: None,
     }
 }
 

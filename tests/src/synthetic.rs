@@ -137,7 +137,7 @@ impl Synthetic {
             definition: None,
             stats: Stats { read: 0, changed: 0, new: 0, stored: 0, duration_ms: 0 },
             warnings: Vec::new(),
-            locked_until: None,
+            locked: None,
         };
         let digest = self.tenant.commit(&manifest).unwrap();
         self.last = Some(Parent { number, digest });

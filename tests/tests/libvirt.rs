@@ -157,7 +157,7 @@ fn manifest(point: PointId, snapshot: &Snapshot, since: Option<&Manifest>) -> Ma
         definition: snapshot.definition.clone(),
         stats: Stats { read: 0, changed: 0, new: 0, stored: 0, duration_ms: 0 },
         warnings: snapshot.warnings.clone(),
-        locked_until: None,
+        locked: None,
     }
 }
 

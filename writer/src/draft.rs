@@ -13,6 +13,7 @@ use reseal_format::condemned::Condemned;
 use reseal_format::ids::{Digest, PackId, PointId, VmId};
 use reseal_format::keys::Kind;
 use reseal_format::layout::MAX_NUMBER;
+use reseal_format::lock::Locked;
 use reseal_format::manifest::{Claim, Disk, MAX_TEXT, Manifest, Parent, Stats, Tracking, method};
 use reseal_format::names::VmName;
 use reseal_format::time::Timestamp;
@@ -273,11 +274,10 @@ impl Draft {
         Ok(Ok(Believed { base: base.clone(), always, claim }))
     }
 
-    /// Locks what its disks lead to; until when all is locked.
-    fn lock(&self, locks: Locks) -> Result<Timestamp, BackupError> {
-        let before =
-            self.position.newest.as_ref().filter(|_| !self.has_older_base).and_then(|newest| newest.locked_until);
-        let ToLock { is_all, own_too, until } = self.tenant.to_lock(locks, before)?;
+    /// Locks what its disks lead to; how all is locked then.
+    fn lock(&self, locks: Locks) -> Result<Locked, BackupError> {
+        let before = self.position.newest.as_ref().filter(|_| !self.has_older_base).and_then(|newest| newest.locked);
+        let ToLock { is_all, own_too, locked } = self.tenant.to_lock(locks, before)?;
         self.tenant.lock_records(locks)?;
         let mut packs = match is_all {
             true => packs_of(&self.known, &self.disks)?,
@@ -289,10 +289,16 @@ impl Draft {
         }
         let packs: Vec<_> = packs.into_iter().collect();
         let tenant = &self.tenant;
-        spread(&packs, LOCKERS, &AtomicBool::new(false), |(id, generation)| {
+        let done = spread(&packs, LOCKERS, &AtomicBool::new(false), |(id, generation)| {
             Ok(tenant.lock_pack(locks, *id, *generation)?)
-        })?;
-        Ok(until)
+        });
+        match done {
+            // What is missing went because nobody waited for this any more.
+            Err(_) if tenant.chain(&self.vm)?.last() >= self.position.number => {
+                Err(VaultError::Fenced { vm: self.vm.clone(), number: self.position.number }.into())
+            }
+            other => other.map(|()| locked),
+        }
     }
 
     /// Fills the disk that was begun.
@@ -397,7 +403,7 @@ impl Target for Draft {
             stored,
             duration_ms: ending.duration_ms,
         };
-        let locked_until = self.locks.map(|locks| self.lock(locks)).transpose()?;
+        let locked = self.locks.map(|locks| self.lock(locks)).transpose()?;
         let mut warnings = std::mem::take(&mut self.warnings);
         warnings.extend(ending.warnings);
         let manifest = Manifest {
@@ -411,7 +417,7 @@ impl Target for Draft {
             definition: ending.definition,
             stats,
             warnings,
-            locked_until,
+            locked,
         };
         let digest = self.tenant.commit(&manifest)?;
         // The point exists, whatever becomes of the memory of it.

@@ -39,12 +39,18 @@ pub(crate) fn key(tenant: &Tenant, file: &PackFile) -> String {
     layout::pack(tenant.name(), file.id, file.generation)
 }
 
-/// Removes a generation of a pack.
-pub(crate) fn remove(tenant: &Tenant, file: &PackFile) -> Result<Removal, VaultError> {
+/// Removes a generation of a pack, in whose place another one is, or none.
+pub(crate) fn remove(tenant: &Tenant, file: &PackFile, successor: Option<&PackFile>) -> Result<Removal, VaultError> {
     match tenant.store().delete(&key(tenant, file)) {
         Ok(()) => Ok(Removal::Done),
         Err(StoreError::NotFound(_)) => Ok(Removal::WasGone),
-        Err(e) if e.is_refused() => Ok(Removal::HeldBack(e.to_string())),
+        Err(e) if e.is_refused() => {
+            // It may have been locked for longer while it was rewritten, for a restore point that is to find it for as long.
+            if let Some(successor) = successor {
+                tenant.lock_as(&key(tenant, successor), &key(tenant, file))?;
+            }
+            Ok(Removal::HeldBack(e.to_string()))
+        }
         Err(e) => Err(e.into()),
     }
 }

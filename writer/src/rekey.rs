@@ -165,7 +165,7 @@ impl Rekey<'_> {
                 Job::Pack(pack) => self.pack(&packs, pack, &stop, &shared),
                 Job::Object(object) => self.object(object, &stop, &shared),
                 Job::Remove(old, newest) => match is_whole(&packs, newest.file, &shared) {
-                    Ok(true) => self.remove(*old, &shared),
+                    Ok(true) => self.remove(*old, newest.file, &shared),
                     other => other,
                 },
             };
@@ -198,13 +198,13 @@ impl Rekey<'_> {
             all.packs += 1;
             all.bytes += pack.file.length;
         }
-        self.remove(pack.file, all)?;
+        self.remove(pack.file, PackFile { generation, ..pack.file }, all)?;
         Ok(true)
     }
 
     /// Removes a generation of a pack that another one has replaced; whether it is gone.
-    fn remove(&self, old: PackFile, all: &Mutex<&mut Resealed>) -> Result<bool, VaultError> {
-        match generations::remove(&self.tenant, &old)? {
+    fn remove(&self, old: PackFile, by: PackFile, all: &Mutex<&mut Resealed>) -> Result<bool, VaultError> {
+        match generations::remove(&self.tenant, &old, Some(&by))? {
             Removal::Done => {
                 all.lock().removed += 1;
                 return Ok(true);

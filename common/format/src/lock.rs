@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::time::Timestamp;
+
 /// How firm a lock is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -28,6 +30,15 @@ impl LockMode {
 pub struct LockRule {
     /// What a restore point leads to can't be removed for at least so many days after it was made.
     pub days: u16,
+    pub mode: LockMode,
+}
+
+/// How a restore point's objects were locked when it was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Locked {
+    /// Until when all of them were, at least; by the object store's clock.
+    pub until: Timestamp,
+    /// How firmly, at least.
     pub mode: LockMode,
 }
 

@@ -14,6 +14,7 @@ use crate::ids::{Digest, NoteId, PackId, PointId, VmId};
 use crate::index::BlobRef;
 use crate::keys::{KEY, Kind};
 use crate::layout::MAX_NUMBER;
+use crate::lock::Locked;
 use crate::names::{DiskName, VmName};
 use crate::pack::MAX_BLOBS;
 use crate::seal::{Header, open, seal};
@@ -43,9 +44,9 @@ pub struct Manifest {
     /// What the administrator should know about the point, such as a source that changed while it was read.
     #[serde(default)]
     pub warnings: Vec<String>,
-    /// Until when all that it leads to was locked when it was made, at least.
+    /// How all that it leads to was locked when it was made, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub locked_until: Option<Timestamp>,
+    pub locked: Option<Locked>,
 }
 
 /// The point before it in the chain.
@@ -284,7 +285,7 @@ impl Manifest {
         if self.parent.is_some_and(|parent| parent.number >= self.number) {
             return malformed("its number does not follow its parent's");
         }
-        if !self.created.is_sane() || self.locked_until.is_some_and(|until| !until.is_sane()) {
+        if !self.created.is_sane() || self.locked.is_some_and(|locked| !locked.until.is_sane()) {
             return malformed("its time is out of range");
         }
         if self.disks.is_empty() || self.disks.len() > MAX_DISKS {
@@ -444,7 +445,7 @@ mod tests {
             definition: Some(Definition { file_name: "web01.xml".into(), text: "<domain/>".into() }),
             stats: Stats { read: 1, changed: 2, new: 3, stored: 4, duration_ms: 5 },
             warnings: vec![],
-            locked_until: None,
+            locked: None,
         }
     }
 

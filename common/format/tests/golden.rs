@@ -138,7 +138,7 @@ fn manifest() -> Manifest {
         definition: Some(Definition { file_name: "web01.xml".into(), text: "<domain type=\"kvm\"/>\n".into() }),
         stats: Stats { read: 200_000, changed: 196_608, new: 131_072, stored: 18_000, duration_ms: 12 },
         warnings: vec!["root: it was written to".into()],
-        locked_until: None,
+        locked: None,
     }
 }
 

@@ -77,6 +77,11 @@ pub trait Store: Send + Sync {
     /// What is ever replaced must be read by [`Store::get`]: the other reads may remember an object from before.
     fn replace(&self, key: &str, expected: &[u8], new: &[u8]) -> Result<(), StoreError>;
 
+    /// The same; what it holds then is locked.
+    fn replace_locked(&self, _key: &str, _expected: &[u8], _new: &[u8], _lock: Lock) -> Result<(), StoreError> {
+        Err(StoreError::NoLocks)
+    }
+
     /// Starts an object that is written piece by piece. It does not exist before [`Upload::finish`].
     fn upload(&self, key: &str) -> Result<Box<dyn Upload>, StoreError>;
 

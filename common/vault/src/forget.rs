@@ -47,8 +47,8 @@ pub enum Left {
     Tombstone,
     /// All of it, for as long as these read it.
     Read(Vec<Held>),
-    /// All of it, for the object store does not let the manifest go before then.
-    Locked(String),
+    /// All of it, for the storage does not let go of the manifest, as a lock does; what it said.
+    Kept(String),
 }
 
 fn name(point: &Manifest) -> String {
@@ -192,7 +192,7 @@ impl Forgetting<'_> {
         }
         match tenant.store.delete(&layout::manifest(&tenant.name, vm, number)) {
             Ok(()) | Err(StoreError::NotFound(_)) => Ok(Left::Tombstone),
-            Err(StoreError::Locked { until, .. }) => Ok(Left::Locked(until)),
+            Err(e) if e.is_refused() => Ok(Left::Kept(e.to_string())),
             Err(e) => Err(e.into()),
         }
     }

@@ -11,10 +11,10 @@
 
 use reseal_format::ids::PackId;
 use reseal_format::layout;
-use reseal_format::lock::{LockMode as Mode, LockRule};
+use reseal_format::lock::{LockMode as Mode, LockRule, Locked};
 use reseal_format::time::Timestamp;
 use reseal_kms::Kms;
-use reseal_store::{Lock, LockMode, StoreError, Upload};
+use reseal_store::{Lock, LockMode, Store, StoreError, Upload};
 
 use crate::record::Record;
 use crate::{Tenant, VaultError};
@@ -34,9 +34,12 @@ pub struct ToLock {
     pub is_all: bool,
     /// Also what was made for it.
     pub own_too: bool,
-    /// Until when all is locked then.
-    pub until: Timestamp,
+    /// How all is locked then.
+    pub locked: Locked,
 }
+
+/// How often is looked for the newest generation of a pack that is rewritten again and again.
+const ROUNDS: usize = 4;
 
 fn mode(mode: Mode) -> LockMode {
     match mode {
@@ -52,14 +55,16 @@ impl Locks {
     }
 
     /// What has to be locked, if what it shares with the restore point before it is locked until then.
-    fn to_lock(self, now: i64, before: Option<Timestamp>) -> ToLock {
+    fn to_lock(self, now: i64, before: Option<Locked>) -> ToLock {
         let (least, anew) = (now + self.rule.least_ms(), now + self.rule.usual_ms());
         // So long a backup that what it made at first has to be locked again.
         let own_too = self.fresh() < least;
-        let shared = before.map_or(0, |Timestamp(until)| until);
+        let is_firm = |mode| self.rule.mode == Mode::Governance || mode == Mode::Compliance;
+        let shared = before.filter(|before| is_firm(before.mode)).map_or(0, |before| before.until.0);
         let is_all = own_too || shared < least;
         let until = if own_too { anew } else { self.fresh().min(if is_all { anew } else { shared }) };
-        ToLock { is_all, own_too, until: Timestamp(until / 1000 * 1000) }
+        let locked = Locked { until: Timestamp(until / 1000 * 1000), mode: self.rule.mode };
+        ToLock { is_all, own_too, locked }
     }
 }
 
@@ -100,14 +105,20 @@ impl Tenant {
 
     /// The lock of an object, if there is a moment when it ends.
     fn lock_that_ends(&self, key: &str) -> Result<Option<Lock>, VaultError> {
-        Ok(self.store.lock_of(key)?.filter(|lock| lock.until < i64::MAX))
+        Ok(lock_that_ends(&*self.store, key)?)
     }
 
-    /// Replaces an object, which stays locked for as long as the one before.
+    /// Replaces an object, which stays locked for as long as it was before.
     pub fn replace_locked(&self, key: &str, expected: &[u8], new: &[u8]) -> Result<(), VaultError> {
-        let before = self.lock_that_ends(key)?;
-        self.store.replace(key, expected, new)?;
-        Ok(before.map_or(Ok(()), |lock| self.store.lock(key, lock))?)
+        Ok(replace(&*self.store, key, expected, new)?)
+    }
+
+    /// Locks a generation of a pack for as long as one that it has replaced: that may have been locked meanwhile.
+    pub fn lock_as(&self, key: &str, replaced: &str) -> Result<(), VaultError> {
+        match self.lock_that_ends(replaced)? {
+            Some(lock) => Ok(self.store.lock(key, lock)?),
+            None => Ok(()),
+        }
     }
 
     /// Begins a restore point; `None` if what it leads to is not locked.
@@ -119,8 +130,11 @@ impl Tenant {
     }
 
     /// What has to be locked before a restore point is committed, if what it shares with the one before it is locked until then.
-    pub fn to_lock(&self, locks: Locks, before: Option<Timestamp>) -> Result<ToLock, VaultError> {
-        Ok(locks.to_lock(self.now_ms()?, before))
+    pub fn to_lock(&self, locks: Locks, before: Option<Locked>) -> Result<ToLock, VaultError> {
+        let to_lock = locks.to_lock(self.now_ms()?, before);
+        // What was made by another rule than it was begun by is not locked as it says.
+        let is_changed = self.keys().lock() != Some(locks.rule);
+        Ok(ToLock { is_all: to_lock.is_all || is_changed, own_too: to_lock.own_too || is_changed, ..to_lock })
     }
 
     /// Locks what every restore point needs: the vault's file and the tenant's record.
@@ -135,20 +149,36 @@ impl Tenant {
     /// Locks that generation of a pack, or the newest if it was rewritten meanwhile.
     pub fn lock_pack(&self, locks: Locks, id: PackId, generation: u32) -> Result<(), VaultError> {
         let lock = self.lock_from(locks.rule, self.now_ms()?);
-        match self.store.lock(&layout::pack(&self.name, id, generation), lock) {
-            Err(StoreError::NotFound(_)) => {}
-            other => return Ok(other?),
+        let mut generation = generation;
+        for _ in 0..ROUNDS {
+            match self.store.lock(&layout::pack(&self.name, id, generation), lock) {
+                Err(StoreError::NotFound(_)) => {}
+                other => return Ok(other?),
+            }
+            generation = self.newest_generation(id)?.unwrap_or(generation);
         }
+        Err(VaultError::Missing {
+            object: layout::pack(&self.name, id, generation),
+            why: "no generation of this pack is in the vault; restore it from a copy",
+        })
+    }
+
+    fn newest_generation(&self, id: PackId) -> Result<Option<u32>, VaultError> {
         let shelf = self.store.list(&layout::pack_shelf(&self.name, id))?;
-        let newest =
-            shelf.iter().filter_map(|entry| layout::parse_pack_file(&entry.name)).filter(|(of, _)| *of == id).max();
-        let Some((_, generation)) = newest else {
-            return Err(VaultError::Missing {
-                object: layout::pack(&self.name, id, generation),
-                why: "no generation of this pack is in the vault; restore it from a copy",
-            });
-        };
-        Ok(self.store.lock(&layout::pack(&self.name, id, generation), lock)?)
+        let named = shelf.iter().filter_map(|entry| layout::parse_pack_file(&entry.name));
+        Ok(named.filter(|(of, _)| *of == id).map(|(_, generation)| generation).max())
+    }
+}
+
+fn lock_that_ends(store: &dyn Store, key: &str) -> Result<Option<Lock>, StoreError> {
+    Ok(store.lock_of(key)?.filter(|lock| lock.until < i64::MAX))
+}
+
+/// Replaces an object, which stays locked for as long as it was before.
+pub(crate) fn replace(store: &dyn Store, key: &str, expected: &[u8], new: &[u8]) -> Result<(), StoreError> {
+    match lock_that_ends(store, key)? {
+        Some(lock) => store.replace_locked(key, expected, new, lock),
+        None => store.replace(key, expected, new),
     }
 }
 
@@ -178,15 +208,22 @@ mod tests {
 
     #[test]
     fn all_is_locked_anew_where_what_is_shared_is_not_locked_for_long_enough() {
-        let locks = Locks { rule: LockRule { days: 8, mode: Mode::Compliance }, began: 0 };
-        let day = |days: i64| Timestamp(days * DAY);
-        let all = |own_too, until| ToLock { is_all: true, own_too, until: day(until) };
+        let rule = |mode| LockRule { days: 8, mode };
+        let locks = Locks { rule: rule(Mode::Compliance), began: 0 };
+        let locked = |days: i64, mode| Locked { until: Timestamp(days * DAY), mode };
+        let firm = |days| Some(locked(days, Mode::Compliance));
+        let all = |own_too, days| ToLock { is_all: true, own_too, locked: locked(days, Mode::Compliance) };
+        let new = |days| ToLock { is_all: false, own_too: false, locked: locked(days, Mode::Compliance) };
         assert_eq!(locks.to_lock(0, None), all(false, 10));
-        assert_eq!(locks.to_lock(0, Some(day(8))), ToLock { is_all: false, own_too: false, until: day(8) });
-        assert_eq!(locks.to_lock(DAY, Some(day(8))), all(false, 10));
+        assert_eq!(locks.to_lock(0, firm(8)), new(8));
+        assert_eq!(locks.to_lock(DAY, firm(8)), all(false, 10));
         // A backup that takes so long that what it made at first is not locked for long enough any more.
-        assert_eq!(locks.to_lock(2 * DAY, Some(day(99))), ToLock { is_all: false, own_too: false, until: day(10) });
-        assert_eq!(locks.to_lock(3 * DAY, Some(day(99))), all(true, 13));
+        assert_eq!(locks.to_lock(2 * DAY, firm(99)), new(10));
+        assert_eq!(locks.to_lock(3 * DAY, firm(99)), all(true, 13));
+        // What is locked less firmly than it is to be.
+        assert_eq!(locks.to_lock(0, Some(locked(99, Mode::Governance))), all(false, 10));
+        let soft = Locks { rule: rule(Mode::Governance), began: 0 };
+        assert!(!soft.to_lock(0, firm(99)).is_all && !soft.to_lock(0, Some(locked(99, Mode::Governance))).is_all);
     }
 
     #[test]

@@ -195,7 +195,7 @@ impl Tenant {
 
     /// Removes a note; one that is gone is gone.
     pub fn drop_note(&self, vm: &VmName, number: u32, id: NoteId) -> Result<(), VaultError> {
-        match self.store.delete(&layout::note(&self.name, vm, number, id)) {
+        match self.store.hide(&layout::note(&self.name, vm, number, id)) {
             Err(StoreError::NotFound(_)) => Ok(()),
             other => Ok(other?),
         }

@@ -14,6 +14,7 @@ use reseal_format::time::Timestamp;
 use reseal_kms::{KeyName, Kms, Secret};
 use reseal_store::{Store, StoreError};
 
+use crate::locks;
 use crate::refresh::{Opener, Unlocked};
 use crate::tenant::{expect_no_tenant, kms_context, vault_id};
 use crate::{Tenant, VaultError};
@@ -141,7 +142,7 @@ impl Record {
     /// Puts the next generation in the place of this one, if this one is what the vault holds.
     pub(crate) fn replace(&self, next: TenantRecord) -> Result<Record, VaultError> {
         let bytes = next.encode();
-        self.store.replace(&self.key(), &self.bytes, &bytes)?;
+        locks::replace(&*self.store, &self.key(), &self.bytes, &bytes)?;
         let (store, name, vault) = (self.store.clone(), self.name.clone(), self.vault);
         Ok(Record { store, name, vault, record: next, bytes })
     }

@@ -148,7 +148,7 @@ impl Vault {
             definition: definition.map(|(name, text)| Definition { file_name: name.into(), text: text.into() }),
             stats: Stats { read: 0, changed: 0, new: 0, stored: 0, duration_ms: 0 },
             warnings: vec![],
-            locked_until: None,
+            locked: None,
         };
         self.tenant.commit(&manifest).unwrap();
         (number, manifest.created.to_string())

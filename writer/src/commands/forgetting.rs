@@ -101,7 +101,7 @@ impl<'a> Run<'a> {
             let reading = match left {
                 Left::Tombstone => Vec::new(),
                 Left::Read(by) => by.iter().map(|held| format!("its space stays while it is read: {held}")).collect(),
-                Left::Locked(until) => vec![format!("its space stays until {until}: it is locked in the object store")],
+                Left::Kept(why) => vec![format!("its space stays: {why}")],
             };
             self.told(point, action, &reading);
         }

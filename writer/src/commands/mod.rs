@@ -96,7 +96,7 @@ impl<'a> PointJson<'a> {
             warnings: &manifest.warnings,
             boot: booted.map(boot::json),
             held: held.map(|held| json!({ "since": held.since.to_rfc3339(), "reason": held.reason })),
-            locked_until: manifest.locked_until.map(|until| until.to_rfc3339()),
+            locked_until: manifest.locked.map(|locked| locked.until.to_rfc3339()),
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use reseal_cli::{CommonArgs, Failure, human_bytes, human_duration};
+use reseal_format::lock::Locked;
 use reseal_format::manifest::Manifest;
 use reseal_site::Reading;
 use reseal_vault::{Booted, HeldPoint, PointSpec, State, Tenant, VaultError};
@@ -66,8 +67,8 @@ pub(crate) fn run(common: &CommonArgs, args: Args) -> Result<(), Failure> {
         let why = reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
         output.say(format!("held        since {since}{why}"));
     }
-    if let Some(until) = manifest.locked_until {
-        output.say(format!("locked      until {until}, all that it leads to"));
+    if let Some(Locked { until, mode }) = manifest.locked {
+        output.say(format!("locked      until {until}, {}, all that it leads to", mode.name()));
     }
     if let Some(booted) = &noted.booted {
         output.say(format!("boot        {}", boot::whole(booted)));

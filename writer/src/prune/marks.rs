@@ -43,7 +43,7 @@ pub(super) struct Marks<'a> {
     seen: BTreeMap<VmName, BTreeMap<u32, Seen>>,
     /// Restore points that are to be there.
     pub points: u64,
-    /// Restore points that were forgotten, and whose manifests are locked in the object store.
+    /// Restore points that were forgotten, and whose manifests the storage does not let go of.
     pub locked_points: u64,
     /// What was forgotten and is read, and by whom.
     pub read: BTreeMap<String, String>,
@@ -101,7 +101,7 @@ impl<'a> Marks<'a> {
                     Err(VaultError::Store(StoreError::NotFound(_)) | VaultError::Held { .. }) => {}
                     // Whatever it hides must stay.
                     Err(e) if e.damaged_object().is_some() => self.damage(&e),
-                    other => self.locked_points += u64::from(matches!(other?, Left::Locked(_))),
+                    other => self.locked_points += u64::from(matches!(other?, Left::Kept(_))),
                 }
             }
         }
@@ -169,6 +169,10 @@ impl<'a> Marks<'a> {
         let by: Vec<_> = self.tenant.pinned(vm, number)?.iter().map(ToString::to_string).collect();
         if !by.is_empty() {
             self.read.insert(format!("{vm}@{number}"), by.join("; "));
+        } else if self.is_dry
+            && self.tenant.store().lock_of(&layout::manifest(self.tenant.name(), vm, number))?.is_some()
+        {
+            self.locked_points += 1;
         } else if self.is_dry {
             match self.tenant.tombstone(vm, number) {
                 Err(e) if e.damaged_object().is_some() => self.damage(&e),

@@ -16,7 +16,7 @@ mod plan;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -155,12 +155,14 @@ impl Prune<'_> {
                 return Ok(pruned);
             }
         }
-        self.remove(&packs, &plan, &marks, &mut pruned)?;
+        let is_left = self.remove(&packs, &plan, &marks, &mut pruned)?;
         self.notes(&marks)?;
         // What is condemned and still there must not be relied on.
-        if pruned.held_back.is_empty() && pruned.bad_packs.len() == plan.damaged.len() && !plan.leaves_begun {
-            tenant.drop_condemned(&before)?;
+        if !is_left && pruned.bad_packs.len() == plan.damaged.len() {
             tenant.drop_condemned(&lists)?;
+            if !plan.leaves_begun {
+                tenant.drop_condemned(&before)?;
+            }
         }
         Ok(pruned)
     }
@@ -240,7 +242,9 @@ impl Prune<'_> {
         Ok(())
     }
 
-    fn remove(&self, packs: &Packs, plan: &Plan, marks: &Marks<'_>, pruned: &mut Pruned) -> Result<(), BackupError> {
+    /// Removes and rewrites; whether a pack is left that was to go. Of one that was rewritten an older generation may be left: nobody
+    /// believes it.
+    fn remove(&self, packs: &Packs, plan: &Plan, marks: &Marks<'_>, pruned: &mut Pruned) -> Result<bool, BackupError> {
         // Somebody who was at work when a pack was condemned may need it after all: then it stays as it is.
         let unneeded = plan.unneeded.iter().filter(|pack| !marks.needed().contains_key(&pack.newest.id));
         let pieces: Vec<Piece<'_>> = unneeded
@@ -251,11 +255,13 @@ impl Prune<'_> {
         let stop = AtomicBool::new(false);
         let rewriting = Rewriting { packs, throttle: self.throttle.as_ref(), stop: &stop, progress: &|_| {} };
         let pruned = Mutex::new(pruned);
+        let is_left = AtomicBool::new(false);
         spread(&pieces, self.workers, &stop, |piece| {
             let (pack, next) = match piece {
                 Piece::Remove(pack) => {
-                    let gone = self.delete(pack.older.iter().chain([&pack.newest]), &pruned)?;
+                    let gone = self.delete(pack.older.iter().chain([&pack.newest]), None, &pruned)?;
                     pruned.lock().removed += u64::from(gone);
+                    is_left.fetch_or(!gone, Ordering::Relaxed);
                     return Ok(());
                 }
                 Piece::Supersede(pack) => (pack, pack.newest),
@@ -274,25 +280,27 @@ impl Prune<'_> {
                 return note_damage(e, &pruned);
             }
             let gone = pack.older.iter().chain([&pack.newest]).filter(|file| file.generation != next.generation);
-            self.delete(gone, &pruned)?;
+            self.delete(gone, Some(&next), &pruned)?;
             if next.generation != pack.newest.generation {
                 let mut pruned = pruned.lock();
                 pruned.rewritten += 1;
                 pruned.freed = pruned.freed.saturating_sub(next.length);
             }
             Ok(())
-        })
+        })?;
+        Ok(is_left.into_inner())
     }
 
-    /// Removes generations of a pack; whether all are gone.
+    /// Removes generations of a pack, in whose place that one is, if any; whether all are gone.
     fn delete<'f>(
         &self,
         files: impl Iterator<Item = &'f PackFile>,
+        successor: Option<&PackFile>,
         pruned: &Mutex<&mut Pruned>,
     ) -> Result<bool, BackupError> {
         let mut all = true;
         for file in files {
-            match generations::remove(&self.tenant, file)? {
+            match generations::remove(&self.tenant, file, successor)? {
                 Removal::Done => pruned.lock().freed += file.length,
                 Removal::WasGone => {}
                 Removal::HeldBack(why) => {

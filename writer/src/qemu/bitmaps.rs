@@ -81,7 +81,7 @@ mod tests {
             definition: None,
             stats: Stats { read: 0, changed: 0, new: 0, stored: 0, duration_ms: 0 },
             warnings: vec![],
-            locked_until: None,
+            locked: None,
         }
     }
 

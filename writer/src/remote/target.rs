@@ -245,7 +245,7 @@ impl<'a> Remote<'a> {
             definition: None,
             stats: Stats { read: 0, changed: 0, new: 0, stored: 0, duration_ms: 0 },
             warnings: Vec::new(),
-            locked_until: None,
+            locked: None,
         });
         Ok(())
     }

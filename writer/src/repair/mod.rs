@@ -279,15 +279,15 @@ impl Repair<'_> {
         });
         // Where not all is known that is needed, what was left out may be.
         if written.has_all && (is_whole || !written.has_left_out) {
-            self.remove(&patient.generations, repaired)?;
+            self.remove(&patient.generations, &written.file, repaired)?;
         }
         Ok(())
     }
 
-    /// Removes generations that were replaced.
-    fn remove(&self, files: &[PackFile], repaired: &mut Repaired) -> Result<(), BackupError> {
+    /// Removes generations in whose place that one is.
+    fn remove(&self, files: &[PackFile], by: &PackFile, repaired: &mut Repaired) -> Result<(), BackupError> {
         for file in files {
-            match generations::remove(&self.tenant, file)? {
+            match generations::remove(&self.tenant, file, Some(by))? {
                 Removal::Done => repaired.removed.push(generations::key(&self.tenant, file)),
                 Removal::WasGone => {}
                 Removal::HeldBack(why) => {
@@ -334,7 +334,7 @@ impl Repair<'_> {
         let packs = Packs::new(self.tenant.clone(), 0);
         for Listed { newest, older } in self.superseded()? {
             tables_open(&packs, newest)?;
-            self.remove(&older, repaired)?;
+            self.remove(&older, &newest, repaired)?;
         }
         Ok(())
     }

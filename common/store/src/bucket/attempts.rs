@@ -104,16 +104,15 @@ pub(super) fn silent(limit: Duration) -> Error {
 /// that be another one some day, such a request is made again in vain.
 fn is_passing(error: &Error) -> bool {
     match error {
-        Error::Generic { .. } => {
-            status(error).is_none_or(|status| !status.starts_with('4') || matches!(&*status, "408" | "425" | "429"))
-        }
+        Error::Generic { .. } => status(error)
+            .is_none_or(|status| !status.starts_with('4') || matches!(&*status, "408" | "409" | "425" | "429")),
         Error::JoinError { .. } => true,
         _ => false,
     }
 }
 
 /// The status that a store answered with, as the text of the error has it.
-fn status(error: &Error) -> Option<String> {
+pub(super) fn status(error: &Error) -> Option<String> {
     Some(error.to_string().split("status code: ").nth(1)?.get(..3)?.to_owned())
 }
 

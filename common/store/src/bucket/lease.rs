@@ -33,8 +33,8 @@ const USUAL: u64 = 90;
 const VARIABLE: &str = "RESEAL_LEASE_SECONDS";
 /// What may be said there.
 const RANGE: std::ops::RangeInclusive<u64> = 3..=3600;
-/// How often it is tried to be removed at its end, and how long after one another.
-const LAST_TRIES: usize = 4;
+/// For how many seconds it is tried to be removed at its end, and how long after one another: else others wait until it is silent.
+const LAST_WHILE: u64 = 20;
 const LAST_PAUSE: Duration = Duration::from_secs(1);
 const LAST_PATIENCE: Duration = Duration::from_secs(5);
 /// It is renewed so many times in that time.
@@ -202,7 +202,7 @@ async fn take_over(shared: &Shared, state: &State) -> Result<Option<UpdateVersio
         return Ok(None);
     }
     state.renewed.store(uptime(), Ordering::Release);
-    shared.update(&state.key, object.version, state.payload(0)).await
+    shared.update(&state.key, object.version, state.payload(0), None).await
 }
 
 async fn is_silent(shared: &Shared, modified: i64, said: Option<&Said>) -> Result<bool, StoreError> {
@@ -236,7 +236,7 @@ async fn renew(shared: Arc<Shared>, state: Arc<State>, mut version: UpdateVersio
             return;
         }
         let before = uptime();
-        let renewed = match shared.update(&state.key, version.clone(), state.payload(beat)).await {
+        let renewed = match shared.update(&state.key, version.clone(), state.payload(beat), None).await {
             Ok(Some(next)) => Some(next),
             Ok(None) if state.is_dropped.load(Ordering::Acquire) => return,
             Ok(None) => match read(&shared, &state.key).await {
@@ -291,19 +291,15 @@ impl Drop for Renewed {
         // Not one that another process may have taken over by now.
         let is_ours = || !self.state.is_lost.load(Ordering::Acquire) && !self.state.is_late();
         self.shared.leases.taken.lock().retain(|state| !Arc::ptr_eq(state, &self.state));
-        for nth in 0..LAST_TRIES {
-            if nth > 0 {
-                std::thread::sleep(LAST_PAUSE);
-            }
-            // Not later, for then it may be another process's. Where it can't be removed it is silent soon.
-            if !is_ours() {
-                return;
-            }
+        let began = uptime();
+        // Not later, for then it may be another process's. Where it can't be removed it is silent soon.
+        while is_ours() {
             let (shared, key) = (self.shared.clone(), self.state.key.clone());
             let asked = super::wait(async move { shared.delete_once(&key, LAST_PATIENCE).await });
-            if matches!(asked, Ok(Ok(()) | Err(StoreError::NotFound(_)))) {
+            if matches!(asked, Ok(Ok(()) | Err(StoreError::NotFound(_)))) || uptime() - began >= LAST_WHILE {
                 return;
             }
+            std::thread::sleep(LAST_PAUSE);
         }
     }
 }

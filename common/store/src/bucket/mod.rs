@@ -245,9 +245,10 @@ impl Shared {
         key: &str,
         version: UpdateVersion,
         new: PutPayload,
+        lock: Option<Lock>,
     ) -> Result<Option<UpdateVersion>, StoreError> {
         let path = self.path(key)?;
-        let refusal = match self.put(key, &path, &new, PutMode::Update(version), None).await {
+        let refusal = match self.put(key, &path, &new, PutMode::Update(version), lock).await {
             Ok(version) => return Ok(Some(version)),
             Err(refusal) => refusal,
         };
@@ -379,25 +380,11 @@ impl Store for Bucket {
     }
 
     fn replace(&self, key: &str, expected: &[u8], new: &[u8]) -> Result<(), StoreError> {
-        self.shared.leases.check(key)?;
-        let most = expected.len().max(new.len());
-        let name = key.to_owned();
-        let read = self.run(key, "read", |shared| async move { shared.read_within(&name, most as u64).await });
-        let object = match read? {
-            object if object.length > most as u64 => return Err(StoreError::Changed(key.into())),
-            object => object,
-        };
-        let now = object.concat();
-        if now == new {
-            return Ok(());
-        }
-        if now != expected {
-            return Err(StoreError::Changed(key.into()));
-        }
-        let (name, new) = (key.to_owned(), PutPayload::from(new.to_vec()));
-        let replaced =
-            self.run(key, "replace", |shared| async move { shared.update(&name, object.version, new).await })?;
-        replaced.map(drop).ok_or_else(|| StoreError::Changed(key.into()))
+        self.replace_with(key, expected, new, None)
+    }
+
+    fn replace_locked(&self, key: &str, expected: &[u8], new: &[u8], lock: Lock) -> Result<(), StoreError> {
+        self.replace_with(key, expected, new, Some(lock))
     }
 
     fn create(&self, key: &str, bytes: &[u8]) -> Result<(), StoreError> {
@@ -479,6 +466,28 @@ impl Store for Bucket {
 }
 
 impl Bucket {
+    fn replace_with(&self, key: &str, expected: &[u8], new: &[u8], lock: Option<Lock>) -> Result<(), StoreError> {
+        self.shared.leases.check(key)?;
+        let most = expected.len().max(new.len());
+        let name = key.to_owned();
+        let read = self.run(key, "read", |shared| async move { shared.read_within(&name, most as u64).await });
+        let object = match read? {
+            object if object.length > most as u64 => return Err(StoreError::Changed(key.into())),
+            object => object,
+        };
+        let now = object.concat();
+        if now == new {
+            return Ok(());
+        }
+        if now != expected {
+            return Err(StoreError::Changed(key.into()));
+        }
+        let (name, new) = (key.to_owned(), PutPayload::from(new.to_vec()));
+        let replaced =
+            self.run(key, "replace", |shared| async move { shared.update(&name, object.version, new, lock).await })?;
+        replaced.map(drop).ok_or_else(|| StoreError::Changed(key.into()))
+    }
+
     fn length(&self, key: &str) -> Result<u64, StoreError> {
         let name = key.to_owned();
         self.run(key, "look at", |shared| async move { Ok(shared.about(&name).await?.size) })

@@ -7,6 +7,8 @@ use object_store::{Error, ObjectStoreExt, PutMode, PutPayload, UpdateVersion};
 use super::Shared;
 use super::attempts::told;
 use super::lease::store_time;
+use super::signed::Signed;
+use super::versions::is_refusal;
 use crate::{Lock, LockMode, StoreError, random_name};
 
 /// How many make, or replace, one object at a time.
@@ -50,13 +52,27 @@ pub(super) async fn locks(shared: &Shared, mode: LockMode) -> Result<(), StoreEr
         made => made?,
     };
     let Some(version) = made.version else { return Err(StoreError::NoLocks) };
-    let removed = signed.delete_version(&path, &version).await;
+    let outcome = keeps(shared, signed, &key, &version, lock).await;
     // It is a small object that nobody looks at.
     let _ = shared.store.delete(&path).await;
-    match removed {
-        Err(Error::PermissionDenied { .. }) => Ok(()),
-        Ok(()) => Err(StoreError::NoLocks),
-        Err(e) => Err(told(&key, "remove", e)),
+    match outcome {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(StoreError::NoLocks),
+        Err(e) => Err(e),
+    }
+}
+
+/// Whether an object is locked as was asked for, and longer when that is asked for, and not removed.
+async fn keeps(shared: &Shared, signed: &Signed, key: &str, version: &str, lock: Lock) -> Result<bool, StoreError> {
+    let longer = Lock { until: lock.until + 1, ..lock };
+    shared.lock(key, longer).await?;
+    if shared.lock_of(key).await? != Some(longer) {
+        return Ok(false);
+    }
+    match signed.delete_version(&shared.path(key)?, version).await {
+        Ok(()) => Ok(false),
+        Err(e) if is_refusal(&e) => Ok(shared.lock_of(key).await?.is_some()),
+        Err(e) => Err(told(key, "remove", e)),
     }
 }
 

@@ -18,10 +18,11 @@ use object_store::path::Path;
 use object_store::signer::{HeaderName, HeaderValue, Method, SignedUrlOptions, Signer};
 use object_store::{Error, HeaderMap, PutMode, PutPayload, UpdateVersion};
 
+use super::attempts::status;
 use crate::{Lock, LockMode};
 
 /// How long a signature is good for.
-const VALID: Duration = Duration::from_secs(3600);
+const VALID: Duration = Duration::from_secs(900);
 /// As much of what a store says of a refusal as is read.
 const MAX_SAID: usize = 16 << 10;
 const STORE: &str = "S3";
@@ -117,6 +118,10 @@ impl Signed {
         let answered = self.send(Method::PUT, path, Parts { headers, body, ..Parts::default() }).await;
         let (headers, _) = answered.map_err(|error| match (error, &mode) {
             (Error::Precondition { path, source }, PutMode::Create) => Error::AlreadyExists { path, source },
+            // Another one is about to make it.
+            (error @ Error::Generic { .. }, PutMode::Create) if status(&error).as_deref() == Some("409") => {
+                Error::AlreadyExists { path: path.to_string(), source: Box::new(error) }
+            }
             (error, _) => error,
         })?;
         let value = |name| text(&headers, name).map(str::to_owned);
@@ -201,7 +206,12 @@ impl Signed {
         query.extend(delimiter.map(|delimiter| ("delimiter", delimiter.to_owned())));
         if let Some(Next { path, version }) = from {
             query.push(("key-marker", path.clone()));
-            query.push(("version-id-marker", version.clone()));
+            // An empty one is refused.
+            query.extend(
+                Some(version.clone())
+                    .filter(|version| !version.is_empty())
+                    .map(|version| ("version-id-marker", version)),
+            );
         }
         let (_, said) = self.send(Method::GET, &Path::default(), Parts { query, ..Parts::default() }).await?;
         listed(&said).ok_or_else(|| {
@@ -265,13 +275,12 @@ async fn answer(path: &Path, response: HttpResponse) -> Result<(HeaderMap, Vec<u
     if is_success {
         return Ok((parts.headers, said));
     }
-    let status = parts.status.as_u16();
+    let code = parts.status.as_u16();
     // Whether it is worth asking again is read from this text: see `attempts.rs`.
-    let source = format!("status code: {status}: {}", String::from_utf8_lossy(&said)).into();
+    let source = format!("status code: {code}: {}", String::from_utf8_lossy(&said)).into();
     let path = path.to_string();
-    Err(match status {
+    Err(match code {
         304 | 412 => Error::Precondition { path, source },
-        409 => Error::AlreadyExists { path, source },
         404 => Error::NotFound { path, source },
         401 | 403 => Error::PermissionDenied { path, source },
         _ => Error::Generic { store: STORE, source },

@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use object_store::{Error, UpdateVersion};
 
-use super::attempts::told;
+use super::attempts::{status, told};
 use super::lease::store_time;
 use super::signed::{About, Signed};
 use super::{Guard, Refusal, Shared, not_any_more};
-use crate::{Lock, StoreError};
+use crate::{Lock, LockMode, StoreError};
 
 /// What is known of a bucket's versions.
 pub(super) struct Versions {
@@ -22,10 +22,8 @@ pub(super) struct Versions {
     are_off: AtomicBool,
 }
 
-/// A version that can be named. A bucket that does not keep versions any more calls the next one so.
-fn named(version: Option<String>) -> Option<String> {
-    version.filter(|version| version != "null")
-}
+/// What a version is called that was made while the bucket kept none: the next one of these takes its place.
+const NAMELESS: &str = "null";
 
 impl Versions {
     pub(super) fn new(signed: Option<Signed>) -> Versions {
@@ -50,7 +48,6 @@ impl Shared {
         let path = self.path(key)?;
         let asked = self.attempts.ask(0, || signed.about(&path)).await;
         let about = asked.map_err(|refusal| told(key, "look at", refusal.error))?;
-        let about = About { version: named(about.version), ..about };
         if about.version.is_none() {
             self.versions.are_off.store(true, Ordering::Relaxed);
             return Ok(None);
@@ -74,6 +71,7 @@ impl Shared {
         };
         match self.attempts.ask(0, request).await {
             Ok(()) | Err(Refusal { error: Error::NotFound { .. }, was_repeated: true }) => {}
+            Err(refusal) if is_refusal(&refusal.error) => return Err(self.kept(key, refusal.error).await?),
             Err(refusal) => return Err(told(key, "delete", refusal.error)),
         }
         match self.version_of(key).await {
@@ -94,9 +92,8 @@ impl Shared {
 
     /// Removes a version that was replaced, if it is easily done.
     pub(super) async fn forget_version(&self, key: &str, version: UpdateVersion, patience: Duration) {
-        if let (Some(version), Some(signed), Ok(path)) =
-            (named(version.version), self.versions.in_use(), self.path(key))
-        {
+        let version = version.version.filter(|version| version != NAMELESS);
+        if let (Some(version), Some(signed), Ok(path)) = (version, self.versions.in_use(), self.path(key)) {
             let _ = tokio::time::timeout(patience, signed.delete_version(&path, &version)).await;
         }
     }
@@ -123,16 +120,39 @@ impl Shared {
         self.check_present(key)?;
         let path = self.path(key)?;
         let signed = self.versions.signed().map_err(|error| told(key, "lock", error))?;
-        let error = match self.attempts.ask(0, || signed.lock(&path, lock)).await {
-            Ok(()) => return Ok(()),
-            Err(refusal) => told(key, "lock", refusal.error),
-        };
-        // None is shortened: it may be locked for longer.
-        match error.is_refused() && self.lock_of(key).await?.is_some_and(|now| now.until >= lock.until) {
-            true => Ok(()),
-            false => Err(error),
+        let mut lock = lock;
+        loop {
+            let error = match self.attempts.ask(0, || signed.lock(&path, lock)).await {
+                Ok(()) => return Ok(()),
+                Err(refusal) => refusal.error,
+            };
+            let now = if is_refusal(&error) { self.lock_of(key).await? } else { None };
+            let Some(now) = now else { return Err(told(key, "lock", error)) };
+            let is_firmer = (now.mode, lock.mode) == (LockMode::Compliance, LockMode::Governance);
+            // None is shortened or made less firm: it may be locked for longer, or has to be as firm as it is.
+            if now.until >= lock.until && (is_firmer || now.mode == lock.mode) {
+                return Ok(());
+            }
+            if !is_firmer {
+                return Err(told(key, "lock", error));
+            }
+            lock.mode = now.mode;
         }
     }
+
+    /// What is told where the store does not remove a version.
+    async fn kept(&self, key: &str, error: Error) -> Result<StoreError, StoreError> {
+        Ok(match self.lock_of(key).await? {
+            Some(lock) => StoreError::Locked { key: key.into(), until: shown(lock) },
+            None => told(key, "delete", error),
+        })
+    }
+}
+
+/// Whether a store does not want to. Some say so as if something was wrong with the request.
+pub(super) fn is_refusal(error: &Error) -> bool {
+    matches!(error, Error::PermissionDenied { .. })
+        || matches!(error, Error::Generic { .. }) && status(error).is_some_and(|status| status.starts_with('4'))
 }
 
 fn shown(lock: Lock) -> String {

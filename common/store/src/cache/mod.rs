@@ -222,6 +222,10 @@ impl Store for Cached {
         self.bucket.replace(key, expected, new)
     }
 
+    fn replace_locked(&self, key: &str, expected: &[u8], new: &[u8], lock: Lock) -> Result<(), StoreError> {
+        self.bucket.replace_locked(key, expected, new, lock)
+    }
+
     fn create(&self, key: &str, bytes: &[u8]) -> Result<(), StoreError> {
         self.bucket.create(key, bytes)
     }
