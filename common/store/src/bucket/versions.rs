@@ -20,6 +20,8 @@ pub(super) struct Versions {
     signed: Option<Signed>,
     /// Whether it was seen to keep none.
     are_off: AtomicBool,
+    /// Whether it was seen to keep some.
+    are_on: AtomicBool,
 }
 
 /// What a version is called that was made while the bucket kept none: the next one of these takes its place.
@@ -27,7 +29,7 @@ const NAMELESS: &str = "null";
 
 impl Versions {
     pub(super) fn new(signed: Option<Signed>) -> Versions {
-        Versions { signed, are_off: AtomicBool::new(false) }
+        Versions { signed, are_off: AtomicBool::new(false), are_on: AtomicBool::new(false) }
     }
 
     /// Makes requests about versions, where the store is one of S3.
@@ -45,14 +47,19 @@ impl Shared {
     /// What is known of an object's version and lock; `None` where there are none.
     async fn version_of(&self, key: &str) -> Result<Option<(&Signed, About)>, StoreError> {
         let Some(signed) = self.versions.in_use() else { return Ok(None) };
+        // First as all else is asked: a bucket that keeps none may refuse what is signed otherwise.
+        if !self.versions.are_on.load(Ordering::Relaxed) {
+            if self.about(key).await?.version.is_none() {
+                self.versions.are_off.store(true, Ordering::Relaxed);
+                return Ok(None);
+            }
+            self.versions.are_on.store(true, Ordering::Relaxed);
+        }
         let path = self.path(key)?;
         let asked = self.attempts.ask(0, || signed.about(&path)).await;
         let about = asked.map_err(|refusal| told(key, "look at", refusal.error))?;
-        if about.version.is_none() {
-            self.versions.are_off.store(true, Ordering::Relaxed);
-            return Ok(None);
-        }
-        Ok(Some((signed, about)))
+        // One that keeps versions says which this is.
+        Ok(about.version.is_some().then_some((signed, about)))
     }
 
     /// Removes an object for good.
