@@ -6,6 +6,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use crate::library::LibraryDisk;
+use crate::process::Run;
 use crate::random::Random;
 use crate::site::Site;
 
@@ -42,7 +43,8 @@ pub fn write(site: &Site, name: &str, mib: usize, seed: u64, stop: &AtomicBool, 
         points.push((u32::try_from(point["number"].as_u64().unwrap()).unwrap(), content.clone()));
         if points.len() > 3 {
             let (number, _) = points.remove(0);
-            forget(site, &format!("{name}@{number}"));
+            let point = format!("{name}@{number}");
+            until_done(site, &["forget", &point], &["is at work"], Duration::from_secs(60));
         }
         read(&points[random.index(points.len())]);
     }
@@ -50,15 +52,17 @@ pub fn write(site: &Site, name: &str, mib: usize, seed: u64, stop: &AtomicBool, 
     points.iter().for_each(read);
 }
 
-/// Forgets a point. Who ended while an object store was away may have left his lease, and says so until it is silent.
-fn forget(site: &Site, point: &str) {
+/// Runs `reseal` until it succeeds; it may be refused for one of these reasons meanwhile, for no longer than that. Who ended while an object store
+/// was away may have left his lease, and says that he is at work until it is silent.
+pub fn until_done(site: &Site, words: &[&str], passing: &[&str], within: Duration) -> Run {
     let began = Instant::now();
     loop {
-        let run = site.reseal(["forget", point]);
+        let run = site.reseal(words);
         if run.status == Some(0) {
-            return;
+            return run;
         }
-        assert!(run.stderr.contains("is at work") && began.elapsed() < Duration::from_secs(60), "{run:?}");
+        let is_passing = passing.iter().any(|text| run.stderr.contains(text));
+        assert!(is_passing && began.elapsed() < within, "{run:?}");
         sleep(Duration::from_secs(1));
     }
 }

@@ -9,7 +9,7 @@ use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
 use reseal_format::hold_note::Hold;
-use reseal_tests::beside::{StopOnDrop, write};
+use reseal_tests::beside::{StopOnDrop, until_done, write};
 use reseal_tests::faults::{Operation, Watched};
 use reseal_tests::library::{LibraryDisk, vm};
 use reseal_tests::model::ReadDisk as _;
@@ -278,19 +278,10 @@ fn a_store_that_fails_now_and_then_is_asked_again() {
     assert!(met > 10, "{met} of {requests} requests met a fault");
 }
 
-/// Prunes. Who ended while the engine was away may have left his lease, and says so until it is silent.
+/// Prunes. While it waits for one who left his lease, others may make and forget a point.
 fn pruned(site: &Site, min_unused: &str) -> serde_json::Value {
-    let began = Instant::now();
-    loop {
-        let run = site.reseal(["prune", "--json", "--min-unused", min_unused]);
-        if run.status == Some(0) {
-            return run.json();
-        }
-        // While it waited for such a one, others may have made and forgotten a point.
-        let may_go_on = ["is at work", "run it again"].iter().any(|text| run.stderr.contains(text));
-        assert!(may_go_on && began.elapsed() < Duration::from_secs(90), "{run:?}");
-        sleep(Duration::from_secs(1));
-    }
+    let words = ["prune", "--json", "--min-unused", min_unused];
+    until_done(site, &words, &["is at work", "run it again"], Duration::from_secs(90)).json()
 }
 
 #[test]

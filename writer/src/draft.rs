@@ -288,9 +288,9 @@ impl Draft {
             packs.retain(|id, _| !own.contains(id));
         }
         let packs: Vec<_> = packs.into_iter().collect();
-        let tenant = &self.tenant;
+        let (tenant, of_tenant) = (&self.tenant, &self.known.packs);
         let done = spread(&packs, LOCKERS, &AtomicBool::new(false), |(id, generation)| {
-            Ok(tenant.lock_pack(locks, *id, *generation)?)
+            Ok(of_tenant.lock(locks, *id, *generation)?)
         });
         match done {
             // What is missing went because nobody waited for this any more.

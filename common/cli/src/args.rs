@@ -156,10 +156,10 @@ impl CommonArgs {
         let (store, repo) = self.vault()?;
         let paths = self.paths()?;
         // That a vault is older which is shown as it was is no rollback.
-        let (state, is_past) = (paths.state.clone(), store.is_past());
-        let state = if is_past { state.join("past") } else { state };
+        let is_past = store.is_past();
+        let state = if is_past { &paths.state.join("past") } else { &paths.state };
         let record = Record::read(store, &repo, name)?;
-        let heads = Heads::new(&state, &record.scope(), self.accept_rollback || is_past);
+        let heads = Heads::new(state, &record.scope(), self.accept_rollback || is_past);
         heads.check_generation(record.generation())?;
         Ok(Found { record, heads, paths, repo })
     }

@@ -538,18 +538,12 @@ impl Successor<'_> {
 
     /// From then on the tenant's packs may have at most so many bytes, or as many as they like.
     pub fn set_quota(&mut self, quota: Option<u64>) -> Result<(), FormatError> {
-        let quota = quota.map(|bytes| secret_json(&bytes)).transpose()?;
-        let quota = quota.as_ref().map(|json| parse_secrets(json)).transpose()?;
-        self.plain = with_fields(&self.plain, &[(QUOTA, quota)])?;
-        Ok(())
+        self.set(QUOTA, quota.as_ref())
     }
 
     /// From then on what it writes is locked so.
     pub fn set_lock(&mut self, lock: Option<LockRule>) -> Result<(), FormatError> {
-        let lock = lock.map(|rule| secret_json(&rule)).transpose()?;
-        let lock = lock.as_ref().map(|json| parse_secrets(json)).transpose()?;
-        self.plain = with_fields(&self.plain, &[(LOCK, lock)])?;
-        Ok(())
+        self.set(LOCK, lock.as_ref())
     }
 
     /// From then on the newest restore points of its VMs may be that old.
@@ -567,11 +561,15 @@ impl Successor<'_> {
         (of_all, all): (&str, Option<&T>),
         (of_some, some): (&str, &BTreeMap<VmName, Option<T>>),
     ) -> Result<(), FormatError> {
-        let all = all.map(secret_json).transpose()?;
-        let all = all.as_ref().map(|json| parse_secrets(json)).transpose()?;
-        let some = (!some.is_empty()).then(|| secret_json(some)).transpose()?;
-        let some = some.as_ref().map(|json| parse_secrets(json)).transpose()?;
-        self.plain = with_fields(&self.plain, &[(of_all, all), (of_some, some)])?;
+        self.set(of_all, all)?;
+        self.set(of_some, (!some.is_empty()).then_some(some))
+    }
+
+    /// Gives a field of the sealed part another value, or none.
+    fn set<T: Serialize>(&mut self, field: &str, value: Option<&T>) -> Result<(), FormatError> {
+        let json = value.map(secret_json).transpose()?;
+        let json = json.as_ref().map(|json| parse_secrets(json)).transpose()?;
+        self.plain = with_fields(&self.plain, &[(field, json)])?;
         Ok(())
     }
 

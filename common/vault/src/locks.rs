@@ -17,7 +17,7 @@ use reseal_kms::Kms;
 use reseal_store::{Lock, LockMode, Store, StoreError, Upload};
 
 use crate::record::Record;
-use crate::{Tenant, VaultError};
+use crate::{Packs, Tenant, VaultError};
 
 /// The locks of a restore point in the making.
 #[derive(Debug, Clone, Copy)]
@@ -73,16 +73,14 @@ impl Tenant {
         Ok(self.store.time()?.saturating_mul(1000))
     }
 
-    fn lock_from(&self, rule: LockRule, now_ms: i64) -> Lock {
-        Lock { until: (now_ms + rule.usual_ms()) / 1000, mode: mode(rule.mode) }
+    /// How a rule locks what is made now.
+    fn lock_by(&self, rule: LockRule) -> Result<Lock, VaultError> {
+        Ok(Lock { until: (self.now_ms()? + rule.usual_ms()) / 1000, mode: mode(rule.mode) })
     }
 
     /// How what is made now is locked, if the tenant has a rule.
     fn lock_now(&self) -> Result<Option<Lock>, VaultError> {
-        match self.keys().lock() {
-            Some(rule) => Ok(Some(self.lock_from(rule, self.now_ms()?))),
-            None => Ok(None),
-        }
+        self.keys().lock().map(|rule| self.lock_by(rule)).transpose()
     }
 
     /// Starts an object that restore points lead to.
@@ -97,15 +95,10 @@ impl Tenant {
     /// Starts the next generation of a pack; it stays locked for as long as the one that it is made of.
     pub fn upload_next(&self, key: &str, of: &str) -> Result<Box<dyn Upload>, VaultError> {
         let mut upload = self.store.upload(key)?;
-        if let Some(lock) = longest(self.lock_now()?, self.lock_that_ends(of)?) {
+        if let Some(lock) = longest(self.lock_now()?, lock_that_ends(&*self.store, of)?) {
             upload.lock(lock)?;
         }
         Ok(upload)
-    }
-
-    /// The lock of an object, if there is a moment when it ends.
-    fn lock_that_ends(&self, key: &str) -> Result<Option<Lock>, VaultError> {
-        Ok(lock_that_ends(&*self.store, key)?)
     }
 
     /// Replaces an object, which stays locked for as long as it was before.
@@ -115,7 +108,7 @@ impl Tenant {
 
     /// Locks a generation of a pack for as long as one that it has replaced: that may have been locked meanwhile.
     pub fn lock_as(&self, key: &str, replaced: &str) -> Result<(), VaultError> {
-        match self.lock_that_ends(replaced)? {
+        match lock_that_ends(&*self.store, replaced)? {
             Some(lock) => Ok(self.store.lock(key, lock)?),
             None => Ok(()),
         }
@@ -139,37 +132,35 @@ impl Tenant {
 
     /// Locks what every restore point needs: the vault's file and the tenant's record.
     pub fn lock_records(&self, locks: Locks) -> Result<(), VaultError> {
-        let lock = self.lock_from(locks.rule, self.now_ms()?);
+        let lock = self.lock_by(locks.rule)?;
         for key in [layout::VAULT_FILE.to_owned(), layout::tenant_record(&self.name)] {
             self.store.lock(&key, lock)?;
         }
         Ok(())
     }
+}
 
+impl Packs {
     /// Locks that generation of a pack, or the newest if it was rewritten meanwhile.
-    pub fn lock_pack(&self, locks: Locks, id: PackId, generation: u32) -> Result<(), VaultError> {
-        let lock = self.lock_from(locks.rule, self.now_ms()?);
+    pub fn lock(&self, locks: Locks, id: PackId, generation: u32) -> Result<(), VaultError> {
+        let tenant = self.tenant();
+        let lock = tenant.lock_by(locks.rule)?;
         let mut generation = generation;
         for _ in 0..ROUNDS {
-            match self.store.lock(&layout::pack(&self.name, id, generation), lock) {
+            match tenant.store.lock(&layout::pack(&tenant.name, id, generation), lock) {
                 Err(StoreError::NotFound(_)) => {}
                 other => return Ok(other?),
             }
-            generation = self.newest_generation(id)?.unwrap_or(generation);
+            generation = self.newest(id)?.map_or(generation, |newest| newest.generation);
         }
         Err(VaultError::Missing {
-            object: layout::pack(&self.name, id, generation),
+            object: layout::pack(&tenant.name, id, generation),
             why: "no generation of this pack is in the vault; restore it from a copy",
         })
     }
-
-    fn newest_generation(&self, id: PackId) -> Result<Option<u32>, VaultError> {
-        let shelf = self.store.list(&layout::pack_shelf(&self.name, id))?;
-        let named = shelf.iter().filter_map(|entry| layout::parse_pack_file(&entry.name));
-        Ok(named.filter(|(of, _)| *of == id).map(|(_, generation)| generation).max())
-    }
 }
 
+/// The lock of an object, if there is a moment when it ends.
 fn lock_that_ends(store: &dyn Store, key: &str) -> Result<Option<Lock>, StoreError> {
     Ok(store.lock_of(key)?.filter(|lock| lock.until < i64::MAX))
 }

@@ -174,7 +174,7 @@ impl Plan {
                     plan.unneeded.push(pack.clone());
                     return Ok(());
                 }
-                Ok(Some(unused)) if unused.is_begun || unused.is_at_least(worth.percent) => {
+                Ok(Some(unused)) if goes.is_some() => {
                     candidates.lock().push((pack.clone(), unused));
                     return Ok(());
                 }

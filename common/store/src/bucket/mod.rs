@@ -187,8 +187,7 @@ impl Shared {
         let bytes = payload.content_length() as u64;
         let request = || async {
             self.check_present(key).map_err(not_any_more)?;
-            // Each time: it may take long until a store answers.
-            self.leases.check(key).map_err(not_any_more)?;
+            self.check_guard(key, Guard::On)?;
             if let Some(lock) = lock {
                 return self.versions.signed()?.put(path, payload.clone(), mode.clone(), lock).await;
             }
@@ -265,14 +264,20 @@ impl Shared {
         }
     }
 
+    /// Refuses what this process's leases guard, if that is asked for. Asked each time: it may take long until a store answers.
+    fn check_guard(&self, key: &str, guard: Guard) -> Result<(), Error> {
+        match guard {
+            Guard::On => self.leases.check(key).map_err(not_any_more),
+            Guard::Off => Ok(()),
+        }
+    }
+
     /// Removes an object; in a bucket with versions, it is only hidden.
     async fn hide(&self, key: &str, guard: Guard) -> Result<(), StoreError> {
         self.check_present(key)?;
         let path = self.path(key)?;
         let request = || async {
-            if guard == Guard::On {
-                self.leases.check(key).map_err(not_any_more)?;
-            }
+            self.check_guard(key, guard)?;
             self.store.delete(&path).await
         };
         match self.attempts.ask(0, request).await {

@@ -207,11 +207,9 @@ impl Signed {
         if let Some(Next { path, version }) = from {
             query.push(("key-marker", path.clone()));
             // An empty one is refused.
-            query.extend(
-                Some(version.clone())
-                    .filter(|version| !version.is_empty())
-                    .map(|version| ("version-id-marker", version)),
-            );
+            if !version.is_empty() {
+                query.push(("version-id-marker", version.clone()));
+            }
         }
         let (_, said) = self.send(Method::GET, &Path::default(), Parts { query, ..Parts::default() }).await?;
         listed(&said).ok_or_else(|| {
@@ -229,7 +227,7 @@ fn listed(said: &[u8]) -> Option<Listed> {
         let child = node.children().find(|child| child.tag_name().name() == name)?;
         Some(child.text().unwrap_or_default().to_owned())
     };
-    let (mut listed, mut newest) = (Listed::default(), Vec::new());
+    let (mut listed, mut found) = (Listed::default(), Vec::new());
     for node in root.children() {
         match node.tag_name().name() {
             "CommonPrefixes" => listed.folders.push(text(node, "Prefix")?),
@@ -242,15 +240,15 @@ fn listed(said: &[u8]) -> Option<Listed> {
                 };
                 // Some list markers apart from the rest.
                 let is_older = text(node, "IsLatest").is_none_or(|latest| latest != "true");
-                newest.push((-version.modified, is_older));
-                listed.versions.push((text(node, "Key")?, version));
+                found.push((text(node, "Key")?, version, is_older));
             }
             _ => {}
         }
     }
-    let mut sorted: Vec<_> = newest.into_iter().zip(listed.versions).collect();
-    sorted.sort_by(|(one, (path, _)), (other, (than, _))| (path, one).cmp(&(than, other)));
-    listed.versions = sorted.into_iter().map(|(_, version)| version).collect();
+    found.sort_by(|(path, one, is_older), (than, other, is_oldest)| {
+        (path, other.modified, is_older).cmp(&(than, one.modified, is_oldest))
+    });
+    listed.versions = found.into_iter().map(|(path, version, _)| (path, version)).collect();
     if text(root, "IsTruncated").as_deref() == Some("true") {
         let version = text(root, "NextVersionIdMarker").unwrap_or_default();
         listed.next = Some(Next { path: text(root, "NextKeyMarker")?, version });

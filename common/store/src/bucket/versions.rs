@@ -4,7 +4,7 @@
 //! store refuses that while it is locked, and its space is free then. Where that brings back an older version, for the object was replaced
 //! once, that is hidden: it goes by the rules of the bucket.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use object_store::{Error, UpdateVersion};
@@ -18,10 +18,8 @@ use crate::{Lock, LockMode, StoreError};
 /// What is known of a bucket's versions.
 pub(super) struct Versions {
     signed: Option<Signed>,
-    /// Whether it was seen to keep none.
-    are_off: AtomicBool,
-    /// Whether it was seen to keep some.
-    are_on: AtomicBool,
+    /// Whether it keeps any, once that was seen.
+    are_kept: OnceLock<bool>,
 }
 
 /// What a version is called that was made while the bucket kept none: the next one of these takes its place.
@@ -29,7 +27,7 @@ const NAMELESS: &str = "null";
 
 impl Versions {
     pub(super) fn new(signed: Option<Signed>) -> Versions {
-        Versions { signed, are_off: AtomicBool::new(false), are_on: AtomicBool::new(false) }
+        Versions { signed, are_kept: OnceLock::new() }
     }
 
     /// Makes requests about versions, where the store is one of S3.
@@ -39,7 +37,7 @@ impl Versions {
 
     /// The same, unless there is nothing to be asked.
     fn in_use(&self) -> Option<&Signed> {
-        self.signed.as_ref().filter(|_| !self.are_off.load(Ordering::Relaxed))
+        self.signed.as_ref().filter(|_| self.are_kept.get() != Some(&false))
     }
 }
 
@@ -48,12 +46,11 @@ impl Shared {
     async fn version_of(&self, key: &str) -> Result<Option<(&Signed, About)>, StoreError> {
         let Some(signed) = self.versions.in_use() else { return Ok(None) };
         // First as all else is asked: a bucket that keeps none may refuse what is signed otherwise.
-        if !self.versions.are_on.load(Ordering::Relaxed) {
-            if self.about(key).await?.version.is_none() {
-                self.versions.are_off.store(true, Ordering::Relaxed);
+        if self.versions.are_kept.get().is_none() {
+            let are_kept = self.about(key).await?.version.is_some();
+            if !*self.versions.are_kept.get_or_init(|| are_kept) {
                 return Ok(None);
             }
-            self.versions.are_on.store(true, Ordering::Relaxed);
         }
         let path = self.path(key)?;
         let asked = self.attempts.ask(0, || signed.about(&path)).await;
@@ -71,9 +68,7 @@ impl Shared {
         }
         let (path, version) = (self.path(key)?, about.version.unwrap_or_default());
         let request = || async {
-            if guard == Guard::On {
-                self.leases.check(key).map_err(not_any_more)?;
-            }
+            self.check_guard(key, guard)?;
             signed.delete_version(&path, &version).await
         };
         match self.attempts.ask(0, request).await {
