@@ -19,9 +19,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const ACCOUNT: &str = "vaults";
 /// In base64, as such keys are.
 const KEY: &str = "bm90LXNvLXNlY3JldC1ub3Qtc28tc2VjcmV0LW5vdC0=";
-/// Makes a container: a request that is signed with the key of the account ("Authorize with Shared Key", Azure Storage documentation).
+/// Makes a container, if there is none of that name: a request that is signed with the key of the account ("Authorize with Shared Key", Azure Storage documentation).
 const MAKE: &str = r#"
-import base64, email.utils, hashlib, hmac, sys, urllib.request
+import base64, email.utils, hashlib, hmac, sys, urllib.error, urllib.request
 port, account, key, container = sys.argv[1:]
 path = f"/{account}/{container}"
 headers = {"x-ms-date": email.utils.formatdate(usegmt=True), "x-ms-version": "2021-08-06"}
@@ -30,7 +30,11 @@ text = "PUT" + "\n" * 12 + named + f"/{account}{path}\nrestype:container"
 sign = base64.b64encode(hmac.new(base64.b64decode(key), text.encode(), hashlib.sha256).digest()).decode()
 headers["Authorization"] = f"SharedKey {account}:{sign}"
 request = urllib.request.Request(f"http://127.0.0.1:{port}{path}?restype=container", method="PUT", headers=headers)
-urllib.request.urlopen(request).read()
+try:
+    urllib.request.urlopen(request).read()
+except urllib.error.HTTPError as error:
+    if error.code != 409:
+        raise
 "#;
 
 /// The server.
@@ -75,15 +79,25 @@ impl Azurite {
         run(Command::new("python3").args(["-c", MAKE, &port, ACCOUNT, KEY, container])).status == Some(0)
     }
 
-    /// A site whose vault is to be in a new container of that name. Nothing was made there yet.
+    /// Where it listens.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// A site whose vault is to be in a container of that name. Nothing was made there yet.
     pub fn site(&self, container: &str) -> Site {
+        self.site_at(container, self.port)
+    }
+
+    /// The same, reached at that port.
+    pub fn site_at(&self, container: &str, port: u16) -> Site {
         assert!(self.make(container), "no container {container}:\n{}", self.log());
         let mut site = Site::bare();
         site.vault = format!("az://{container}/vaults/one").into();
         let pairs = [
             ("AZURE_STORAGE_ACCOUNT_NAME", ACCOUNT.to_owned()),
             ("AZURE_STORAGE_ACCOUNT_KEY", KEY.to_owned()),
-            ("AZURE_STORAGE_ENDPOINT", format!("http://127.0.0.1:{}/{ACCOUNT}", self.port)),
+            ("AZURE_STORAGE_ENDPOINT", format!("http://127.0.0.1:{port}/{ACCOUNT}")),
             ("RESEAL_LEASE_SECONDS", "6".to_owned()),
         ];
         site.variables = Variables::from(pairs.map(|(name, value)| (name.to_owned(), value)));

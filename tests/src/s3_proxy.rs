@@ -53,6 +53,8 @@ struct Shared {
     met: AtomicU64,
     /// The next request of that method whose path has this in it meets this.
     next: Mutex<Option<(String, String, Fault)>>,
+    /// Whether nothing is answered any more.
+    is_silent: AtomicBool,
     /// Whether who is refused for a condition is told that he has succeeded.
     ignores_conditions: AtomicBool,
     stop: AtomicBool,
@@ -77,6 +79,7 @@ impl S3Proxy {
             requests: AtomicU64::new(0),
             met: AtomicU64::new(0),
             next: Mutex::new(None),
+            is_silent: AtomicBool::new(false),
             ignores_conditions: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         });
@@ -118,6 +121,11 @@ impl S3Proxy {
     /// From now on it looks like a store that knows no conditions.
     pub fn ignore_conditions(&self) {
         self.shared.ignores_conditions.store(true, Ordering::Relaxed);
+    }
+
+    /// From now on it takes what comes, and answers nothing; or it does again.
+    pub fn fall_silent(&self, is_silent: bool) {
+        self.shared.is_silent.store(is_silent, Ordering::Relaxed);
     }
 
     /// Whether what was said of the next one has happened.
@@ -181,6 +189,9 @@ fn serve(shared: &Shared, client: &TcpStream) -> io::Result<()> {
         head.push_str(&header);
     }
     head.push_str("Connection: close\r\n\r\n");
+    while shared.is_silent.load(Ordering::Relaxed) && !shared.stop.load(Ordering::Relaxed) {
+        thread::sleep(Duration::from_millis(100));
+    }
     let fault = shared.fault(&line);
     shared.met.fetch_add(u64::from(fault.is_some()), Ordering::Relaxed);
     thread::sleep(Duration::from_micros(shared.delay.load(Ordering::Relaxed)));

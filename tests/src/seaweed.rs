@@ -25,6 +25,8 @@ pub struct Seaweed {
     folder: TempDir,
     /// Of master, volumes, filer and S3; that of gRPC is 10,000 higher, each.
     ports: [u16; 4],
+    /// The only access key that it knows.
+    access: &'static str,
 }
 
 /// Ports that nobody has now, nor those above them.
@@ -51,13 +53,18 @@ pub fn shared() -> &'static Seaweed {
 
 impl Seaweed {
     pub fn start() -> Seaweed {
+        Seaweed::start_for(ACCESS)
+    }
+
+    /// One that knows another access key.
+    pub fn start_for(access: &'static str) -> Seaweed {
         let folder = tempfile::Builder::new().prefix("reseal-seaweed-").tempdir().unwrap();
         fs::create_dir(folder.path().join("data")).unwrap();
         let identities = format!(
-            r#"{{"identities":[{{"name":"w","credentials":[{{"accessKey":"{ACCESS}","secretKey":"{SECRET}"}}],"actions":["Admin","Read","Write","List","Tagging"]}}]}}"#
+            r#"{{"identities":[{{"name":"w","credentials":[{{"accessKey":"{access}","secretKey":"{SECRET}"}}],"actions":["Admin","Read","Write","List","Tagging"]}}]}}"#
         );
         fs::write(folder.path().join("s3.json"), identities).unwrap();
-        let seaweed = Seaweed { folder, ports: free_ports(), server: Mutex::new(None) };
+        let seaweed = Seaweed { folder, ports: free_ports(), server: Mutex::new(None), access };
         seaweed.launch();
         seaweed
     }
@@ -67,7 +74,7 @@ impl Seaweed {
         let [master, volume, filer, s3] = self.ports;
         let options = format!(
             "server -dir {at}/data -ip 127.0.0.1 -ip.bind 127.0.0.1 -s3 -s3.config {at}/s3.json -s3.iam=false -s3.port.iceberg 0 -s3.port.lance 0 \
-             -master.port {master} -volume.port {volume} -filer.port {filer} -s3.port {s3} -volume.max 100 \
+             -master.port {master} -volume.port {volume} -filer.port {filer} -s3.port {s3} -volume.max 100 -volume.minFreeSpace 64MiB \
              -master.volumeSizeLimitMB 512 -master.telemetry=false -master.electionTimeout 1s -master.heartbeatInterval 100ms"
         );
         // One volume for each bucket is enough.
@@ -132,7 +139,7 @@ impl Seaweed {
     /// The same through a proxy that listens there.
     pub fn variables_at(&self, port: u16) -> Variables {
         let pairs = [
-            ("AWS_ACCESS_KEY_ID", ACCESS.to_owned()),
+            ("AWS_ACCESS_KEY_ID", self.access.to_owned()),
             ("AWS_SECRET_ACCESS_KEY", SECRET.to_owned()),
             ("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{port}")),
         ];

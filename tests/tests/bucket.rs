@@ -2,12 +2,19 @@
 #![allow(clippy::unwrap_used)] // helpers of tests end where they meet what they did not expect
 
 use std::fs;
+use std::io::Write as _;
+use std::net::TcpListener;
+use std::sync::Barrier;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
-use reseal_store::{LeaseUse, StoreError};
+use reseal_store::{LeaseUse, Store, StoreError};
 use reseal_tests::azurite;
+use reseal_tests::model::ReadDisk as _;
+use reseal_tests::mounting::Mounted;
 use reseal_tests::random::Random;
 use reseal_tests::s3_proxy::{Fault, S3Proxy};
-use reseal_tests::seaweed::shared;
+use reseal_tests::seaweed::{Seaweed, shared};
 use reseal_tests::site::Site;
 
 const MIB: usize = 1 << 20;
@@ -128,10 +135,72 @@ fn leases(mut site: Site) {
 }
 
 #[test]
+fn of_many_who_make_or_replace_an_object_one_does() {
+    many(&shared().site_at("many", shared().port()));
+}
+
+#[test]
+fn of_many_at_azure_one_does_too() {
+    many(&azurite::shared().site("many"));
+}
+
+fn many(site: &Site) {
+    const KEYS: usize = 16;
+    const EACH: u8 = 8;
+    let stores: Vec<_> = (0..EACH).map(|_| site.store()).collect();
+    let barrier = Barrier::new(KEYS * usize::from(EACH));
+    // Of each key, who was told that he had made it, and who that he had replaced it.
+    let told: Vec<(usize, u8, bool, bool)> = std::thread::scope(|scope| {
+        let all = (0..KEYS).flat_map(|key| (0..EACH).map(move |who| (key, who)));
+        let (stores, barrier) = (&stores, &barrier);
+        let tries: Vec<_> = all
+            .map(|(key, who)| {
+                scope.spawn(move || {
+                    let (store, name) = (&stores[usize::from(who)], format!("many/{key}"));
+                    barrier.wait();
+                    let made = match store.create(&name, &[who; 100]) {
+                        Ok(()) => true,
+                        Err(StoreError::Exists(_)) => false,
+                        Err(e) => panic!("{name}: {e}"),
+                    };
+                    barrier.wait();
+                    let first = store.get(&name, 100).unwrap();
+                    barrier.wait();
+                    let replaced = match store.replace(&name, &first, &[who | 0x80; 100]) {
+                        Ok(()) => true,
+                        Err(StoreError::Changed(_)) => false,
+                        Err(e) => panic!("{name}: {e}"),
+                    };
+                    (key, who, made && first == [who; 100], replaced)
+                })
+            })
+            .collect();
+        tries.into_iter().map(|one| one.join().unwrap()).collect()
+    });
+    for key in 0..KEYS {
+        let of_key: Vec<_> = told.iter().filter(|(of, ..)| *of == key).collect();
+        assert_eq!(of_key.iter().filter(|(_, _, made, _)| *made).count(), 1, "{of_key:?}");
+        let replaced: Vec<u8> = of_key.iter().filter(|(.., replaced)| *replaced).map(|(_, who, ..)| *who).collect();
+        assert_eq!(replaced.len(), 1, "{of_key:?}");
+        assert_eq!(site.store().get(&format!("many/{key}"), 100).unwrap(), [replaced[0] | 0x80; 100]);
+    }
+}
+
+#[test]
 fn an_answer_that_was_lost_is_found_out() {
     let seaweed = shared();
     let proxy = S3Proxy::before(seaweed.port());
-    let site = seaweed.site_at("lost", proxy.port());
+    lost(&proxy, &seaweed.site_at("lost", proxy.port()), &seaweed.site_at("lost", seaweed.port()));
+}
+
+#[test]
+fn an_answer_of_azure_that_was_lost_is_too() {
+    let azurite = azurite::shared();
+    let proxy = S3Proxy::before(azurite.port());
+    lost(&proxy, &azurite.site_at("lost", proxy.port()), &azurite.site("lost"));
+}
+
+fn lost(proxy: &S3Proxy, site: &Site, direct: &Site) {
     let store = site.store();
     for (nth, fault) in
         [Fault::CutAfter, Fault::DoneAndError, Fault::Error, Fault::CutBefore, Fault::Throttled].into_iter().enumerate()
@@ -146,7 +215,7 @@ fn an_answer_that_was_lost_is_found_out() {
         proxy.next("DELETE", &key, fault);
         store.delete(&key).unwrap();
         // Somebody else's is not taken for one's own.
-        seaweed.site_at("lost", seaweed.port()).store().create(&key, b"theirs").unwrap();
+        direct.store().create(&key, b"theirs").unwrap();
         proxy.next("PUT", &key, fault);
         assert!(matches!(store.create(&key, b"mine"), Err(StoreError::Exists(_))), "{fault:?}");
         assert_eq!(store.get(&key, 9).unwrap(), b"theirs");
@@ -159,6 +228,71 @@ fn an_answer_that_was_lost_is_found_out() {
         store.read_at("t/large", 0, &mut read).unwrap();
         assert!(proxy.has_met() && read == Random::new(1).bytes(4 * MIB), "{fault:?}");
     }
+}
+
+#[test]
+fn a_store_that_falls_silent_ends_what_waits_for_it() {
+    let proxy = S3Proxy::before(shared().port());
+    let mut site = shared().site_at("silent", proxy.port());
+    // Longer than who waits does, so that it is not the lease that ends it.
+    site.variables.insert("RESEAL_LEASE_SECONDS".into(), "600".into());
+    site.reseal(["init", "--no-recovery"]).ok();
+    let disk = site.disk("web");
+    fs::write(&disk, Random::new(1).bytes(200 * MIB)).unwrap();
+    let backup = site.start(["backup", "web", "--limit-rate", "20M", disk.to_str().unwrap()]);
+    // It is in the midst of it.
+    let began = Instant::now();
+    while site.store().list("tenants/default/packs").unwrap().is_empty() {
+        assert!(began.elapsed() < Duration::from_secs(60) && !backup.has_ended(), "it stores nothing");
+        sleep(Duration::from_millis(50));
+    }
+    proxy.fall_silent(true);
+    let began = Instant::now();
+    while !backup.has_ended() && began.elapsed() < Duration::from_secs(150) {
+        sleep(Duration::from_millis(200));
+    }
+    let ended = backup.wait().fails(4, &["has not answered within", "whether it runs"]);
+    assert!(began.elapsed() >= Duration::from_secs(30), "{ended:#?}");
+    // Who begins now waits for half as long.
+    let began = Instant::now();
+    site.reseal(["list"]).fails(4, &["has not answered within"]);
+    assert!(began.elapsed() < Duration::from_secs(60));
+    proxy.fall_silent(false);
+    site.backup("web", &disk);
+    site.verify();
+}
+
+#[test]
+fn a_store_that_sends_without_end_is_not_listened_to() {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let mut site = shared().site_at("endless", listener.local_addr().unwrap().port());
+    std::thread::spawn(move || {
+        for connection in listener.incoming() {
+            let Ok(mut connection) = connection else { return };
+            std::thread::spawn(move || {
+                let head = "HTTP/1.1 206 Partial Content\r\nContent-Range: bytes 0-9/10\r\nETag: \"x\"\r\n\
+                            Last-Modified: Sun, 29 Nov 2026 00:00:00 GMT\r\nContent-Length: 10\r\nTransfer-Encoding: chunked\r\n\r\n";
+                let chunk = [b"10000\r\n".as_slice(), &[0; 0x10000], b"\r\n"].concat();
+                let _ = connection.write_all(head.as_bytes());
+                while connection.write_all(&chunk).is_ok() {}
+            });
+        }
+    });
+    let store = site.store();
+    let began = Instant::now();
+    for told in [
+        store.get("x", 10).map(drop),
+        store.get("x", 1 << 30).map(drop),
+        store.read_at("x", 0, &mut [0; 10]),
+        store.read_tail("x", 10).map(drop),
+        store.replace("x", b"0123456789", b"9876543210"),
+    ] {
+        let told = told.unwrap_err().to_string();
+        assert!(told.contains("the store sends more than"), "{told}");
+    }
+    assert!(began.elapsed() < Duration::from_secs(20));
+    site.variables.remove("RESEAL_LEASE_SECONDS");
+    assert_ne!(site.reseal(["list"]).status, Some(0));
 }
 
 #[test]
@@ -190,7 +324,52 @@ fn what_can_not_be_reached_or_used_is_named() {
     site.reseal(["list"]).fails(2, &["RESEAL_LEASE_SECONDS must be a number from 3 to 3600"]);
     site.variables.remove("RESEAL_LEASE_SECONDS");
     site.variables.insert("AWS_PROFILE".into(), "nobody".into());
-    site.reseal(["list"]).fails(2, &["nobody", "AWS_PROFILE"]);
+    site.reseal(["list"]).fails(2, &["nobody", ".aws/config"]);
+    site.variables.remove("AWS_PROFILE");
+    site.vault = "s3://named/x?profil=a".into();
+    site.reseal(["list"]).fails(2, &["\"profil=a\" says nothing known", "profile=NAME"]);
+}
+
+#[test]
+fn a_copy_goes_from_one_account_to_another_by_the_profiles_of_both() {
+    let other = Seaweed::start_for("another");
+    let (mut site, mut second) = (shared().site("account"), other.site("account"));
+    let disk = site.disk("web");
+    let content = Random::new(1).bytes(3 * MIB);
+    fs::write(&disk, &content).unwrap();
+    site.backup("web", &disk);
+    let profile = |name: &str, site: &Site| {
+        let of = |variable: &str| &site.variables[variable];
+        format!(
+            "[profile {name}]\naws_access_key_id = {}\naws_secret_access_key = {}\nendpoint_url = {}\nregion = {name}-1\n",
+            of("AWS_ACCESS_KEY_ID"),
+            of("AWS_SECRET_ACCESS_KEY"),
+            of("AWS_ENDPOINT_URL")
+        )
+    };
+    let config = site.path("aws.config");
+    fs::write(&config, profile("here", &site) + &profile("there", &second)).unwrap();
+    // The variables say nothing that is of use for either.
+    let nothing =
+        [("AWS_ACCESS_KEY_ID", "x"), ("AWS_SECRET_ACCESS_KEY", "x"), ("AWS_ENDPOINT_URL", "http://127.0.0.1:9")];
+    for (site, name) in [(&mut site, "here"), (&mut second, "there")] {
+        site.vault = format!("{}?profile={name}", site.vault.display()).into();
+        site.variables.insert("AWS_CONFIG_FILE".into(), config.to_str().unwrap().into());
+        site.variables.extend(nothing.map(|(name, value)| (name.to_owned(), value.to_owned())));
+    }
+    let (at, keyring) = (second.vault.to_str().unwrap(), second.keyring.to_str().unwrap());
+    site.reseal(["copy", "--to", at, "--to-keyring", keyring]).ok();
+    second.verify();
+    let out = second.path("out");
+    second.restore("web@1", "disk-0", &out).ok();
+    assert!(fs::read(&out).unwrap() == content);
+    // And what is damaged here is mended from there.
+    let store = site.store();
+    let shelf = format!("tenants/default/packs/{}", store.list("tenants/default/packs").unwrap()[0].name);
+    store.delete(&format!("{shelf}/{}", store.list(&shelf).unwrap()[0].name)).unwrap();
+    site.reseal(["verify"]).expect(&[3]);
+    site.reseal(["verify", "--repair-from", at, "--repair-keyring", keyring]).ok();
+    site.verify();
 }
 
 #[test]
@@ -201,6 +380,16 @@ fn a_vault_in_a_bucket_works_like_one_in_a_folder() {
 #[test]
 fn a_vault_in_a_container_of_azure_does_too() {
     whole(&azurite::shared().site("whole"));
+}
+
+/// The keys of all objects below a folder. Where a store shows folders that have none any more, these don't count.
+fn objects_below(store: &dyn Store, folder: &str) -> Vec<String> {
+    let entries = store.list(folder).unwrap();
+    let below = |entry: &reseal_store::Entry| {
+        let key = format!("{folder}/{}", entry.name);
+        if entry.is_folder { objects_below(store, &key) } else { vec![key] }
+    };
+    entries.iter().flat_map(below).collect()
 }
 
 fn whole(site: &Site) {
@@ -222,8 +411,18 @@ fn whole(site: &Site) {
         site.restore(point, "disk-0", &out).ok();
         assert!(fs::read(&out).unwrap() == *wanted, "{point}");
     }
+    let mounted = Mounted::new(site, "mounted", &[]);
+    let mut bytes = vec![0; content.len()];
+    mounted.disk(site, "web", 2, "disk-0").read(0, &mut bytes);
+    assert!(bytes == content);
+    mounted.umount(site).ok();
+    let copied = Site::new();
+    let words = ["copy", "--to", copied.vault.to_str().unwrap(), "--to-keyring", copied.keyring.to_str().unwrap()];
+    site.reseal(words).ok();
+    copied.verify();
     site.reseal(["list"]).ok();
     site.reseal(["status"]).expect(&[0, 1]);
+    site.reseal(["rekey", "--kek", "--no-recovery"]).ok();
     site.reseal(["rekey", "--data", "--no-recovery"]).ok();
     site.verify();
     site.reseal(["hold", "web@2", "--reason", "why not"]).ok();
@@ -236,4 +435,10 @@ fn whole(site: &Site) {
     site.restore("web@2", "disk-0", &out).ok();
     assert!(fs::read(&out).unwrap() == content);
     assert!(site.reseal(["restore", "web@1", "/dev/null"]).status != Some(0));
+    site.reseal(["tenant", "add", "other", "--no-recovery"]).ok();
+    site.reseal_of("other", ["backup", "web", disk.to_str().unwrap()]).ok();
+    site.reseal(["tenant", "erase", "other", "--yes", "other"]).ok();
+    site.reseal(["tenant", "remove", "other"]).ok();
+    assert_eq!(objects_below(&*site.store(), "tenants/other"), Vec::<String>::new());
+    site.verify();
 }

@@ -47,8 +47,8 @@ pub struct CommonArgs {
     /// What this machine remembers of vaults [default: /var/lib/reseal for root, otherwise in the user's state]
     #[arg(long, env = "RESEAL_STATE", global = true, value_name = "FOLDER")]
     pub state: Option<PathBuf>,
-    /// Where mounts, boots and exports keep what they read of an object store, sealed as it is there [default: /var/cache/reseal for
-    /// root, otherwise in the user's cache]
+    /// Where mounts, boots, exports and prunes keep what they read of an object store, sealed as it is there [default: /var/cache/reseal
+    /// for root, otherwise in the user's cache]
     #[arg(long, env = "RESEAL_STORE_CACHE", global = true, value_name = "FOLDER")]
     pub store_cache: Option<PathBuf>,
     /// How much of that is kept, such as 50G; 0 for nothing

@@ -37,6 +37,11 @@ pub trait Store: Send + Sync {
     /// Fills `buf` from `offset` on.
     fn read_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<(), StoreError>;
 
+    /// Like [`Store::read_at`], for what won't be read again: it is not worth to be remembered.
+    fn read_once(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<(), StoreError> {
+        self.read_at(key, offset, buf)
+    }
+
     /// Like [`Store::read_at`], but gives up and answers `false` where it might have to wait.
     fn try_read_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<bool, StoreError>;
 

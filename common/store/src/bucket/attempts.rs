@@ -6,7 +6,7 @@
 use std::future::Future;
 use std::io;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use object_store::Error;
@@ -15,7 +15,8 @@ use tokio::time::{sleep, timeout};
 
 use crate::StoreError;
 
-/// How long a request is made again, from its first time on, beside the time that its bytes may take.
+/// How long a request is made again, from its first time on, beside the time that its bytes may take; and how long a store may answer
+/// nothing at all, to no request, until none waits for it any longer.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The same for a store that has never answered: its address is more likely wrong than it is away.
 const FIRST_PATIENCE: Duration = Duration::from_secs(30);
@@ -55,13 +56,46 @@ pub(super) struct Refusal {
     pub was_repeated: bool,
 }
 
-/// Whether a store has ever answered.
-#[derive(Default)]
+/// When a store was heard of.
 pub(super) struct Attempts {
-    answered: AtomicBool,
+    began: Instant,
+    /// Milliseconds from the beginning until it last answered or sent something, and one; 0 where it never has.
+    heard: AtomicU64,
 }
 
 impl Attempts {
+    pub(super) fn new() -> Attempts {
+        Attempts { began: Instant::now(), heard: AtomicU64::new(0) }
+    }
+
+    /// Says that the store is there.
+    pub(super) fn heard(&self) {
+        let now = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX - 1);
+        self.heard.store(now + 1, Ordering::Relaxed);
+    }
+
+    /// How long is waited for it.
+    fn patience(&self) -> Duration {
+        match self.heard.load(Ordering::Relaxed) {
+            0 => FIRST_PATIENCE,
+            _ => PATIENCE,
+        }
+    }
+
+    /// Ends when nothing was heard of it for too long since then, whoever asked.
+    async fn silence(&self, since: Instant) {
+        loop {
+            let heard = match self.heard.load(Ordering::Relaxed) {
+                0 => since,
+                millis => since.max(self.began + Duration::from_millis(millis)),
+            };
+            match (heard + self.patience()).checked_duration_since(Instant::now()) {
+                Some(rest) if !rest.is_zero() => sleep(rest).await,
+                _ => return,
+            }
+        }
+    }
+
     /// Asks until there is an answer, or nobody waits any more. `bytes` are about how many go over the line.
     pub(super) async fn ask<T, F>(&self, bytes: u64, mut request: impl FnMut() -> F) -> Result<T, Refusal>
     where
@@ -73,19 +107,25 @@ impl Attempts {
         let mut pause = PAUSE;
         let mut was_repeated = false;
         loop {
-            let error = match timeout(limit, request()).await {
-                Ok(Ok(answer)) => {
-                    self.answered.store(true, Ordering::Relaxed);
-                    return Ok(answer);
-                }
-                Ok(Err(error)) => error,
+            let asked = tokio::select! {
+                asked = timeout(limit, request()) => asked,
+                // What many bytes are allowed is for a store that is slow, not for one that is gone.
+                () = self.silence(began) => return Err(Refusal { error: silent(self.patience()), was_repeated: true }),
+            };
+            let error = match asked {
+                Ok(answer) => match answer {
+                    Ok(answer) => {
+                        self.heard();
+                        return Ok(answer);
+                    }
+                    Err(error) => error,
+                },
                 Err(_) => silent(limit),
             };
-            let patience = match self.answered.load(Ordering::Relaxed) {
-                true => PATIENCE,
-                false => FIRST_PATIENCE,
-            };
-            if !is_passing(&error) || began.elapsed() + pause >= patience + moving {
+            if !matches!(error, Error::Generic { .. } | Error::JoinError { .. }) || status(&error).is_some() {
+                self.heard();
+            }
+            if !is_passing(&error) || began.elapsed() + pause >= self.patience() + moving {
                 return Err(Refusal { error, was_repeated });
             }
             was_repeated = true;
@@ -96,7 +136,10 @@ impl Attempts {
 }
 
 pub(super) fn silent(limit: Duration) -> Error {
-    let source = format!("it has not answered within {} s", limit.as_secs()).into();
+    let seconds = limit.as_secs();
+    let source =
+        format!("it has not answered within {seconds} s; see whether it runs, and whether its endpoint is right")
+            .into();
     Error::Generic { store: "the object store", source }
 }
 
@@ -156,7 +199,19 @@ pub(super) fn told(key: &str, action: &'static str, error: Error) -> StoreError 
             _ => io::ErrorKind::Other,
         },
     };
-    StoreError::Io { key: key.into(), action, source: io::Error::new(kind, shown(&error)) }
+    let remedy = match kind {
+        io::ErrorKind::PermissionDenied => "; see what this key may do, and whether it is the right one",
+        _ if asks_the_machine(&error) => {
+            "; no keys were given (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile that has them), and this machine has no role"
+        }
+        _ => "",
+    };
+    StoreError::Io { key: key.into(), action, source: io::Error::new(kind, shown(&error) + remedy) }
+}
+
+/// Whether keys were asked of the machine itself, at the address where those of a cloud know theirs.
+fn asks_the_machine(error: &Error) -> bool {
+    error.to_string().contains("169.254.169.254")
 }
 
 /// Where something is written or listed nothing has to be there before but the bucket.
@@ -184,7 +239,7 @@ mod tests {
 
     #[test]
     fn what_passes_is_asked_again_and_what_is_an_answer_is_not() {
-        let attempts = Attempts::default();
+        let attempts = Attempts::new();
         let count = std::cell::Cell::new(0);
         let ask = |failures: u32, error: fn() -> Error| {
             count.set(0);

@@ -83,7 +83,7 @@ impl Bucket {
     /// The same in another environment than this process's.
     pub fn open_with(address: &str, variables: &Variables) -> Result<Bucket, AddressError> {
         let open::Place { store, prefix, signed, past } = open::open(address, variables)?;
-        let (attempts, leases, versions) = (Attempts::default(), Leases::new(variables)?, Versions::new(signed));
+        let (attempts, leases, versions) = (Attempts::new(), Leases::new(variables)?, Versions::new(signed));
         Ok(Bucket { shared: Arc::new(Shared { store, prefix, attempts, leases, versions, past: past.map(Past::new) }) })
     }
 
@@ -153,7 +153,14 @@ impl Shared {
         Ok(self.prefix.parts().chain(parsed.parts()).collect())
     }
 
+    /// Reads a part of an object; all of it where none is given. `bytes` are about how many that are.
     async fn read(&self, key: &str, range: Option<GetRange>, bytes: u64) -> Result<Object, StoreError> {
+        // More is not taken, whatever the store sends.
+        let most = match &range {
+            Some(GetRange::Bounded(range)) => range.end - range.start,
+            Some(GetRange::Suffix(last)) => *last,
+            Some(GetRange::Offset(_)) | None => bytes,
+        };
         let path = self.path(key)?;
         let version = self.version_then(key).await?;
         let request = || async {
@@ -161,7 +168,18 @@ impl Shared {
             let result = self.store.get_opts(&path, options).await?;
             let (length, modified) = (result.meta.size, result.meta.last_modified.timestamp());
             let version = UpdateVersion { e_tag: result.meta.e_tag.clone(), version: result.meta.version.clone() };
-            let chunks: Vec<Bytes> = result.into_stream().try_collect().await?;
+            // As much as it says that it sends, and no more.
+            let most = most.min(result.range.end.saturating_sub(result.range.start));
+            let mut stream = result.into_stream();
+            let (mut chunks, mut had): (Vec<Bytes>, u64) = Default::default();
+            while let Some(chunk) = stream.try_next().await? {
+                self.attempts.heard();
+                had += chunk.len() as u64;
+                if had > most {
+                    return Err(not_any_more(too_much(key, most)));
+                }
+                chunks.push(chunk);
+            }
             Ok(Object { chunks, length, version, modified })
         };
         self.attempts.ask(bytes, request).await.map_err(|refusal| told(key, "read", refusal.error))
@@ -323,6 +341,14 @@ impl Shared {
 enum Guard {
     On,
     Off,
+}
+
+/// What is told of a store that sends more than it was asked for.
+fn too_much(key: &str, most: u64) -> StoreError {
+    let what = format!(
+        "the store sends more than {most} bytes, which is all that there should be; it does not speak its protocol"
+    );
+    StoreError::Io { key: key.into(), action: "read", source: io::Error::new(io::ErrorKind::InvalidData, what) }
 }
 
 /// Ends asking again; [`told`] tells it as it is.

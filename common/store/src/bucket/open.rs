@@ -1,7 +1,8 @@
 //! Which object store an address means, and how the environment says to reach it.
 //!
 //! `s3://BUCKET/PREFIX` takes what AWS's own tools take: AWS_* variables and profiles, with endpoints and path style for those who are
-//! like it. `az://CONTAINER/PREFIX` takes AZURE_* variables, `gs://BUCKET/PREFIX` those of Google.
+//! like it, or only a profile's where the address names one. `az://CONTAINER/PREFIX` takes AZURE_* variables, `gs://BUCKET/PREFIX` those of
+//! Google.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -15,8 +16,10 @@ use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 use object_store::path::Path;
 use object_store::{Certificate, ClientOptions, ObjectStore, RetryConfig};
 
+use jiff::Timestamp;
+
+use super::profile::{self, Profile};
 use super::signed::Signed;
-use super::{past, profile};
 
 const CONNECT: std::time::Duration = std::time::Duration::from_secs(10);
 /// Connections that are kept: as many as requests may be under way.
@@ -37,8 +40,12 @@ pub enum AddressError {
     Prefix(String, String),
     #[error("{0}: {1:?} is no moment; give one as 2026-11-24T06:31:47Z")]
     Moment(String, String),
-    #[error("{0}: only a bucket of S3 that keeps versions can be shown as it was")]
-    NoPast(String),
+    #[error("{0}: only a bucket of S3 that keeps versions can be shown as it was, and only one of S3 has profiles")]
+    NotS3(String),
+    #[error(
+        "{0}: {1:?} says nothing known; behind the `?` of an address may stand as-of=TIME and profile=NAME, with & between them"
+    )]
+    Setting(String, String),
     #[error("RESEAL_LEASE_SECONDS must be a number from {0}")]
     LeaseSeconds(String),
     #[error("can't set up {address}: {source}")]
@@ -77,10 +84,46 @@ pub fn is_address(repo: &str) -> bool {
     repo.contains("://")
 }
 
+/// What stands behind the `?` of an address.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Settings {
+    /// Seconds since 1970.
+    as_of: Option<i64>,
+    profile: Option<String>,
+}
+
+impl Settings {
+    fn of(given: &str, query: Option<&str>) -> Result<Settings, AddressError> {
+        let mut settings = Settings::default();
+        for part in query.into_iter().flat_map(|query| query.split('&')) {
+            match part.split_once('=') {
+                Some(("as-of", moment)) => {
+                    let parsed = moment.parse::<Timestamp>();
+                    let parsed = parsed.map_err(|_| AddressError::Moment(given.into(), moment.into()))?;
+                    settings.as_of = Some(parsed.as_second());
+                }
+                Some(("profile", name)) if !name.is_empty() => settings.profile = Some(name.into()),
+                _ => return Err(AddressError::Setting(given.into(), part.into())),
+            }
+        }
+        Ok(settings)
+    }
+}
+
+/// The environment as it is for a profile that an address names: two addresses of one command may be those of two accounts, so what this
+/// process's variables say is of neither.
+fn for_profile(name: String, variables: &Variables) -> Variables {
+    let of_aws = |variable: &str| variable.starts_with("AWS_") && !profile::FILES.contains(&variable);
+    let rest =
+        variables.iter().filter(|(variable, _)| !of_aws(variable)).map(|(name, value)| (name.clone(), value.clone()));
+    rest.chain([(profile::NAME.to_owned(), name)]).collect()
+}
+
 /// Opens what an address means. Nothing is asked yet.
 pub(super) fn open(address: &str, variables: &Variables) -> Result<Place, AddressError> {
     let given = address;
-    let (address, past) = past::split(given).map_err(|moment| AddressError::Moment(given.into(), moment.into()))?;
+    let (address, query) = given.split_once('?').map_or((given, None), |(address, query)| (address, Some(query)));
+    let Settings { as_of: past, profile: named } = Settings::of(given, query)?;
     let (scheme, rest) = address.split_once("://").unwrap_or(("", address));
     let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
     let setup = |source: io::Error| AddressError::Setup { address: address.into(), source };
@@ -89,20 +132,23 @@ pub(super) fn open(address: &str, variables: &Variables) -> Result<Place, Addres
         "az" => "container",
         other => return Err(AddressError::Scheme(other.into())),
     };
-    if past.is_some() && scheme != "s3" {
-        return Err(AddressError::NoPast(given.into()));
+    if query.is_some() && scheme != "s3" {
+        return Err(AddressError::NotS3(given.into()));
     }
     if bucket.is_empty() {
         return Err(AddressError::NoBucket(address.into(), what));
     }
     let parsed = Path::parse(prefix).map_err(|_| AddressError::Prefix(address.into(), prefix.into()))?;
-    let options = client_options(variables).map_err(setup)?;
+    let owned = named.map(|name| for_profile(name, variables));
+    let variables = owned.as_ref().unwrap_or(variables);
+    let profile = if scheme == "s3" { profile::named(variables).map_err(setup)? } else { Profile::new() };
+    let options = client_options(variables, &profile).map_err(setup)?;
     // Asking again is done by who knows what was asked for.
     let retry = RetryConfig { max_retries: 0, ..RetryConfig::default() };
     let mut signed = None;
     let store: Arc<dyn ObjectStore> = match scheme {
         "s3" => {
-            let (store, options) = s3(bucket, options, retry, variables).map_err(setup)?;
+            let (store, options) = s3(bucket, options, retry, variables, &profile).map_err(setup)?;
             let client = ReqwestConnector::default().connect(&options);
             let client = client.map_err(|e| setup(io::Error::other(e.to_string())))?;
             signed = Some(Signed { signer: store.clone(), client });
@@ -156,9 +202,9 @@ fn s3(
     options: ClientOptions,
     retry: RetryConfig,
     variables: &Variables,
+    profile: &Profile,
 ) -> io::Result<(Arc<AmazonS3>, ClientOptions)> {
     use AmazonS3ConfigKey as Key;
-    let profile = profile::named(variables)?;
     let variable = |name: &str| variables.get(name).cloned();
     let settings = known::<Key>(variables, "AWS_");
     let builder = settings.fold(AmazonS3Builder::new(), |builder, (key, value)| builder.with_config(key, value));
@@ -170,7 +216,12 @@ fn s3(
         ("aws_secret_access_key", Key::SecretAccessKey),
         ("aws_session_token", Key::Token),
     ];
-    if !has(&builder, &Key::AccessKeyId) || variable("AWS_PROFILE").is_some() {
+    let roles =
+        ["AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"];
+    if !has(&builder, &Key::AccessKeyId) {
+        if !roles.iter().any(|role| variables.contains_key(*role)) {
+            profile::check(profile)?;
+        }
         for (name, key) in credentials {
             if let Some(value) = profile.get(name) {
                 builder = builder.with_config(key, value);
@@ -215,17 +266,17 @@ fn s3(
     Ok((Arc::new(built.map_err(|e| io::Error::other(e.to_string()))?), options))
 }
 
-fn client_options(variables: &Variables) -> io::Result<ClientOptions> {
+fn client_options(variables: &Variables, profile: &Profile) -> io::Result<ClientOptions> {
     let options = ClientOptions::new()
         // How long a request may take depends on what it moves: whoever makes it knows. (A limit for reads would count while a body is sent.)
         .with_timeout_disabled()
         .with_connect_timeout(CONNECT)
         .with_pool_max_idle_per_host(IDLE)
         .with_http1_only();
-    match variables.get("AWS_CA_BUNDLE") {
+    match variables.get("AWS_CA_BUNDLE").or_else(|| profile.get("ca_bundle")) {
         None => Ok(options),
         Some(path) => with_bundle(options, FilePath::new(path))
-            .map_err(|e| io::Error::new(e.kind(), format!("AWS_CA_BUNDLE {path}: {e}"))),
+            .map_err(|e| io::Error::new(e.kind(), format!("the bundle of certificates {path}: {e}"))),
     }
 }
 
@@ -257,6 +308,53 @@ mod tests {
             assert!(open(wrong, &Variables::new()).is_err(), "{wrong}");
         }
         assert!(is_address("s3://x") && !is_address("/srv/vault") && !is_address("s3:/x"));
+    }
+
+    #[test]
+    fn an_address_may_say_a_moment_and_a_profile() {
+        let of = |query| Settings::of("s3://b", Some(query));
+        let said = of("as-of=2026-11-24T06:31:47Z&profile=vault two").unwrap();
+        assert_eq!(said, Settings { as_of: Some(1_795_501_907), profile: Some("vault two".into()) });
+        assert_eq!(of("as-of=2026-11-24T08:31:47.9+02:00").unwrap().as_of, Some(1_795_501_907));
+        assert_eq!(Settings::of("s3://b", None).unwrap(), Settings::default());
+        for wrong in
+            ["", "as-of=", "as-of=2026-11-24", "as-of=2026-11-24T06:31:47", "profile=", "profile", "x=y", "profile=a&"]
+        {
+            assert!(of(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_profile_that_an_address_names_is_all_that_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = folder.path().join("config");
+        let text = "[profile there]\nregion = there-1\nendpoint_url = http://127.0.0.1:9\naws_access_key_id = A\naws_secret_access_key = B\n\
+                    [profile sso]\nsso_session = x\n";
+        std::fs::write(&config, text).unwrap();
+        let of = |pairs: &[(&str, &str)]| -> Variables {
+            pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+        };
+        let variables = of(&[
+            ("AWS_CONFIG_FILE", config.to_str().unwrap()),
+            ("AWS_SHARED_CREDENTIALS_FILE", "/nowhere/credentials"),
+            ("AWS_ACCESS_KEY_ID", "OTHER"),
+            ("AWS_CA_BUNDLE", "/nowhere/bundle"),
+            ("HOME", "/home/x"),
+        ]);
+        let left = for_profile("there".into(), &variables);
+        let names: Vec<_> = left.keys().map(String::as_str).collect();
+        assert_eq!(names, ["AWS_CONFIG_FILE", "AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE", "HOME"]);
+        assert!(open("s3://b/x?profile=there", &variables).is_ok());
+        assert!(open("s3://b/x", &variables).is_err(), "the bundle of certificates is not there");
+        let said = |address: &str, variables: &Variables| open(address, variables).err().unwrap().to_string();
+        assert!(said("s3://b/x?profile=none", &variables).contains("\"none\""));
+        let said = said("s3://b/x?profile=sso", &variables);
+        assert!(said.contains("sso_session") && said.contains("export-credentials"), "{said}");
+        // Keys in variables count before those of a profile that a variable names, as they do for AWS's own tools.
+        let mut keys = of(&[("AWS_PROFILE", "sso"), ("AWS_CONFIG_FILE", config.to_str().unwrap())]);
+        assert!(open("s3://b/x", &keys).is_err());
+        keys.extend(of(&[("AWS_ACCESS_KEY_ID", "A"), ("AWS_SECRET_ACCESS_KEY", "B")]));
+        assert!(open("s3://b/x", &keys).is_ok());
     }
 
     #[test]

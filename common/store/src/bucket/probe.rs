@@ -15,23 +15,44 @@ use crate::{Lock, LockMode, StoreError, random_name};
 const CROWD: u8 = 8;
 /// How often: whether two come together is chance.
 const ROUNDS: usize = 3;
+/// How often all that is done where it has shown nothing.
+const TIMES: usize = 3;
 
-/// Makes and replaces objects under `tmp/`; an error where more than one of several who do is told that he has.
+/// What a round has shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Round {
+    /// Of those who made it, and of those who replaced it, one was told so.
+    Honoured,
+    /// More than one was.
+    Ignored,
+    /// Nobody was: the one had no answer, or was told that another one was just at it.
+    Unclear,
+}
+
+/// Makes and replaces objects under `tmp/`; an error where not exactly one of several who do is told that he has.
 pub(super) async fn conditions(shared: &Shared) -> Result<(), StoreError> {
-    // Beside each other, for some engines have those who wait for one another look only once a second.
-    let rounds = join_all((0..ROUNDS).map(|_| async {
-        let name = random_name().map_err(|source| StoreError::Io { key: "tmp".into(), action: "probe", source })?;
-        let key = format!("tmp/probe-{name}");
-        let honoured = round(shared, &key).await;
-        let path = shared.path(&key)?;
-        // Should it stay, it is a small object that nobody looks at.
-        let _ = shared.store.delete(&path).await;
-        honoured
-    }));
-    match rounds.await.into_iter().collect::<Result<Vec<_>, _>>()?.contains(&false) {
-        true => Err(StoreError::Unconditional),
-        false => Ok(()),
+    for _ in 0..TIMES {
+        // Beside each other, for some engines have those who wait for one another look only once a second.
+        let rounds = join_all((0..ROUNDS).map(|_| async {
+            let name = random_name().map_err(|source| StoreError::Io { key: "tmp".into(), action: "probe", source })?;
+            let key = format!("tmp/probe-{name}");
+            let shown = round(shared, &key).await;
+            let path = shared.path(&key)?;
+            // Should it stay, it is a small object that nobody looks at.
+            let _ = shared.store.delete(&path).await;
+            shown
+        }));
+        let rounds = rounds.await.into_iter().collect::<Result<Vec<_>, _>>()?;
+        if rounds.contains(&Round::Ignored) {
+            return Err(StoreError::Unconditional);
+        }
+        if rounds.contains(&Round::Honoured) {
+            return Ok(());
+        }
     }
+    let what = "of several conditional writes at a time none was told that it had succeeded; try again when the store is less busy, or use an engine that \
+                honours conditions";
+    Err(StoreError::Io { key: "tmp".into(), action: "probe", source: std::io::Error::other(what) })
 }
 
 /// How long an object is locked that shows whether it can be removed, in seconds.
@@ -80,7 +101,7 @@ fn says(error: &std::io::Error, code: &str) -> bool {
     error.to_string().contains(&format!("status code: {code}"))
 }
 
-async fn round(shared: &Shared, key: &str) -> Result<bool, StoreError> {
+async fn round(shared: &Shared, key: &str) -> Result<Round, StoreError> {
     let path = shared.path(key)?;
     // Not asked again: whoever is, and finds the object made, could have made it.
     let put = |nth: u8, mode: PutMode| {
@@ -91,24 +112,33 @@ async fn round(shared: &Shared, key: &str) -> Result<bool, StoreError> {
     let mut version = None;
     for (nth, result) in made.into_iter().enumerate() {
         match result {
-            Ok(_) if version.is_some() => return Ok(false),
+            Ok(_) if version.is_some() => return Ok(Round::Ignored),
             Ok(result) => version = Some((nth, UpdateVersion { e_tag: result.e_tag, version: result.version })),
-            Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => {}
-            Err(e @ (Error::NotImplemented { .. } | Error::NotSupported { .. })) => return Err(told(key, "make", e)),
             // It may have been made or not.
-            Err(Error::Generic { .. }) => {}
+            Err(Error::AlreadyExists { .. } | Error::Precondition { .. } | Error::Generic { .. }) => {}
+            Err(e @ (Error::NotImplemented { .. } | Error::NotSupported { .. })) => return Err(told(key, "make", e)),
             Err(e) => return Err(super::told_of_write(key, "make", e)),
         }
     }
-    let Some((nth, version)) = version else {
-        // None was told so; what is there tells more.
-        shared.about(key).await?;
-        return Ok(true);
-    };
+    let Some((nth, version)) = version else { return Ok(Round::Unclear) };
     let there = shared.read(key, None, 64).await?.concat();
     if there.iter().any(|byte| usize::from(*byte) != nth) {
-        return Ok(false);
+        return Ok(Round::Ignored);
     }
     let replaced = join_all((0..CROWD).map(|nth| put(nth | 0x80, PutMode::Update(version.clone())))).await;
-    Ok(replaced.iter().filter(|result| result.is_ok()).count() <= 1)
+    let mut count = 0;
+    for result in replaced {
+        match result {
+            Ok(_) => count += 1,
+            Err(e @ (Error::NotImplemented { .. } | Error::NotSupported { .. })) => {
+                return Err(told(key, "replace", e));
+            }
+            Err(_) => {}
+        }
+    }
+    Ok(match count {
+        0 => Round::Unclear,
+        1 => Round::Honoured,
+        _ => Round::Ignored,
+    })
 }

@@ -12,23 +12,35 @@ use super::open::Variables;
 /// Longest file that is read.
 const MAX_FILE: u64 = 1 << 20;
 
+/// The variables that say where the files are, and which profile is meant.
+pub(super) const FILES: [&str; 2] = ["AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"];
+pub(super) const NAME: &str = "AWS_PROFILE";
+
+/// Ways to come by keys that take a program, a browser or another service's answer.
+const FOREIGN: [&str; 7] = [
+    "role_arn",
+    "source_profile",
+    "sso_session",
+    "sso_start_url",
+    "credential_process",
+    "web_identity_token_file",
+    "login_session",
+];
+
 /// What a profile says, by its lower-case names; nested ones as `s3.addressing_style`.
 pub(super) type Profile = BTreeMap<String, String>;
 
 /// The profile that an environment names, or the default one. That there is none is an error only where one was named.
 pub(super) fn named(variables: &Variables) -> io::Result<Profile> {
     let variable = |name: &str| variables.get(name).cloned();
-    let named = variable("AWS_PROFILE").or_else(|| variable("AWS_DEFAULT_PROFILE"));
+    let named = variable(NAME).or_else(|| variable("AWS_DEFAULT_PROFILE"));
     let name = named.as_deref().unwrap_or("default");
     let file = |name: &str, below_home: &str| -> Option<PathBuf> {
         variable(name).map(PathBuf::from).or_else(|| Some(Path::new(&variable("HOME")?).join(below_home)))
     };
     let mut found = None;
     let section = if name == "default" { name.to_owned() } else { format!("profile {name}") };
-    let files = [
-        (file("AWS_CONFIG_FILE", ".aws/config"), section.as_str()),
-        (file("AWS_SHARED_CREDENTIALS_FILE", ".aws/credentials"), name),
-    ];
+    let files = [(file(FILES[0], ".aws/config"), section.as_str()), (file(FILES[1], ".aws/credentials"), name)];
     for (path, section) in files {
         let Some(path) = path else { continue };
         let text = match read(&path) {
@@ -43,7 +55,25 @@ pub(super) fn named(variables: &Variables) -> io::Result<Profile> {
         (Some(profile), _) => Ok(profile),
         (None, None) => Ok(Profile::new()),
         (None, Some(name)) => {
-            let what = format!("the profile {name:?} that AWS_PROFILE names is in neither of its files");
+            let what = format!(
+                "the profile {name:?} is in neither of AWS's files (~/.aws/config and ~/.aws/credentials, or what {} say)",
+                FILES.join(" and ")
+            );
+            Err(io::Error::new(io::ErrorKind::InvalidInput, what))
+        }
+    }
+}
+
+/// Refuses a profile without keys that has another way to come by some: asked without keys, the store would only say no.
+pub(super) fn check(profile: &Profile) -> io::Result<()> {
+    let has_keys = profile.contains_key("aws_access_key_id");
+    match FOREIGN.iter().find(|name| !has_keys && profile.contains_key(**name)) {
+        None => Ok(()),
+        Some(name) => {
+            let what = format!(
+                "the profile gets its keys by {name}, which reseal does not do; have `aws configure export-credentials --format env` do it, or name a profile with \
+                 aws_access_key_id and aws_secret_access_key"
+            );
             Err(io::Error::new(io::ErrorKind::InvalidInput, what))
         }
     }

@@ -23,6 +23,8 @@ const LOCK: &str = "evict.lock";
 const TOUCH: Duration = Duration::from_secs(60);
 /// Once there is too much, so many eighths of what may stay do.
 const STAYS: u64 = 7;
+/// After a process has added so little of what may stay, it counts again: others add, too.
+const RECOUNT: u64 = 16;
 
 pub(super) struct Folder {
     path: PathBuf,
@@ -30,6 +32,8 @@ pub(super) struct Folder {
     open: Mutex<LruCache<Name, (Arc<Chunks>, Instant)>>,
     /// About how many bytes are in it: what was found the last time that was counted, and what was added since.
     used: AtomicU64,
+    /// What was added since it was counted.
+    added: AtomicU64,
 }
 
 struct Found {
@@ -42,8 +46,8 @@ impl Folder {
     /// Makes the folder, if need be.
     pub(super) fn open(path: &Path, limit: u64) -> io::Result<Folder> {
         DirBuilder::new().recursive(true).mode(0o700).create(path)?;
-        let folder =
-            Folder { path: path.to_owned(), limit, open: Mutex::new(LruCache::new(OPEN)), used: AtomicU64::new(0) };
+        let (open, used, added) = (Mutex::new(LruCache::new(OPEN)), AtomicU64::new(0), AtomicU64::new(0));
+        let folder = Folder { path: path.to_owned(), limit, open, used, added };
         folder.count();
         Ok(folder)
     }
@@ -96,7 +100,12 @@ impl Folder {
             self.open.lock().pop(name);
             return;
         }
-        if self.used.fetch_add(bytes, Ordering::Relaxed) + bytes > self.limit {
+        let mut used = self.used.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if self.added.fetch_add(bytes, Ordering::Relaxed) + bytes > self.limit / RECOUNT {
+            self.count();
+            used = self.used.load(Ordering::Relaxed);
+        }
+        if used > self.limit {
             self.evict();
         }
     }
@@ -114,6 +123,7 @@ impl Folder {
     }
 
     fn count(&self) -> Vec<Found> {
+        self.added.store(0, Ordering::Relaxed);
         let found = self.found();
         self.used.store(found.iter().map(|file| file.bytes).sum(), Ordering::Relaxed);
         found
@@ -178,5 +188,23 @@ mod tests {
         assert!(old.is_removed());
         folder.remove(&[7; 32]);
         assert!(!folder.file(&[7; 32]).exists());
+    }
+
+    #[test]
+    fn the_limit_is_one_for_all_who_share_the_folder() {
+        let at = tempfile::tempdir().unwrap();
+        let limit = 64 * CHUNK;
+        let folders: Vec<Folder> = (0..4).map(|_| Folder::open(&at.path().join("cache"), limit).unwrap()).collect();
+        let bytes = vec![7; 4 * CHUNK_BYTES];
+        let mut most = 0;
+        for nth in 0..=255u8 {
+            let folder = &folders[usize::from(nth) % folders.len()];
+            let chunks = folder.chunks(&[nth; 32]).unwrap();
+            chunks.write(0, &bytes, bytes.len() as u64).unwrap();
+            folder.added(&[nth; 32], &chunks, bytes.len() as u64);
+            most = most.max(folder.found().iter().map(|file| file.bytes).sum::<u64>());
+        }
+        // Each may have added a sixteenth, and what it adds at once, since it has counted.
+        assert!(most <= limit + limit / RECOUNT * 4 + 4 * 4 * CHUNK, "{most} of {limit}");
     }
 }

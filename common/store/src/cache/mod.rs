@@ -168,6 +168,10 @@ impl Store for Cached {
         }
     }
 
+    fn read_once(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<(), StoreError> {
+        self.bucket.read_at(key, offset, buf)
+    }
+
     fn try_read_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<bool, StoreError> {
         let name = self.shared.name(key);
         Ok(self.shared.folder.chunks(&name).is_some_and(|chunks| chunks.fill(offset, buf, Wait::MustNot)))
