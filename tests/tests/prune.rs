@@ -400,6 +400,32 @@ fn nothing_goes_while_something_is_damaged() {
         run.fails(3, &["all else was pruned"]);
     }
     life.check();
+    // What is held is not given up, whatever of it is damaged.
+    let all: Vec<String> = life.points.iter().map(|(name, number, _)| format!("{name}@{number}")).collect();
+    all.iter().for_each(|point| _ = life.site.reseal(["hold", point.as_str()]).ok());
+    copy_folder(&life.site.vault, &life.site.path("held"));
+    let (left, mut stopped) = (life.site.packs(2), 0);
+    for object in left.iter().chain([&manifest]) {
+        flip(object);
+        let before = life.site.contents();
+        let run = life.site.reseal(["prune", "--json", "--despite-damage"]).expect(&[0, 3]);
+        if run.status == Some(3) {
+            assert!(run.json()["held"].as_object().unwrap().len() == 1 && run.json()["freed"] == json!(0), "{run:?}");
+            run.fails(3, &["is held", "Nothing was removed", "--release"]);
+            assert_eq!(life.site.contents(), before);
+            stopped += 1;
+        }
+        life.put_back(&life.site.path("held"));
+    }
+    assert_eq!(stopped, 3, "the same two indexes and the manifest");
+    fs::remove_file(&path).unwrap();
+    life.site.reseal(["prune", "--despite-damage"]).fails(3, &["web@2 is held"]);
+    fs::write(&path, &whole).unwrap();
+    flip(&manifest);
+    all.iter().for_each(|point| _ = life.site.reseal(["hold", point.as_str(), "--release"]).ok());
+    assert!(!life.site.tenant().held_numbers(&vm("web")).unwrap().contains(&2));
+    fs::write(&path, &whole).unwrap();
+    life.check();
     // One that is there and can't be opened is given up on request, too.
     copy_folder(&life.site.vault, &life.site.path("before"));
     flip(&manifest);

@@ -60,7 +60,7 @@ impl Rewriting<'_> {
                 return Ok(None);
             }
             window.resize(part.length, 0);
-            tenant.store().read_at(handle.key(), part.offset, &mut window)?;
+            tenant.store().read_once(handle.key(), part.offset, &mut window)?;
             for ordinal in part.ordinals {
                 let Some((offset, length)) = handle.lengths().place(ordinal) else {
                     sealer.empty();

@@ -11,6 +11,7 @@
 //! Architecture invariant: nothing but the manifest is deleted here. What it led to is freed by who knows that nothing else leads there;
 //! and as long as a manifest is there, with a tombstone or without, what it leads to must stay.
 
+use std::collections::BTreeSet;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -24,7 +25,7 @@ use reseal_format::time::Timestamp;
 use reseal_store::{Lease, StoreError};
 
 use crate::leases::{Held, Holder};
-use crate::notes::{NoteNames, now};
+use crate::notes::{Name, NoteNames, now};
 use crate::points::is_fence;
 use crate::tenant::random;
 use crate::{Point, Tenant, VaultError};
@@ -75,6 +76,35 @@ impl Tenant {
         let found = self.latest_note(point, names, DatedKind::Hold, |number| number == point.number, Hold::of)?;
         let counts = found.filter(|(note, hold)| hold.held && note.point_id == point.point_id);
         Ok(counts.map(|(note, hold)| HeldPoint { since: note.created, reason: hold.reason }))
+    }
+
+    /// The numbers that are held, told without their manifests, which may be damaged. A note that can't be opened counts.
+    pub fn held_numbers(&self, vm: &VmName) -> Result<BTreeSet<u32>, VaultError> {
+        let names = self.note_names(vm)?;
+        let (mut told, mut held) = (BTreeSet::new(), BTreeSet::new());
+        for Name { number, id, .. } in names.latest(DatedKind::Hold, |_| true) {
+            if told.contains(&number) {
+                continue;
+            }
+            let counts = match self.note(vm, number, id) {
+                Err(VaultError::Store(StoreError::NotFound(_))) => continue,
+                Err(e) if e.damaged_object().is_some() => true,
+                note => Hold::of(&note?).map_or(true, |hold| hold.held),
+            };
+            told.insert(number);
+            if counts {
+                held.insert(number);
+            }
+        }
+        Ok(held)
+    }
+
+    /// Ends the hold of a number whose manifest can't be opened.
+    pub fn release_damaged(&self, vm: &VmName, number: u32) -> Result<(), VaultError> {
+        for Name { id, .. } in self.note_names(vm)?.latest(DatedKind::Hold, |of| of == number) {
+            self.drop_note(vm, number, id)?;
+        }
+        Ok(())
     }
 
     /// An error if a point is held.

@@ -33,10 +33,10 @@ pub struct NoteNames(Vec<Name>);
 
 /// Sorted by time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Name {
+pub(crate) struct Name {
     created: Timestamp,
-    id: NoteId,
-    number: u32,
+    pub(crate) id: NoteId,
+    pub(crate) number: u32,
 }
 
 impl NoteNames {
@@ -53,7 +53,7 @@ impl NoteNames {
     }
 
     /// Those of a kind, about points that `counts`; the latest first.
-    fn latest(&self, kind: DatedKind, counts: impl Fn(u32) -> bool) -> impl Iterator<Item = Name> {
+    pub(crate) fn latest(&self, kind: DatedKind, counts: impl Fn(u32) -> bool) -> impl Iterator<Item = Name> {
         let of_kind =
             move |name: &&Name| DatedKind::of(name.id).is_some_and(|(of, _)| of == kind) && counts(name.number);
         self.0.iter().rev().filter(of_kind).copied()

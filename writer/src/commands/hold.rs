@@ -1,8 +1,8 @@
 //! `reseal hold`
 
-use reseal_cli::{CommonArgs, Failure};
+use reseal_cli::{CommonArgs, Failure, Opened};
 use reseal_format::hold_note::Hold;
-use reseal_vault::{PointSpec, Points};
+use reseal_vault::{PointSpec, Points, Which};
 use serde_json::json;
 
 use super::point_name;
@@ -25,7 +25,13 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
     let opened = common.open()?;
     let tenant = &opened.tenant;
     opened.heads.whole_chain(&**tenant, &spec.vm)?;
-    let point = tenant.resolve(&spec)?;
+    let point = match tenant.resolve(&spec) {
+        // A prune that goes on despite damage heeds it all the same.
+        Err(e) if args.release && e.damaged_object().is_some() => {
+            return release_damaged(common, &opened, &spec, e.into());
+        }
+        point => point?,
+    };
     let name = point_name(&point);
     let is_held = tenant.hold_of(&point.manifest, &tenant.note_names(&spec.vm)?)?.is_some();
     if is_held || !args.release {
@@ -38,5 +44,17 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
         (true, true) => format!("{name} is not held any more"),
         (true, false) => format!("{name} was not held"),
     });
+    Ok(())
+}
+
+/// Ends the hold of a restore point of which nothing is known but its number.
+fn release_damaged(common: &CommonArgs, opened: &Opened, spec: &PointSpec, error: Failure) -> Result<(), Failure> {
+    let Which::Number(number) = spec.which else { return Err(error) };
+    let (tenant, vm) = (&opened.tenant, &spec.vm);
+    let was_held = tenant.held_numbers(vm)?.contains(&number);
+    tenant.release_damaged(vm, number)?;
+    let (output, name) = (common.output(), format!("{vm}@{number}"));
+    output.json(&json!({ "point": name, "held": false, "was_held": was_held, "reason": null }));
+    output.say(format!("{name} can't be opened; it is not held any more"));
     Ok(())
 }

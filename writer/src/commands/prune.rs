@@ -48,7 +48,8 @@ fn parse_most(text: &str) -> Result<u64, String> {
 
 pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
     let (began, output) = (Instant::now(), common.output());
-    let opened = common.open()?;
+    // What it marks from does not change: what an earlier one, or a mount, has read of an object store is not asked for again.
+    let opened = CommonArgs { is_reader: true, ..common.clone() }.open()?;
     let tenant = &opened.tenant;
     let _lease = hold_keys(tenant, "prune".to_owned(), Pins::Nothing);
     let prune = Prune {
@@ -155,6 +156,13 @@ fn end(output: Output, args: &Args, pruned: &Pruned) -> Result<(), Failure> {
     for what in pruned.damaged.values().chain(pruned.bad_packs.values()) {
         more += usize::from(first.is_some());
         first.get_or_insert(what);
+    }
+    if let Some((point, what)) = pruned.held.first_key_value() {
+        let message = format!(
+            "{point} is held, and what it needs can't be told: {what}. Nothing was removed, and --despite-damage does not override that. Put it back \
+             from a copy of the vault; or give it up: `reseal hold {point} --release`"
+        );
+        return Err(Failure::new(Status::Damaged, message));
     }
     let Some(what) = first else { return Ok(()) };
     let more = if more == 0 { String::new() } else { format!(" (and {more} more)") };

@@ -49,6 +49,8 @@ pub(super) struct Marks<'a> {
     pub read: BTreeMap<String, String>,
     /// What is missing or can't be opened, so that nobody knows what it needs.
     pub damaged: BTreeMap<String, String>,
+    /// Restore points that are held and of which nobody knows all that they need, each with what is damaged.
+    pub held: BTreeMap<String, String>,
     /// Whether nothing may be changed.
     is_dry: bool,
 }
@@ -64,6 +66,7 @@ impl<'a> Marks<'a> {
             locked_points: 0,
             read: BTreeMap::new(),
             damaged: BTreeMap::new(),
+            held: BTreeMap::new(),
             is_dry,
         }
     }
@@ -236,6 +239,37 @@ impl<'a> Marks<'a> {
             let what = format!("{object} is missing, and no tombstone says that {vm}@{number} was forgotten");
             self.damaged.insert(object, what);
         }
+    }
+
+    /// Finds restore points that are held and hurt by the damage: who goes on despite that must not give them up.
+    pub(super) fn find_held(&mut self) -> Result<(), BackupError> {
+        self.held.clear();
+        for vm in self.tenant.vms()? {
+            let seen = self.seen.get(&vm);
+            for number in self.tenant.held_numbers(&vm)? {
+                let hurt = match seen.and_then(|seen| seen.get(&number)) {
+                    Some(Seen::Forgotten) => None,
+                    Some(Seen::Marked) => self.hurt(&vm, number)?,
+                    Some(Seen::Damaged) | None => Some("its manifest is missing or can't be opened".to_owned()),
+                };
+                self.held.extend(hurt.map(|hurt| (format!("{vm}@{number}"), hurt)));
+            }
+        }
+        Ok(())
+    }
+
+    /// What hurts a restore point, if anything does.
+    fn hurt(&self, vm: &VmName, number: u32) -> Result<Option<String>, BackupError> {
+        let point = match self.tenant.point(vm, number) {
+            // Forgotten meanwhile.
+            Err(VaultError::NoPoint { .. }) => return Ok(None),
+            Err(e) if e.damaged_object().is_some() => return Ok(Some(e.to_string())),
+            point => point?,
+        };
+        let mut own = Collector::default();
+        own.disks(self.tree, &point.manifest.disks)?;
+        own.check()?;
+        Ok(own.broken.values().next().map(ToString::to_string))
     }
 
     /// Forgotten points, by VM.

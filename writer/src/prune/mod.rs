@@ -42,6 +42,8 @@ use plan::{Plan, Worth};
 /// Bytes of tables that are kept. Each node is read once, so none is.
 const TABLES: usize = 16 << 20;
 const NODES: usize = 1 << 20;
+/// Tables that are opened at a time where the store is far.
+const FAR: usize = 16;
 /// How often is looked whether who is at work has ended.
 const NAP: Duration = Duration::from_millis(250);
 
@@ -97,6 +99,8 @@ pub struct Pruned {
     pub held_back: BTreeMap<String, String>,
     /// Manifests, tombstones and index nodes that are missing or can't be opened: nothing was removed, unless that was asked for.
     pub damaged: BTreeMap<String, String>,
+    /// Restore points that are held and hurt by that, each with what is damaged: nothing was removed, even where that was asked for.
+    pub held: BTreeMap<String, String>,
     /// Packs that are needed and missing or can't be opened: they stay as they are.
     pub bad_packs: BTreeMap<String, String>,
     /// Who is still at work, and can't be fenced: nothing was removed.
@@ -108,6 +112,11 @@ impl Prune<'_> {
         Worth { percent: self.percent, most: self.most_read }
     }
 
+    /// How many open tables of packs at a time: those of an object store wait for it, and not for a core.
+    fn openers(&self) -> usize {
+        if self.tenant.store().is_far() { self.workers.max(FAR) } else { self.workers }
+    }
+
     /// Says what would be freed if these points were forgotten as well.
     pub fn look(&self, without: &BTreeSet<PointName>) -> Result<Pruned, BackupError> {
         let packs = Arc::new(Packs::new(self.tenant.clone(), TABLES));
@@ -116,10 +125,10 @@ impl Prune<'_> {
         let mut marks = Marks::new(&self.tenant, &tree, true);
         marks.mark(without)?;
         let begun = self.begun(&self.tenant.condemned_lists()?)?;
-        let plan = Plan::new(&packs, listed, marks.needed(), &begun, self.worth(), self.workers)?;
+        let plan = Plan::new(&packs, listed, marks.needed(), &begun, self.worth(), self.openers())?;
         let mut pruned = Pruned { dry_run: true, ..Pruned::default() };
         pruned.tell(&marks, &plan);
-        if self.may_go_on(&marks) {
+        if self.may_go_on(&mut marks, &mut pruned)? {
             (pruned.freed, pruned.removed) = (plan.sizes.to_free, plan.unneeded.len() as u64);
             pruned.rewritten = plan.mostly_unused.len() as u64;
         }
@@ -137,10 +146,10 @@ impl Prune<'_> {
         let mut marks = Marks::new(tenant, &tree, false);
         marks.finish_forgotten()?;
         marks.mark(&BTreeSet::new())?;
-        let plan = Plan::new(&packs, listed, marks.needed(), &begun, self.worth(), self.workers)?;
+        let plan = Plan::new(&packs, listed, marks.needed(), &begun, self.worth(), self.openers())?;
         let mut pruned = Pruned::default();
         pruned.tell(&marks, &plan);
-        if !self.may_go_on(&marks) {
+        if !self.may_go_on(&mut marks, &mut pruned)? {
             return Ok(pruned);
         }
         let lists = tenant.condemn(&plan.condemned)?;
@@ -151,7 +160,7 @@ impl Prune<'_> {
             }
             marks.mark_new()?;
             pruned.tell(&marks, &plan);
-            if !self.may_go_on(&marks) {
+            if !self.may_go_on(&mut marks, &mut pruned)? {
                 return Ok(pruned);
             }
         }
@@ -179,8 +188,14 @@ impl Prune<'_> {
         Ok(begun)
     }
 
-    fn may_go_on(&self, marks: &Marks<'_>) -> bool {
-        self.despite_damage || marks.damaged.is_empty()
+    /// Whether all that is needed is known, or what is not was given up, which no restore point is that is held.
+    fn may_go_on(&self, marks: &mut Marks<'_>, pruned: &mut Pruned) -> Result<bool, BackupError> {
+        if marks.damaged.is_empty() || !self.despite_damage {
+            return Ok(marks.damaged.is_empty());
+        }
+        marks.find_held()?;
+        pruned.held.clone_from(&marks.held);
+        Ok(marks.held.is_empty())
     }
 
     /// Removes what was noted about restore points that were forgotten, but for what serves the VM's others, and keys of overlays: they are
