@@ -67,6 +67,9 @@ impl Args {
     }
 }
 
+/// Readers of a vault in an object store.
+const FAR: usize = 8;
+
 /// What was done.
 #[derive(Default)]
 struct Counts {
@@ -99,7 +102,8 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
         to: to.tenant.clone(),
         to_heads: &to.heads,
         state: to.paths.state.clone(),
-        workers: cores(),
+        // Where the store is far, they mostly wait for it.
+        workers: if from.tenant.store().is_far() { cores().max(FAR) } else { cores() },
         limit_rate: args.limit_rate,
         progress: &|bytes| progress.add(bytes),
         expect: &|bytes| progress.expect(bytes),
