@@ -11,6 +11,9 @@ use crate::site::Site;
 /// How long a mount may take to be ready.
 const READY: Duration = Duration::from_secs(10);
 
+/// How long one may be in use by a program that is being loaded.
+const IN_USE: Duration = Duration::from_secs(5);
+
 /// A mount in the foreground of a process of ours.
 pub struct Mounted {
     pub path: PathBuf,
@@ -64,10 +67,19 @@ impl Mounted {
         self.process.as_ref().unwrap().id()
     }
 
-    /// Ends it as a user does; how its process ended.
+    /// Ends it as a user does; how its process ended. A program that another thread has just started has what this process has open until it
+    /// is loaded, so the mount may be in use for a moment after it was not.
     pub fn umount(mut self, site: &Site) -> Run {
-        site.reseal(["umount", self.path.to_str().unwrap()]).ok();
-        self.process.take().unwrap().wait()
+        let began = Instant::now();
+        loop {
+            let run = site.reseal(["umount", self.path.to_str().unwrap()]);
+            if run.status == Some(1) && run.stderr.contains("is in use") && began.elapsed() < IN_USE {
+                std::thread::sleep(Duration::from_millis(50));
+                continue;
+            }
+            run.ok();
+            return self.process.take().unwrap().wait();
+        }
     }
 
     /// Kills what serves it.

@@ -13,6 +13,7 @@ use reseal_tests::guest::{BOOT, STALL, check_point, last_count, script, wait_for
 use reseal_tests::libvirtd::Libvirtd;
 use reseal_tests::marker::Marker;
 use reseal_tests::process::{bound_to_us, run, signal, start};
+use reseal_tests::seaweed;
 use reseal_tests::site::{Site, files_below};
 use serde_json::{Value, json};
 
@@ -31,7 +32,11 @@ const SMALL: [&str; 4] = ["--memory", "64M", "--shutdown-timeout", "1"];
 
 /// A site with the guest that counts, as a restore point with a definition.
 fn guest() -> (Site, PathBuf, PathBuf) {
-    let site = Site::new();
+    guest_at(Site::new())
+}
+
+/// The same at a site where no point is yet.
+fn guest_at(site: Site) -> (Site, PathBuf, PathBuf) {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let cache = std::env::var_os("RESEAL_CACHE").map_or(workspace.join(".cache"), PathBuf::from);
     let disks = cache.join("disk-guest");
@@ -97,6 +102,28 @@ fn a_guest_goes_on_after_whatever_dies_and_nothing_that_it_flushed_is_lost() {
     let counts = check_point(&disks[0], &disks[1]);
     assert!(counts.system >= count, "{counts:?}");
     site.verify();
+}
+
+#[test]
+fn a_guest_boots_from_an_object_store() {
+    let (mut site, overlay, console) = guest_at(seaweed::shared().site("boots"));
+    let cache = site.path("cache");
+    site.variables.insert("RESEAL_STORE_CACHE".into(), cache.to_str().unwrap().into());
+    let booted = Booted::start(&site, "guest@latest", &overlay, &["--console", console.to_str().unwrap()]);
+    wait_for_count(&console, Some(3), BOOT);
+    assert!(!files_below(&cache).is_empty(), "what it reads is kept");
+    let _agent = power_off(&booted);
+    let ended = booted.wait().ok();
+    assert!(ended.stdout.contains("the VM is off"), "{ended:#?}");
+    let counts = check_point(&copied(&site, &overlay, "system"), &copied(&site, &overlay, "data"));
+    assert!(counts.system >= 3, "{counts:?}");
+    // The next time what the first one read is at hand.
+    fs::remove_dir_all(&overlay).unwrap();
+    fs::write(&console, "").unwrap();
+    let booted = Booted::start(&site, "guest@latest", &overlay, &["--console", console.to_str().unwrap()]);
+    wait_for_count(&console, Some(3), BOOT);
+    let _agent = power_off(&booted);
+    booted.wait().ok();
 }
 
 /// Has the agent switch the guest off. It hears who stays.

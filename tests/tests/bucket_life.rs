@@ -3,13 +3,14 @@
 
 use std::fs;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
 use reseal_format::hold_note::Hold;
-use reseal_tests::beside::{StopOnDrop, until_done, write};
+use reseal_tests::beside::{Made, Seen, StopOnDrop, read_mounted, unchanged, until_done, write};
 use reseal_tests::faults::{Operation, Watched};
 use reseal_tests::library::{LibraryDisk, vm};
 use reseal_tests::model::ReadDisk as _;
@@ -23,9 +24,11 @@ use reseal_tests::site::{Site, files_below};
 use serde_json::json;
 
 const MIB: usize = 1 << 20;
-/// Seconds in which everything happens at once, and those of a soak: half an hour for each of its units.
-const TIME: u64 = 45;
+/// Seconds in which everything happens at once; and those of a soak, ten times so many for each of its units: half an hour. On a busy
+/// machine up to so many times as long, until enough has happened.
+const TIME: u64 = 60;
 const SOAK: u64 = 180;
+const LONGER: u32 = 3;
 
 fn content(seed: u64, mib: usize) -> Vec<u8> {
     Random::new(seed).bytes(mib * MIB)
@@ -70,7 +73,8 @@ fn a_mount_keeps_what_it_read_and_believes_nothing_of_it() {
     let kept: u64 = files_below(&cache).iter().map(|path| path.metadata().unwrap().len()).sum();
     assert!(kept > disk.len() as u64, "all of it is kept: {kept}");
     assert!(files_below(&cache).iter().all(|path| !contains(&fs::read(path).unwrap(), &disk[MIB..MIB + 64])));
-    assert!(whole("warm") <= 2, "it outlives the process");
+    let warm = whole("warm");
+    assert!(warm <= 2, "it outlives the process: {warm}");
     // Rot, a file of something else, and one that is cut.
     let mut random = Random::new(4);
     for (nth, path) in files_below(&cache).into_iter().enumerate() {
@@ -88,7 +92,8 @@ fn a_mount_keeps_what_it_read_and_believes_nothing_of_it() {
             file.set_len(length / 2).unwrap();
         }
     }
-    assert!(whole("rotten") > 0);
+    let rotten = whole("rotten");
+    assert!(rotten > warm, "what is not as it was is asked for again: {rotten}");
     // Without a place for it everything works as well.
     fs::remove_dir_all(&cache).unwrap();
     fs::write(&cache, "no folder").unwrap();
@@ -237,6 +242,44 @@ fn copies_go_to_a_bucket_and_come_back() {
 }
 
 #[test]
+fn a_prune_asks_for_what_is_new_since_the_one_before() {
+    let seaweed = shared();
+    let proxy = S3Proxy::before(seaweed.port());
+    let mut site = seaweed.site_at("prunes", proxy.port());
+    let cache = site.path("cache");
+    site.variables.insert("RESEAL_STORE_CACHE".into(), cache.to_str().unwrap().into());
+    site.reseal(["init", "--no-recovery"]).ok();
+    let mut disk = content(1, 8);
+    for nth in 0..8 {
+        disk[nth * MIB..][..MIB / 2].copy_from_slice(&content(100 + nth as u64, 1)[..MIB / 2]);
+        backup(&site, "web", &disk);
+    }
+    let prune = || {
+        let before = proxy.count().0;
+        site.reseal(["prune", "--json"]).ok();
+        proxy.count().0 - before
+    };
+    let (first, second) = (prune(), prune());
+    // Each of 16 packs has a table, and index nodes of half of them are read; what is left are listings, and the manifests.
+    assert!(first > second + 12, "{first} requests, then {second}");
+    disk[7 * MIB..].copy_from_slice(&content(9, 1));
+    backup(&site, "web", &disk);
+    let third = prune();
+    assert!(third < second + 12, "{first} requests, then {second}, then {third}");
+    // What is kept is not believed.
+    for path in files_below(&cache) {
+        let length = path.metadata().unwrap().len();
+        let file = fs::File::options().write(true).open(&path).unwrap();
+        (0..length).step_by(512).for_each(|at| file.write_all_at(&[0x55], at).unwrap());
+    }
+    site.reseal(["forget", "web", "--keep-last", "2"]).ok();
+    let pruned = site.reseal(["prune", "--json", "--min-unused", "1"]).ok().json();
+    assert!(pruned["freed"].as_u64().unwrap() > MIB as u64, "{pruned}");
+    site.verify();
+    read(&site, "web", 9, &disk);
+}
+
+#[test]
 fn another_site_sends_to_a_vault_in_a_bucket() {
     let authority = Authority::new();
     let client = authority.issue(|_| {});
@@ -292,12 +335,17 @@ fn two_writers_a_prune_and_a_mount_go_on_while_the_engine_is_killed_and_started_
     site.variables.insert("RESEAL_LEASE_SECONDS".into(), "25".into());
     let cache = site.path("cache");
     site.variables.insert("RESEAL_STORE_CACHE".into(), cache.to_str().unwrap().into());
-    let (stop, made, freed, mounts, restarts) =
-        (AtomicBool::new(false), AtomicU32::new(0), AtomicU32::new(0), AtomicU32::new(0), AtomicU32::new(0));
-    let (site, stop) = (&site, &stop);
+    // One restore point that nobody forgets, of what the others have at first, and write over and forget.
+    let kept = unchanged(3);
+    assert_eq!(backup(&site, "kept", &kept)["number"], 1);
+    let (stop, made) = (AtomicBool::new(false), Made::default());
+    made.add("kept", 1, &kept);
+    let [freed, of_kept, of_others, kills, restarts] = &[(); 5].map(|()| AtomicU32::new(0));
+    let (site, stop, made) = (&site, &stop, &made);
+    let happened = || [freed, of_kept, of_others, restarts].map(|count| count.load(Ordering::Relaxed));
+    let is_enough = || made.count() > 6 && happened().iter().all(|count| *count > 1);
     thread::scope(|scope| {
         for (nth, name) in ["a", "b"].into_iter().enumerate() {
-            let made = &made;
             scope.spawn(move || {
                 let _ended = StopOnDrop(stop);
                 write(site, name, 3, nth as u64, stop, made);
@@ -315,27 +363,41 @@ fn two_writers_a_prune_and_a_mount_go_on_while_the_engine_is_killed_and_started_
         scope.spawn(|| {
             let _ended = StopOnDrop(stop);
             let mut random = Random::new(5);
-            while !stop.load(Ordering::Relaxed) {
-                let tenant = site.tenant();
-                let Some(number) = tenant.chain(&vm("a")).unwrap().live().next_back() else { continue };
-                let name = format!("mnt-{}", random.number());
-                // It may be forgotten before it is mounted.
-                let Ok(mounted) = Mounted::try_new(site, &name, &[&format!("a@{number}")]) else { continue };
-                // An entry of a folder keeps that open.
-                let paths: Vec<_> =
-                    fs::read_dir(mounted.path.join("a")).unwrap().map(|entry| entry.unwrap().path()).collect();
-                let Some(folder) = paths.into_iter().find(|path| path.is_dir() && !path.is_symlink()) else { continue };
-                // It is pinned, so all of it can be read, whatever becomes of the engine meanwhile.
-                assert_eq!(fs::read(folder.join("disk-0.raw")).unwrap().len(), 3 * MIB);
-                mounts.fetch_add(1, Ordering::Relaxed);
-                mounted.umount(site).ok();
+            // It is pinned, so all of it can be read, whatever becomes of the engine meanwhile.
+            let mut mount = |name: &str, number: u32| {
+                let (folder, pause) = (format!("mnt-{}", random.number()), random.below(1500));
+                let before = restarts.load(Ordering::Relaxed);
+                let seen = read_mounted(site, made, (name, number), &folder, || sleep(Duration::from_millis(pause)));
+                // One that was killed and had not been started again when this began, or was killed since.
+                let was_away = kills.load(Ordering::Relaxed) > before;
+                assert!(
+                    seen != Seen::Late || was_away,
+                    "{name}@{number} was not mounted in time, though the engine was there"
+                );
+                seen
+            };
+            let count =
+                |seen: Seen, right: &AtomicU32| right.fetch_add(u32::from(seen == Seen::Right), Ordering::Relaxed);
+            for nth in 0.. {
+                if stop.load(Ordering::Relaxed) {
+                    return;
+                }
+                let seen = mount("kept", 1);
+                assert_ne!(seen, Seen::Forgotten, "nobody may forget kept@1");
+                count(seen, of_kept);
+                // Three stay, of which the oldest is the next to be forgotten.
+                if let Some(number) = made.recent("a", nth % 3) {
+                    count(mount("a", number), of_others);
+                }
             }
         });
         let began = Instant::now();
         let time = Duration::from_secs(if soak() > 1 { SOAK * u64::from(soak()) } else { TIME });
+        let is_over = || began.elapsed() > time && (is_enough() || began.elapsed() > time * LONGER);
         let mut next = Duration::from_secs(8);
-        while began.elapsed() < time && !stop.load(Ordering::Relaxed) {
+        while !stop.load(Ordering::Relaxed) && !is_over() {
             if began.elapsed() > next {
+                kills.fetch_add(1, Ordering::Relaxed);
                 seaweed.kill();
                 sleep(Duration::from_secs(1));
                 seaweed.start_again();
@@ -349,10 +411,13 @@ fn two_writers_a_prune_and_a_mount_go_on_while_the_engine_is_killed_and_started_
     site.verify();
     pruned(site, "1");
     site.verify();
-    let [made, freed, mounts, restarts] = [made, freed, mounts, restarts].map(AtomicU32::into_inner);
+    let points = made.check(site);
+    let [freed, of_kept, of_others, restarts] = happened();
     let what = format!(
-        "{made} backups, {freed} prunes that freed something, {mounts} mounts, {restarts} restarts of the engine"
+        "{} backups, {freed} prunes that freed something, {of_kept} mounts of what is kept and {of_others} of others that were read, \
+         {restarts} restarts of the engine; {points} points stay",
+        made.count()
     );
     eprintln!("{what}");
-    assert!(made > 5 && freed > 1 && mounts > 1 && restarts > 1, "{what}");
+    assert!(is_enough() && points > 1, "{what}");
 }
