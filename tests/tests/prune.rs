@@ -420,7 +420,11 @@ fn nothing_goes_while_something_is_damaged() {
     assert_eq!(stopped, 3, "the same two indexes and the manifest");
     fs::remove_file(&path).unwrap();
     life.site.reseal(["prune", "--despite-damage"]).fails(3, &["web@2 is held"]);
+    life.site.reseal(["hold", "web@2", "--release"]).ok();
+    let looked = life.site.reseal(["prune", "--despite-damage", "--dry-run", "--json"]).ok().json();
+    assert!(looked["freed"].as_u64().unwrap() > 0, "{looked}");
     fs::write(&path, &whole).unwrap();
+    life.site.reseal(["hold", "web@2"]).ok();
     flip(&manifest);
     all.iter().for_each(|point| _ = life.site.reseal(["hold", point.as_str(), "--release"]).ok());
     assert!(!life.site.tenant().held_numbers(&vm("web")).unwrap().contains(&2));
