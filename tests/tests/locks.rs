@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use reseal_format::time::Timestamp;
 use reseal_tests::mounting::Mounted;
 use reseal_tests::owner::{Owner, Version};
-use reseal_tests::process::Run;
+use reseal_tests::process::{Run, run};
 use reseal_tests::random::Random;
 use reseal_tests::seaweed::shared;
 use reseal_tests::site::Site;
@@ -165,6 +165,28 @@ fn what_a_point_leads_to_is_locked_and_each_run_locks_it_for_longer() {
     set_lock(&site, &["--no-lock"]).ok();
     let fourth = site.backup("vm", &site.disk("b"));
     assert!(fourth["locked_until"].is_null());
+}
+
+#[test]
+fn copies_and_what_is_mended_are_locked_too() {
+    let (target, owner, content) = locked("copies", "8", "compliance");
+    let source = Site::new();
+    fs::write(source.disk("a"), &content).unwrap();
+    source.backup("vm", &source.disk("a"));
+    let (to, keyring) = (target.vault.to_str().unwrap(), target.keyring.to_str().unwrap());
+    run(source.command("reseal", ["copy", "--to", to, "--to-keyring", keyring]).envs(&target.variables)).ok();
+    assert_eq!(locked_days(&owner), 9);
+    // Somebody with the bucket's keys puts another object in a pack's place, which hides what is locked.
+    let pack = newest(&owner).into_iter().find(|version| version.key.contains("/packs/")).unwrap();
+    assert!(owner.put(&pack.key, b"no pack"));
+    target.reseal(["verify"]).expect(&[3]);
+    let (from, keyring) = (source.vault.to_str().unwrap(), source.keyring.to_str().unwrap());
+    target.reseal(["verify", "--repair-from", from, "--repair-keyring", keyring]).ok();
+    target.verify();
+    assert!(content_of(&target, "vm@1") == content);
+    let packs = |of: Vec<Version>| of.into_iter().filter(|version| version.key.contains("/packs/")).collect::<Vec<_>>();
+    let mended = packs(newest(&owner)).into_iter().find(|version| version.key.ends_with(".1")).unwrap();
+    assert!(owner.locked_until(&mended).is_some(), "{mended:?} is not locked");
 }
 
 #[test]
