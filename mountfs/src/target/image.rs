@@ -37,8 +37,23 @@ pub(super) fn name(path: &Path) -> Result<String, TargetError> {
     absolute.into_os_string().into_string().map_err(|_| TargetError::Name { path: path.to_owned() })
 }
 
+/// How often `qemu-img` is run where it could not measure how fast the machine is, as it does for LUKS: it looks at processor times, which on
+/// a busy virtual machine may stand still for as long as it looks.
+const TRIES: u32 = 5;
+const NOT_MEASURED: &str = "Unable to get accurate CPU usage";
+
 /// Has `qemu-img` make it, in the file or on the device that is there.
 pub(super) fn create(spec: &TargetSpec, name: &str, length: u64, go_on: &dyn Fn() -> bool) -> Result<(), TargetError> {
+    for _ in 1..TRIES {
+        match create_once(spec, name, length, go_on) {
+            Err(TargetError::NotMade { said, .. }) if said.contains(NOT_MEASURED) => {}
+            other => return other,
+        }
+    }
+    create_once(spec, name, length, go_on)
+}
+
+fn create_once(spec: &TargetSpec, name: &str, length: u64, go_on: &dyn Fn() -> bool) -> Result<(), TargetError> {
     let path = || spec.path.clone();
     let failed = |source| TargetError::Io { path: path(), action: "make", source };
     let (format, options) = match (spec.format, spec.is_clear()) {
