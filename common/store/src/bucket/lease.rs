@@ -37,8 +37,10 @@ const RANGE: std::ops::RangeInclusive<u64> = 3..=3600;
 const LAST_WHILE: u64 = 20;
 const LAST_PAUSE: Duration = Duration::from_secs(1);
 const LAST_PATIENCE: Duration = Duration::from_secs(5);
-/// It is renewed so many times in that time.
+/// It is renewed so many times in that time, and at least so often: of what is sent meanwhile nobody tells how far it is, so these tell that the
+/// store is there.
 const BEATS: u64 = 6;
+const LONGEST_BEAT: Duration = Duration::from_secs(15);
 /// Stores tell times in seconds, rounded either way.
 const ROUNDING: i64 = 2;
 /// Longest lease that is read.
@@ -228,7 +230,7 @@ pub(super) async fn store_time(shared: &Shared) -> Result<i64, StoreError> {
 
 /// Renews a lease until it is dropped or lost.
 async fn renew(shared: Arc<Shared>, state: Arc<State>, mut version: UpdateVersion) {
-    let pause = Duration::from_millis(state.seconds * 1000 / BEATS);
+    let pause = Duration::from_millis(state.seconds * 1000 / BEATS).min(LONGEST_BEAT);
     let mut beat = 1;
     loop {
         sleep(pause).await;
