@@ -22,7 +22,7 @@ use reseal_tests::mounting::Mounted;
 use reseal_tests::process::{Run, Running, signal};
 use reseal_tests::random::{Random, seeds};
 use reseal_tests::remote::Sites;
-use reseal_tests::site::{Site, copy_folder};
+use reseal_tests::site::{Site, copy_folder, files_below};
 use reseal_vault::{Holder, Pins, State, Tenant, VaultError};
 use reseal_writer::BackupError;
 use reseal_writer::prune::{Prune, Pruned};
@@ -427,7 +427,7 @@ fn nothing_goes_while_something_is_damaged() {
     life.site.reseal(["hold", "web@2"]).ok();
     flip(&manifest);
     all.iter().for_each(|point| _ = life.site.reseal(["hold", point.as_str(), "--release"]).ok());
-    assert!(!life.site.tenant().held_numbers(&vm("web")).unwrap().contains(&2));
+    assert!(!life.site.tenant().held_numbers(&vm("web"), |_| true).unwrap().contains(&2));
     fs::write(&path, &whole).unwrap();
     life.check();
     // One that is there and can't be opened is given up on request, too.
@@ -448,6 +448,43 @@ fn nothing_goes_while_something_is_damaged() {
     life.prune(&[]);
     life.check();
     life.nothing_stays();
+}
+
+#[test]
+fn a_hold_stands_for_a_point_of_which_nothing_else_is_left() {
+    let mut life = Life::new();
+    for seed in 1..3 {
+        life.backup("web", &content(seed, 1));
+    }
+    life.site.reseal(["hold", "web@2"]).ok();
+    let manifest = life.site.tenant_folder().join("vms/web/00000002.manifest");
+    let whole = fs::read(&manifest).unwrap();
+    fs::remove_file(&manifest).unwrap();
+    // On a machine that never saw it, nothing but the hold tells that it was there.
+    fs::remove_dir_all(&life.site.state).unwrap();
+    let before = life.site.contents();
+    life.site.reseal(["prune"]).fails(3, &["00000002.manifest is missing, and web@2 is held", "nothing was removed"]);
+    life.site.reseal(["prune", "--despite-damage"]).fails(3, &["web@2 is held", "Nothing was removed"]);
+    assert_eq!(life.site.contents(), before);
+    fs::write(&manifest, &whole).unwrap();
+    life.check();
+    // A note that can't be opened holds, until it is released.
+    let notes = files_below(&life.site.tenant_folder().join("vms/web/notes"));
+    let [note] = &notes[..] else { panic!("{notes:?}") };
+    let as_it_was = fs::read(note).unwrap();
+    let mut bytes = as_it_was.clone();
+    bytes[60] ^= 1;
+    fs::write(note, bytes).unwrap();
+    let held = || life.site.tenant().held_numbers(&vm("web"), |_| true).unwrap().into_iter().collect::<Vec<_>>();
+    assert_eq!(held(), [2]);
+    life.site.reseal(["hold", "web@2", "--release"]).ok();
+    assert_eq!(held(), Vec::<u32>::new());
+    fs::remove_file(&manifest).unwrap();
+    life.site.reseal(["hold", "web@2", "--release", "--accept-rollback"]).fails(1, &["web@2"]);
+    fs::write(&manifest, &whole).unwrap();
+    fs::write(note, as_it_was).unwrap();
+    assert_eq!(held(), Vec::<u32>::new(), "the newer one counts");
+    life.check();
 }
 
 /// A vault that was rolled back is nothing to remove from.

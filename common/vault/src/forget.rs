@@ -78,11 +78,12 @@ impl Tenant {
         Ok(counts.map(|(note, hold)| HeldPoint { since: note.created, reason: hold.reason }))
     }
 
-    /// The numbers that are held, told without their manifests, which may be damaged. A note that can't be opened counts.
-    pub fn held_numbers(&self, vm: &VmName) -> Result<BTreeSet<u32>, VaultError> {
+    /// Of the numbers that are asked about those that are held, told without their manifests, which may be damaged. A note that can't be opened
+    /// counts.
+    pub fn held_numbers(&self, vm: &VmName, asked: impl Fn(u32) -> bool) -> Result<BTreeSet<u32>, VaultError> {
         let names = self.note_names(vm)?;
         let (mut told, mut held) = (BTreeSet::new(), BTreeSet::new());
-        for Name { number, id, .. } in names.latest(DatedKind::Hold, |_| true) {
+        for Name { number, id, .. } in names.latest(DatedKind::Hold, asked) {
             if told.contains(&number) {
                 continue;
             }

@@ -2,7 +2,7 @@
 
 use reseal_cli::{CommonArgs, Failure, Opened};
 use reseal_format::hold_note::Hold;
-use reseal_vault::{PointSpec, Points, Which};
+use reseal_vault::{PointSpec, Points, VaultError, Which};
 use serde_json::json;
 
 use super::point_name;
@@ -26,14 +26,22 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
     let tenant = &opened.tenant;
     opened.heads.whole_chain(&**tenant, &spec.vm)?;
     let point = match tenant.resolve(&spec) {
-        // A prune that goes on despite damage heeds it all the same.
-        Err(e) if args.release && e.damaged_object().is_some() => {
-            return release_damaged(common, &opened, &spec, e.into());
+        // A prune heeds it all the same.
+        Err(e)
+            if args.release
+                && (e.damaged_object().is_some()
+                    || matches!(e, VaultError::NoPoint { .. } | VaultError::NoVm { .. })) =>
+        {
+            return release_damaged(common, &opened, &spec, e);
         }
         point => point?,
     };
     let name = point_name(&point);
-    let is_held = tenant.hold_of(&point.manifest, &tenant.note_names(&spec.vm)?)?.is_some();
+    let is_held = match tenant.hold_of(&point.manifest, &tenant.note_names(&spec.vm)?) {
+        // A newer note takes the place of one that can't be opened.
+        Err(e) if args.release && e.damaged_object().is_some() => true,
+        held => held?.is_some(),
+    };
     if is_held || !args.release {
         tenant.set_hold(&point.manifest, &Hold { held: !args.release, reason: args.reason.clone() })?;
     }
@@ -48,13 +56,15 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
 }
 
 /// Ends the hold of a restore point of which nothing is known but its number.
-fn release_damaged(common: &CommonArgs, opened: &Opened, spec: &PointSpec, error: Failure) -> Result<(), Failure> {
-    let Which::Number(number) = spec.which else { return Err(error) };
+fn release_damaged(common: &CommonArgs, opened: &Opened, spec: &PointSpec, error: VaultError) -> Result<(), Failure> {
+    let Which::Number(number) = spec.which else { return Err(error.into()) };
     let (tenant, vm) = (&opened.tenant, &spec.vm);
-    let was_held = tenant.held_numbers(vm)?.contains(&number);
+    if tenant.held_numbers(vm, |of| of == number)?.is_empty() {
+        return Err(error.into());
+    }
     tenant.release_damaged(vm, number)?;
     let (output, name) = (common.output(), format!("{vm}@{number}"));
-    output.json(&json!({ "point": name, "held": false, "was_held": was_held, "reason": null }));
+    output.json(&json!({ "point": name, "held": false, "was_held": true, "reason": null }));
     output.say(format!("{name} can't be opened; it is not held any more"));
     Ok(())
 }

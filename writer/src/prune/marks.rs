@@ -11,7 +11,7 @@ use reseal_vault::{Chain, Left, PointName, State, Tenant, Tree, VaultError};
 
 use crate::BackupError;
 use crate::spread::spread;
-use crate::walk::{Collector, Needed};
+use crate::walk::{Collector, Needed, Place, Tracer};
 
 /// Manifests that are opened at a time: enough to hide the delay of an object store behind one another.
 const OPENERS: usize = 16;
@@ -115,7 +115,9 @@ impl<'a> Marks<'a> {
     pub(super) fn mark(&mut self, without: &BTreeSet<PointName>) -> Result<(), BackupError> {
         let mut there = Vec::new();
         for vm in self.tenant.vms()? {
-            let Numbers { manifests, tombstones } = self.numbers(&vm)?;
+            let numbers = self.numbers(&vm)?;
+            self.check_held(&vm, &numbers)?;
+            let Numbers { manifests, tombstones } = numbers;
             let last = manifests.last().max(tombstones.last()).copied().unwrap_or(0);
             if manifests.union(&tombstones).count() != last as usize {
                 self.check_gaps(&vm, &self.tenant.chain(&vm)?);
@@ -241,16 +243,29 @@ impl<'a> Marks<'a> {
         }
     }
 
-    /// Finds restore points that are held and hurt by the damage: who goes on despite that must not give them up.
+    /// Finds restore points that are held and of which not all was marked: who goes on despite damage must not give them up.
     pub(super) fn find_held(&mut self) -> Result<(), BackupError> {
         self.held.clear();
+        // What could not be read then counts, whether it can be now or not.
+        let broken: Vec<_> = self.collector.broken.iter().collect();
+        let damage_of = |place: Place| broken.binary_search_by_key(&place, |(place, _)| **place).ok();
+        let mut tracer = Tracer::new(self.tree, &damage_of);
         for vm in self.tenant.vms()? {
-            let seen = self.seen.get(&vm);
-            for number in self.tenant.held_numbers(&vm)? {
-                let hurt = match seen.and_then(|seen| seen.get(&number)) {
-                    Some(Seen::Forgotten) => None,
-                    Some(Seen::Marked) => self.hurt(&vm, number)?,
-                    Some(Seen::Damaged) | None => Some("its manifest is missing or can't be opened".to_owned()),
+            for number in self.tenant.held_numbers(&vm, |_| true)? {
+                let seen = self.seen.get(&vm).and_then(|seen| seen.get(&number)).copied();
+                let point = self.tenant.point(&vm, number);
+                let hurt = match (seen, point) {
+                    (Some(Seen::Forgotten), _) => None,
+                    (Some(Seen::Damaged), _) => Some("its manifest can't be opened".to_owned()),
+                    (_, Ok(point)) => {
+                        let found = point.manifest.disks.iter().find_map(|disk| tracer.disk(disk).first().copied());
+                        found.map(|nth| broken[nth].1.to_string())
+                    }
+                    // Forgotten meanwhile.
+                    (Some(Seen::Marked), Err(VaultError::NoPoint { .. })) => None,
+                    (None, Err(VaultError::NoPoint { .. })) => Some("its manifest is missing".to_owned()),
+                    (_, Err(e)) if e.damaged_object().is_some() => Some(e.to_string()),
+                    (_, Err(e)) => return Err(e.into()),
                 };
                 self.held.extend(hurt.map(|hurt| (format!("{vm}@{number}"), hurt)));
             }
@@ -258,18 +273,19 @@ impl<'a> Marks<'a> {
         Ok(())
     }
 
-    /// What hurts a restore point, if anything does.
-    fn hurt(&self, vm: &VmName, number: u32) -> Result<Option<String>, BackupError> {
-        let point = match self.tenant.point(vm, number) {
-            // Forgotten meanwhile.
-            Err(VaultError::NoPoint { .. }) => return Ok(None),
-            Err(e) if e.damaged_object().is_some() => return Ok(Some(e.to_string())),
-            point => point?,
-        };
-        let mut own = Collector::default();
-        own.disks(self.tree, &point.manifest.disks)?;
-        own.check()?;
-        Ok(own.broken.values().next().map(ToString::to_string))
+    /// A number that is held and has nothing had a manifest, too, also where none comes after it.
+    fn check_held(&mut self, vm: &VmName, numbers: &Numbers) -> Result<(), VaultError> {
+        let is_gone = |number| !numbers.manifests.contains(&number) && !numbers.tombstones.contains(&number);
+        for number in self.tenant.held_numbers(vm, is_gone)? {
+            // It may have been made since.
+            if !matches!(self.tenant.point(vm, number), Err(VaultError::NoPoint { .. })) {
+                continue;
+            }
+            let object = layout::manifest(self.tenant.name(), vm, number);
+            let what = format!("{object} is missing, and {vm}@{number} is held");
+            self.damaged.insert(object, what);
+        }
+        Ok(())
     }
 
     /// Forgotten points, by VM.
