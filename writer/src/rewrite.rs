@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use reseal_format::layout;
 use reseal_format::pack::{MAX_SEALED, PackSealer};
 use reseal_store::StoreError;
-use reseal_vault::{PackFile, Packs, VaultError, random};
+use reseal_vault::{PackFile, PackHandle, Packs, VaultError, random};
 use zeroize::Zeroizing;
 
 use crate::throttle::Throttle;
@@ -36,7 +36,7 @@ impl Rewriting<'_> {
         file: PackFile,
         keeps: &dyn Fn(u32) -> bool,
     ) -> Result<Option<PackFile>, VaultError> {
-        let handle = self.packs.open_listed(file)?;
+        let handle = open_anew(self.packs, file)?;
         let ids = self.packs.read_ids(&handle)?;
         let tenant = self.packs.tenant();
         let keys = tenant.keys();
@@ -95,6 +95,13 @@ impl Rewriting<'_> {
 
 /// Before an old generation goes, both tables of the new one must open.
 pub(crate) fn tables_open(packs: &Packs, new: PackFile) -> Result<(), VaultError> {
-    let handle = packs.open_listed(new)?;
+    let handle = open_anew(packs, new)?;
     packs.read_ids(&handle).map(drop)
+}
+
+/// Opens a pack as the store has it now, whatever of it is kept elsewhere.
+pub(crate) fn open_anew(packs: &Packs, file: PackFile) -> Result<PackHandle, VaultError> {
+    let tenant = packs.tenant();
+    tenant.store().doubt(&layout::pack(tenant.name(), file.id, file.generation));
+    packs.open_listed(file)
 }

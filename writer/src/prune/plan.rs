@@ -14,6 +14,7 @@ use reseal_vault::{PackFile, Packs, VaultError};
 
 use crate::BackupError;
 use crate::generations::{Listed, by_pack, key};
+use crate::rewrite::open_anew;
 use crate::spread::spread;
 use crate::walk::{Need, Needed};
 
@@ -92,7 +93,11 @@ struct Unused {
 
 impl Unused {
     fn of(packs: &Packs, file: PackFile, need: &Need, begun: &Condemned) -> Result<Unused, VaultError> {
-        let handle = packs.open_listed(file)?;
+        let handle = match packs.open_listed(file) {
+            // What is kept of it may be, and not what is in the store.
+            Err(e) if e.damaged_object().is_some() => open_anew(packs, file)?,
+            handle => handle?,
+        };
         let (mut ordinals, mut bytes) = (Ordinals::default(), 0);
         let is_there = |ordinal: &u32| handle.lengths().place(*ordinal).is_some();
         let is_begun = (0..handle.lengths().count()).filter(is_there).any(|ordinal| begun.contains(file.id, ordinal));
