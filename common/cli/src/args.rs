@@ -137,9 +137,12 @@ impl CommonArgs {
 
     /// The vault in an object store, and what is kept of it here.
     fn cached(&self, repo: &str) -> Result<Arc<dyn Store>, Failure> {
-        let folder = match &self.store_cache {
-            Some(folder) => folder.clone(),
-            None => cache_folder()?,
+        let folder = match self.store_cache.clone().map_or_else(cache_folder, Ok) {
+            Ok(folder) => folder,
+            Err(e) => {
+                eprintln!("reseal: nothing can be kept: {e}; see --store-cache");
+                return open_store(repo);
+            }
         };
         match Cached::new(open_bucket(repo)?, repo, &folder, self.store_cache_size) {
             Ok(cached) => Ok(Arc::new(cached)),

@@ -206,9 +206,10 @@ impl VaultError {
                 StoreError::NoLocks | StoreError::Locked { .. } | StoreError::Past(_) => Class::Failed,
                 StoreError::Io { source, .. } => match source.kind() {
                     // Trying again changes nothing.
-                    ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem | ErrorKind::InvalidInput => {
-                        Class::Failed
-                    }
+                    ErrorKind::PermissionDenied
+                    | ErrorKind::ReadOnlyFilesystem
+                    | ErrorKind::InvalidInput
+                    | ErrorKind::InvalidData => Class::Failed,
                     _ => Class::Unreachable,
                 },
             },

@@ -5,12 +5,14 @@
 
 use std::future::Future;
 use std::io;
+use std::pin::pin;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use object_store::Error;
 use tokio::runtime::{Builder, Runtime};
+use tokio::select;
 use tokio::time::{sleep, timeout};
 
 use crate::StoreError;
@@ -26,6 +28,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// How long one request may take: this, and the time for its bytes over a line that is hardly worth the name.
 const ONE: Duration = Duration::from_secs(20);
 const SLOWEST: u64 = 128 << 10;
+/// How often is looked whether it is heard of.
+const LOOK: Duration = Duration::from_secs(1);
 /// As much of what a store says as is shown.
 const SHOWN: usize = 300;
 
@@ -56,22 +60,17 @@ pub(super) struct Refusal {
     pub was_repeated: bool,
 }
 
-/// When a store was heard of.
+/// Whether a store is heard of.
+#[derive(Default)]
 pub(super) struct Attempts {
-    began: Instant,
-    /// Milliseconds from the beginning until it last answered or sent something, and one; 0 where it never has.
+    /// How often it has answered or sent something.
     heard: AtomicU64,
 }
 
 impl Attempts {
-    pub(super) fn new() -> Attempts {
-        Attempts { began: Instant::now(), heard: AtomicU64::new(0) }
-    }
-
     /// Says that the store is there.
     pub(super) fn heard(&self) {
-        let now = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX - 1);
-        self.heard.store(now + 1, Ordering::Relaxed);
+        self.heard.fetch_add(1, Ordering::Relaxed);
     }
 
     /// How long is waited for it.
@@ -82,16 +81,16 @@ impl Attempts {
         }
     }
 
-    /// Ends when nothing was heard of it for too long since then, whoever asked.
-    async fn silence(&self, since: Instant) {
-        loop {
-            let heard = match self.heard.load(Ordering::Relaxed) {
-                0 => since,
-                millis => since.max(self.began + Duration::from_millis(millis)),
-            };
-            match (heard + self.patience()).checked_duration_since(Instant::now()) {
-                Some(rest) if !rest.is_zero() => sleep(rest).await,
-                _ => return,
+    /// Ends when nothing was heard of it for too long, whoever asked. Only time counts in which this process ran.
+    async fn silence(&self) {
+        let (mut known, mut waited) = (self.heard.load(Ordering::Relaxed), Duration::ZERO);
+        while waited < self.patience() {
+            let before = Instant::now();
+            sleep(LOOK).await;
+            waited += before.elapsed().min(LOOK * 2);
+            let heard = self.heard.load(Ordering::Relaxed);
+            if heard != known {
+                (known, waited) = (heard, Duration::ZERO);
             }
         }
     }
@@ -106,30 +105,36 @@ impl Attempts {
         let limit = ONE + moving;
         let mut pause = PAUSE;
         let mut was_repeated = false;
+        // What many bytes are allowed is for a store that is slow, not for one that is gone.
+        let mut silence = pin!(self.silence());
         loop {
-            let asked = tokio::select! {
+            let asked = select! {
+                biased;
                 asked = timeout(limit, request()) => asked,
-                // What many bytes are allowed is for a store that is slow, not for one that is gone.
-                () = self.silence(began) => return Err(Refusal { error: silent(self.patience()), was_repeated: true }),
+                () = &mut silence => return Err(Refusal { error: silent(self.patience()), was_repeated: true }),
             };
             let error = match asked {
-                Ok(answer) => match answer {
-                    Ok(answer) => {
-                        self.heard();
-                        return Ok(answer);
-                    }
-                    Err(error) => error,
-                },
+                Ok(Ok(answer)) => {
+                    self.heard();
+                    return Ok(answer);
+                }
+                Ok(Err(error)) => error,
                 Err(_) => silent(limit),
             };
-            if !matches!(error, Error::Generic { .. } | Error::JoinError { .. }) || status(&error).is_some() {
+            // What this process has refused itself, and what comes of no answer, tells nothing of the store.
+            let is_ours = matches!(error, Error::NotSupported { .. } | Error::Generic { .. } | Error::JoinError { .. });
+            if !is_ours || status(&error).is_some() {
                 self.heard();
             }
             if !is_passing(&error) || began.elapsed() + pause >= self.patience() + moving {
                 return Err(Refusal { error, was_repeated });
             }
             was_repeated = true;
-            sleep(with_jitter(pause)).await;
+            select! {
+                biased;
+                () = sleep(with_jitter(pause)) => {}
+                () = &mut silence => return Err(Refusal { error, was_repeated }),
+            }
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
@@ -175,7 +180,7 @@ fn with_jitter(pause: Duration) -> Duration {
 /// What is told of a refusal.
 pub(super) fn told(key: &str, action: &'static str, error: Error) -> StoreError {
     // Of a listing: what has no objects is an empty list.
-    if status(&error).as_deref() == Some("404") && matches!(error, Error::Generic { .. }) {
+    if !asks_the_machine(&error) && status(&error).as_deref() == Some("404") && matches!(error, Error::Generic { .. }) {
         return no_bucket(key, action);
     }
     let error = match error {
@@ -209,9 +214,9 @@ pub(super) fn told(key: &str, action: &'static str, error: Error) -> StoreError 
     StoreError::Io { key: key.into(), action, source: io::Error::new(kind, shown(&error) + remedy) }
 }
 
-/// Whether keys were asked of the machine itself, at the address where those of a cloud know theirs.
+/// Whether keys of S3 were asked of the machine itself, at the address where those of a cloud know theirs.
 fn asks_the_machine(error: &Error) -> bool {
-    error.to_string().contains("169.254.169.254")
+    matches!(error, Error::Generic { store: "S3", .. }) && error.to_string().contains("169.254.169.254")
 }
 
 /// Where something is written or listed nothing has to be there before but the bucket.
@@ -239,7 +244,7 @@ mod tests {
 
     #[test]
     fn what_passes_is_asked_again_and_what_is_an_answer_is_not() {
-        let attempts = Attempts::new();
+        let attempts = Attempts::default();
         let count = std::cell::Cell::new(0);
         let ask = |failures: u32, error: fn() -> Error| {
             count.set(0);

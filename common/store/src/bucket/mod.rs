@@ -83,7 +83,7 @@ impl Bucket {
     /// The same in another environment than this process's.
     pub fn open_with(address: &str, variables: &Variables) -> Result<Bucket, AddressError> {
         let open::Place { store, prefix, signed, past } = open::open(address, variables)?;
-        let (attempts, leases, versions) = (Attempts::new(), Leases::new(variables)?, Versions::new(signed));
+        let (attempts, leases, versions) = (Attempts::default(), Leases::new(variables)?, Versions::new(signed));
         Ok(Bucket { shared: Arc::new(Shared { store, prefix, attempts, leases, versions, past: past.map(Past::new) }) })
     }
 

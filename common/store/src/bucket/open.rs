@@ -43,7 +43,7 @@ pub enum AddressError {
     #[error("{0}: only a bucket of S3 that keeps versions can be shown as it was, and only one of S3 has profiles")]
     NotS3(String),
     #[error(
-        "{0}: {1:?} says nothing known; behind the `?` of an address may stand as-of=TIME and profile=NAME, with & between them"
+        "{0}: {1:?} says nothing known; behind the `?` of an address may stand as-of=TIME and profile=NAME, each once, with & between them"
     )]
     Setting(String, String),
     #[error("RESEAL_LEASE_SECONDS must be a number from {0}")]
@@ -97,12 +97,14 @@ impl Settings {
         let mut settings = Settings::default();
         for part in query.into_iter().flat_map(|query| query.split('&')) {
             match part.split_once('=') {
-                Some(("as-of", moment)) => {
+                Some(("as-of", moment)) if settings.as_of.is_none() => {
                     let parsed = moment.parse::<Timestamp>();
                     let parsed = parsed.map_err(|_| AddressError::Moment(given.into(), moment.into()))?;
                     settings.as_of = Some(parsed.as_second());
                 }
-                Some(("profile", name)) if !name.is_empty() => settings.profile = Some(name.into()),
+                Some(("profile", name)) if !name.is_empty() && settings.profile.is_none() => {
+                    settings.profile = Some(name.into())
+                }
                 _ => return Err(AddressError::Setting(given.into(), part.into())),
             }
         }
@@ -317,9 +319,17 @@ mod tests {
         assert_eq!(said, Settings { as_of: Some(1_795_501_907), profile: Some("vault two".into()) });
         assert_eq!(of("as-of=2026-11-24T08:31:47.9+02:00").unwrap().as_of, Some(1_795_501_907));
         assert_eq!(Settings::of("s3://b", None).unwrap(), Settings::default());
-        for wrong in
-            ["", "as-of=", "as-of=2026-11-24", "as-of=2026-11-24T06:31:47", "profile=", "profile", "x=y", "profile=a&"]
-        {
+        for wrong in [
+            "",
+            "as-of=",
+            "as-of=2026-11-24",
+            "as-of=2026-11-24T06:31:47",
+            "profile=",
+            "profile",
+            "x=y",
+            "profile=a&",
+            "profile=a&profile=b",
+        ] {
             assert!(of(wrong).is_err(), "{wrong}");
         }
     }

@@ -1,11 +1,14 @@
 //! Whether a store honours conditions, and locks. Some that call themselves like S3 ignore them, or check them before they wait for one another:
 //! there, two who make the same restore point would both be told that they had made it.
 
+use std::time::Duration;
+
 use futures_util::future::join_all;
 use object_store::{Error, ObjectStoreExt, PutMode, PutPayload, UpdateVersion};
+use tokio::time::{sleep, timeout};
 
 use super::Shared;
-use super::attempts::told;
+use super::attempts::{silent, told};
 use super::lease::store_time;
 use super::signed::Signed;
 use super::versions::is_refusal;
@@ -17,26 +20,32 @@ const CROWD: u8 = 8;
 const ROUNDS: usize = 3;
 /// How often all that is done where it has shown nothing.
 const TIMES: usize = 3;
+/// What is waited between making and replacing then.
+const PAUSE: Duration = Duration::from_millis(1500);
+/// How long one answer may take.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What a round has shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Round {
-    /// Of those who made it, and of those who replaced it, one was told so.
+    /// Of those who made it, and of those who replaced it, one was told so, and another one that he had not.
     Honoured,
     /// More than one was.
     Ignored,
-    /// Nobody was: the one had no answer, or was told that another one was just at it.
+    /// Nobody was, or nobody was refused: something else came between.
     Unclear,
 }
 
 /// Makes and replaces objects under `tmp/`; an error where not exactly one of several who do is told that he has.
 pub(super) async fn conditions(shared: &Shared) -> Result<(), StoreError> {
-    for _ in 0..TIMES {
+    for time in 0..TIMES {
+        // Some take no more than one write a second of an object.
+        let pause = if time == 0 { Duration::ZERO } else { PAUSE };
         // Beside each other, for some engines have those who wait for one another look only once a second.
         let rounds = join_all((0..ROUNDS).map(|_| async {
             let name = random_name().map_err(|source| StoreError::Io { key: "tmp".into(), action: "probe", source })?;
             let key = format!("tmp/probe-{name}");
-            let shown = round(shared, &key).await;
+            let shown = round(shared, &key, pause).await;
             let path = shared.path(&key)?;
             // Should it stay, it is a small object that nobody looks at.
             let _ = shared.store.delete(&path).await;
@@ -101,35 +110,47 @@ fn says(error: &std::io::Error, code: &str) -> bool {
     error.to_string().contains(&format!("status code: {code}"))
 }
 
-async fn round(shared: &Shared, key: &str) -> Result<Round, StoreError> {
+async fn round(shared: &Shared, key: &str, pause: Duration) -> Result<Round, StoreError> {
     let path = shared.path(key)?;
     // Not asked again: whoever is, and finds the object made, could have made it.
     let put = |nth: u8, mode: PutMode| {
         let (path, payload) = (&path, PutPayload::from(vec![nth; 64]));
-        async move { shared.store.put_opts(path, payload, mode.into()).await }
+        async move {
+            let put = timeout(PATIENCE, shared.store.put_opts(path, payload, mode.into()));
+            put.await.unwrap_or_else(|_| Err(silent(PATIENCE)))
+        }
     };
     let made = join_all((0..CROWD).map(|nth| put(nth, PutMode::Create))).await;
-    let mut version = None;
+    let (mut version, mut is_refused) = (None, false);
     for (nth, result) in made.into_iter().enumerate() {
         match result {
             Ok(_) if version.is_some() => return Ok(Round::Ignored),
             Ok(result) => version = Some((nth, UpdateVersion { e_tag: result.e_tag, version: result.version })),
+            Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => is_refused = true,
             // It may have been made or not.
-            Err(Error::AlreadyExists { .. } | Error::Precondition { .. } | Error::Generic { .. }) => {}
+            Err(Error::Generic { .. }) => {}
             Err(e @ (Error::NotImplemented { .. } | Error::NotSupported { .. })) => return Err(told(key, "make", e)),
             Err(e) => return Err(super::told_of_write(key, "make", e)),
         }
     }
-    let Some((nth, version)) = version else { return Ok(Round::Unclear) };
+    let Some((nth, version)) = version else {
+        // A store that is away is to be told so.
+        return match shared.about(key).await {
+            Ok(_) | Err(StoreError::NotFound(_)) => Ok(Round::Unclear),
+            Err(e) => Err(e),
+        };
+    };
     let there = shared.read(key, None, 64).await?.concat();
     if there.iter().any(|byte| usize::from(*byte) != nth) {
         return Ok(Round::Ignored);
     }
+    sleep(pause).await;
     let replaced = join_all((0..CROWD).map(|nth| put(nth | 0x80, PutMode::Update(version.clone())))).await;
-    let mut count = 0;
+    let (mut count, mut is_refused_then) = (0, false);
     for result in replaced {
         match result {
             Ok(_) => count += 1,
+            Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => is_refused_then = true,
             Err(e @ (Error::NotImplemented { .. } | Error::NotSupported { .. })) => {
                 return Err(told(key, "replace", e));
             }
@@ -137,8 +158,9 @@ async fn round(shared: &Shared, key: &str) -> Result<Round, StoreError> {
         }
     }
     Ok(match count {
-        0 => Round::Unclear,
-        1 => Round::Honoured,
+        1 if is_refused && is_refused_then => Round::Honoured,
+        // Where nobody was refused for the condition, it was something else that kept the others back.
+        0 | 1 => Round::Unclear,
         _ => Round::Ignored,
     })
 }
