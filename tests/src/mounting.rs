@@ -9,10 +9,10 @@ use crate::process::{Run, Running, bound_to_us, run, start};
 use crate::site::Site;
 
 /// How long a mount may take to be ready.
-const READY: Duration = Duration::from_secs(10);
+const READY: Duration = Duration::from_secs(45);
 
-/// How long one may be in use by a program that is being loaded.
-const IN_USE: Duration = Duration::from_secs(5);
+/// How long one may be in use by a program that is being loaded, or by what the kernel reads ahead from a store that is away.
+const IN_USE: Duration = Duration::from_secs(120);
 
 /// A mount in the foreground of a process of ours.
 pub struct Mounted {
@@ -68,7 +68,7 @@ impl Mounted {
     }
 
     /// Ends it as a user does; how its process ended. A program that another thread has just started has what this process has open until it
-    /// is loaded, so the mount may be in use for a moment after it was not.
+    /// is loaded, and the kernel waits for what it reads ahead, so the mount may be in use for a while after it was not.
     pub fn umount(mut self, site: &Site) -> Run {
         let began = Instant::now();
         loop {

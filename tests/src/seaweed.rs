@@ -15,6 +15,8 @@ use crate::site::Site;
 
 /// How long a start may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// The same where it can be tried once more.
+const FIRST_PATIENCE: Duration = Duration::from_secs(30);
 const ACCESS: &str = "writer";
 const SECRET: &str = "not-so-secret";
 
@@ -58,18 +60,30 @@ impl Seaweed {
 
     /// One that knows another access key.
     pub fn start_for(access: &'static str) -> Seaweed {
+        for _ in 0..2 {
+            // Another program may have taken a port since it was looked at.
+            let seaweed = Seaweed::new(access);
+            if seaweed.launch(FIRST_PATIENCE) {
+                return seaweed;
+            }
+        }
+        let seaweed = Seaweed::new(access);
+        seaweed.start_again();
+        seaweed
+    }
+
+    fn new(access: &'static str) -> Seaweed {
         let folder = tempfile::Builder::new().prefix("reseal-seaweed-").tempdir().unwrap();
         fs::create_dir(folder.path().join("data")).unwrap();
         let identities = format!(
             r#"{{"identities":[{{"name":"w","credentials":[{{"accessKey":"{access}","secretKey":"{SECRET}"}}],"actions":["Admin","Read","Write","List","Tagging"]}}]}}"#
         );
         fs::write(folder.path().join("s3.json"), identities).unwrap();
-        let seaweed = Seaweed { folder, ports: free_ports(), server: Mutex::new(None), access };
-        seaweed.launch();
-        seaweed
+        Seaweed { folder, ports: free_ports(), server: Mutex::new(None), access }
     }
 
-    fn launch(&self) {
+    /// Starts it; whether it answers within that time.
+    fn launch(&self, patience: Duration) -> bool {
         let at = self.folder.path().display();
         let [master, volume, filer, s3] = self.ports;
         let options = format!(
@@ -82,11 +96,14 @@ impl Seaweed {
         let server =
             Server::start(&installed("seaweed/bin/weed"), options.split(' '), &growth, &self.folder.path().join("log"));
         *self.server.lock().unwrap() = Some(server);
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + patience;
         while !self.answers() {
-            assert!(Instant::now() < end, "SeaweedFS does not answer:\n{}", self.log());
+            if Instant::now() > end {
+                return false;
+            }
             thread::sleep(Duration::from_millis(100));
         }
+        true
     }
 
     /// What it has printed.
@@ -113,7 +130,7 @@ impl Seaweed {
 
     /// Starts it again, with what it had.
     pub fn start_again(&self) {
-        self.launch();
+        assert!(self.launch(PATIENCE), "SeaweedFS does not answer:\n{}", self.log());
     }
 
     /// How long processors were at work for it since it was started.

@@ -13,6 +13,7 @@ use reseal_tests::guest::{BOOT, STALL, check_point, last_count, script, wait_for
 use reseal_tests::libvirtd::Libvirtd;
 use reseal_tests::marker::Marker;
 use reseal_tests::process::{bound_to_us, run, signal, start};
+use reseal_tests::s3_proxy::S3Proxy;
 use reseal_tests::seaweed;
 use reseal_tests::site::{Site, files_below};
 use serde_json::{Value, json};
@@ -106,11 +107,17 @@ fn a_guest_goes_on_after_whatever_dies_and_nothing_that_it_flushed_is_lost() {
 
 #[test]
 fn a_guest_boots_from_an_object_store() {
-    let (mut site, overlay, console) = guest_at(seaweed::shared().site("boots"));
+    let proxy = S3Proxy::before(seaweed::shared().port());
+    let mut site = seaweed::shared().site_at("boots", proxy.port());
     let cache = site.path("cache");
     site.variables.insert("RESEAL_STORE_CACHE".into(), cache.to_str().unwrap().into());
+    site.variables.insert("RESEAL_LEASE_SECONDS".into(), "600".into());
+    site.reseal(["init", "--no-recovery"]).ok();
+    let (site, overlay, console) = guest_at(site);
+    let before = proxy.count().0;
     let booted = Booted::start(&site, "guest@latest", &overlay, &["--console", console.to_str().unwrap()]);
     wait_for_count(&console, Some(3), BOOT);
+    let first = proxy.count().0 - before;
     assert!(!files_below(&cache).is_empty(), "what it reads is kept");
     let _agent = power_off(&booted);
     let ended = booted.wait().ok();
@@ -120,8 +127,11 @@ fn a_guest_boots_from_an_object_store() {
     // The next time what the first one read is at hand.
     fs::remove_dir_all(&overlay).unwrap();
     fs::write(&console, "").unwrap();
+    let before = proxy.count().0;
     let booted = Booted::start(&site, "guest@latest", &overlay, &["--console", console.to_str().unwrap()]);
     wait_for_count(&console, Some(3), BOOT);
+    let second = proxy.count().0 - before;
+    assert!(second < first / 2, "{first} requests, then {second}");
     let _agent = power_off(&booted);
     booted.wait().ok();
 }

@@ -149,34 +149,36 @@ fn many(site: &Site) {
     const EACH: u8 = 8;
     let stores: Vec<_> = (0..EACH).map(|_| site.store()).collect();
     let barrier = Barrier::new(KEYS * usize::from(EACH));
-    // Of each key, who was told that he had made it, and who that he had replaced it.
-    let told: Vec<(usize, u8, bool, bool)> = std::thread::scope(|scope| {
+    // Of each key, what each was told of making it, and of replacing it.
+    type Told = (usize, u8, Result<bool, StoreError>, Result<bool, StoreError>);
+    let told: Vec<Told> = std::thread::scope(|scope| {
         let all = (0..KEYS).flat_map(|key| (0..EACH).map(move |who| (key, who)));
         let (stores, barrier) = (&stores, &barrier);
         let tries: Vec<_> = all
             .map(|(key, who)| {
+                // Whatever goes wrong, the others wait for this one.
                 scope.spawn(move || {
                     let (store, name) = (&stores[usize::from(who)], format!("many/{key}"));
                     barrier.wait();
                     let made = match store.create(&name, &[who; 100]) {
-                        Ok(()) => true,
-                        Err(StoreError::Exists(_)) => false,
-                        Err(e) => panic!("{name}: {e}"),
+                        Err(StoreError::Exists(_)) => Ok(false),
+                        other => other.map(|()| true),
                     };
                     barrier.wait();
-                    let first = store.get(&name, 100).unwrap();
+                    let first = store.get(&name, 100);
                     barrier.wait();
-                    let replaced = match store.replace(&name, &first, &[who | 0x80; 100]) {
-                        Ok(()) => true,
-                        Err(StoreError::Changed(_)) => false,
-                        Err(e) => panic!("{name}: {e}"),
-                    };
-                    (key, who, made && first == [who; 100], replaced)
+                    let replaced = first.and_then(|first| match store.replace(&name, &first, &[who | 0x80; 100]) {
+                        Err(StoreError::Changed(_)) => Ok(false),
+                        other => other.map(|()| true),
+                    });
+                    (key, who, made, replaced)
                 })
             })
             .collect();
         tries.into_iter().map(|one| one.join().unwrap()).collect()
     });
+    let told: Vec<(usize, u8, bool, bool)> =
+        told.into_iter().map(|(key, who, made, replaced)| (key, who, made.unwrap(), replaced.unwrap())).collect();
     for key in 0..KEYS {
         let of_key: Vec<_> = told.iter().filter(|(of, ..)| *of == key).collect();
         assert_eq!(of_key.iter().filter(|(_, _, made, _)| *made).count(), 1, "{of_key:?}");
