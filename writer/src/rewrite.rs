@@ -13,6 +13,7 @@ use reseal_store::StoreError;
 use reseal_vault::{PackFile, PackHandle, Packs, VaultError, random};
 use zeroize::Zeroizing;
 
+use crate::generations::key;
 use crate::throttle::Throttle;
 
 /// Bytes of a pack that are read, and written, at once.
@@ -102,6 +103,6 @@ pub(crate) fn tables_open(packs: &Packs, new: PackFile) -> Result<(), VaultError
 /// Opens a pack as the store has it now, whatever of it is kept elsewhere.
 pub(crate) fn open_anew(packs: &Packs, file: PackFile) -> Result<PackHandle, VaultError> {
     let tenant = packs.tenant();
-    tenant.store().doubt(&layout::pack(tenant.name(), file.id, file.generation));
+    tenant.store().doubt(&key(tenant, &file));
     packs.open_listed(file)
 }

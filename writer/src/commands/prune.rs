@@ -152,17 +152,17 @@ fn end(output: Output, args: &Args, pruned: &Pruned) -> Result<(), Failure> {
             format!("nothing was removed, for it may still be relied on by {who}: wait for its end, or end it");
         return Err(Failure::new(Status::Failed, message));
     }
-    let (mut first, mut more) = (None, 0);
-    for what in pruned.damaged.values().chain(pruned.bad_packs.values()) {
-        more += usize::from(first.is_some());
-        first.get_or_insert(what);
-    }
     if let Some((point, what)) = pruned.held.first_key_value() {
         let message = format!(
             "{point} is held, and what it needs can't be told: {what}. Nothing was removed, and --despite-damage does not override that. Put it back \
              from a copy of the vault; or give it up: `reseal hold {point} --release`"
         );
         return Err(Failure::new(Status::Damaged, message));
+    }
+    let (mut first, mut more) = (None, 0);
+    for what in pruned.damaged.values().chain(pruned.bad_packs.values()) {
+        more += usize::from(first.is_some());
+        first.get_or_insert(what);
     }
     let Some(what) = first else { return Ok(()) };
     let more = if more == 0 { String::new() } else { format!(" (and {more} more)") };

@@ -49,8 +49,6 @@ pub(super) struct Marks<'a> {
     pub read: BTreeMap<String, String>,
     /// What is missing or can't be opened, so that nobody knows what it needs.
     pub damaged: BTreeMap<String, String>,
-    /// Restore points that are held and of which nobody knows all that they need, each with what is damaged.
-    pub held: BTreeMap<String, String>,
     /// Whether nothing may be changed.
     is_dry: bool,
 }
@@ -66,7 +64,6 @@ impl<'a> Marks<'a> {
             locked_points: 0,
             read: BTreeMap::new(),
             damaged: BTreeMap::new(),
-            held: BTreeMap::new(),
             is_dry,
         }
     }
@@ -243,9 +240,10 @@ impl<'a> Marks<'a> {
         }
     }
 
-    /// Finds restore points that are held and of which not all was marked: who goes on despite damage must not give them up.
-    pub(super) fn find_held(&mut self) -> Result<(), BackupError> {
-        self.held.clear();
+    /// Restore points that are held and of which not all was marked, each with what is damaged: who goes on despite damage must not give them
+    /// up.
+    pub(super) fn held(&self) -> Result<BTreeMap<String, String>, BackupError> {
+        let mut held = BTreeMap::new();
         // What could not be read then counts, whether it can be now or not.
         let broken: Vec<_> = self.collector.broken.iter().collect();
         let damage_of = |place: Place| broken.binary_search_by_key(&place, |(place, _)| **place).ok();
@@ -267,10 +265,10 @@ impl<'a> Marks<'a> {
                     (_, Err(e)) if e.damaged_object().is_some() => Some(e.to_string()),
                     (_, Err(e)) => return Err(e.into()),
                 };
-                self.held.extend(hurt.map(|hurt| (format!("{vm}@{number}"), hurt)));
+                held.extend(hurt.map(|hurt| (format!("{vm}@{number}"), hurt)));
             }
         }
-        Ok(())
+        Ok(held)
     }
 
     /// A number that is held and has nothing had a manifest, too, also where none comes after it.

@@ -128,7 +128,7 @@ impl Prune<'_> {
         let plan = Plan::new(&packs, listed, marks.needed(), &begun, self.worth(), self.openers())?;
         let mut pruned = Pruned { dry_run: true, ..Pruned::default() };
         pruned.tell(&marks, &plan);
-        if self.may_go_on(&mut marks, &mut pruned)? {
+        if self.may_go_on(&marks, &mut pruned)? {
             (pruned.freed, pruned.removed) = (plan.sizes.to_free, plan.unneeded.len() as u64);
             pruned.rewritten = plan.mostly_unused.len() as u64;
         }
@@ -149,7 +149,7 @@ impl Prune<'_> {
         let plan = Plan::new(&packs, listed, marks.needed(), &begun, self.worth(), self.openers())?;
         let mut pruned = Pruned::default();
         pruned.tell(&marks, &plan);
-        if !self.may_go_on(&mut marks, &mut pruned)? {
+        if !self.may_go_on(&marks, &mut pruned)? {
             return Ok(pruned);
         }
         let lists = tenant.condemn(&plan.condemned)?;
@@ -160,7 +160,7 @@ impl Prune<'_> {
             }
             marks.mark_new()?;
             pruned.tell(&marks, &plan);
-            if !self.may_go_on(&mut marks, &mut pruned)? {
+            if !self.may_go_on(&marks, &mut pruned)? {
                 return Ok(pruned);
             }
         }
@@ -189,13 +189,12 @@ impl Prune<'_> {
     }
 
     /// Whether all that is needed is known, or what is not was given up, which no restore point is that is held.
-    fn may_go_on(&self, marks: &mut Marks<'_>, pruned: &mut Pruned) -> Result<bool, BackupError> {
+    fn may_go_on(&self, marks: &Marks<'_>, pruned: &mut Pruned) -> Result<bool, BackupError> {
         if marks.damaged.is_empty() || !self.despite_damage {
             return Ok(marks.damaged.is_empty());
         }
-        marks.find_held()?;
-        pruned.held.clone_from(&marks.held);
-        Ok(marks.held.is_empty())
+        pruned.held = marks.held()?;
+        Ok(pruned.held.is_empty())
     }
 
     /// Removes what was noted about restore points that were forgotten, but for what serves the VM's others, and keys of overlays: they are

@@ -9,14 +9,13 @@ use std::io;
 use std::path::Path as FilePath;
 use std::sync::Arc;
 
+use jiff::Timestamp;
 use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey, S3ConditionalPut};
 use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 use object_store::client::{HttpConnector, ReqwestConnector};
 use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 use object_store::path::Path;
 use object_store::{Certificate, ClientOptions, ObjectStore, RetryConfig};
-
-use jiff::Timestamp;
 
 use super::profile::{self, Profile};
 use super::signed::Signed;
