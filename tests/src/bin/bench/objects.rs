@@ -6,7 +6,6 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use reseal_format::names::DiskName;
@@ -94,10 +93,7 @@ fn backups(engine: &Engine, disk: &Path) -> Result<(Figure, Site, Site)> {
         let mut seconds = |site: &Site, which: usize| {
             let began = Instant::now();
             let running = site.start([OsStr::new("backup"), "vm".as_ref(), disk.as_os_str()]);
-            while !running.has_ended() {
-                peaks[which] = process::peak_mib(running.id()).map_or(peaks[which], |peak| peak.max(peaks[which]));
-                sleep(Duration::from_millis(5));
-            }
+            peaks[which] = process::peak_until_end(&running).max(peaks[which]);
             let seconds = began.elapsed().as_secs_f64();
             running.wait().ok();
             seconds

@@ -5,7 +5,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
+
+use reseal_tests::process::Running;
 
 use crate::Result;
 
@@ -77,6 +80,17 @@ pub(crate) fn peak_mib(pid: u32) -> Result<f64> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).ok_or("the process has no VmHWM")?;
     let kib: f64 = line.trim().trim_end_matches("kB").trim().parse()?;
     Ok(kib / 1024.0)
+}
+
+/// Waits until a program has ended, and not for what the kernel knows of it; the most memory that it had. What the kernel says at its end counts
+/// what this process had, too; one that has just ended has none.
+pub(crate) fn peak_until_end(running: &Running) -> f64 {
+    let mut peak = 0.0;
+    while !running.has_ended() {
+        peak = peak_mib(running.id()).unwrap_or(peak);
+        sleep(Duration::from_millis(2));
+    }
+    peak
 }
 
 /// The process of the given name that has `argument` among its arguments: one that has left its parent.

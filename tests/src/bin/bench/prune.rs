@@ -2,8 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use reseal_tests::process::Running;
 use reseal_tests::random::Random;
@@ -62,12 +61,7 @@ struct Cost {
 fn pruned(site: &Site, arguments: &[&str]) -> Result<Cost> {
     let began = Instant::now();
     let running: Running = site.start([&["prune", "--json"], arguments].concat());
-    let mut peak_mib = 0.0;
-    while !running.has_ended() {
-        // What the kernel says at its end counts what this process had, too. One that has just ended has none.
-        peak_mib = process::peak_mib(running.id()).unwrap_or(peak_mib);
-        sleep(Duration::from_millis(2));
-    }
+    let peak_mib = process::peak_until_end(&running);
     let seconds = began.elapsed().as_secs_f64();
     // It was not waited for yet, so the kernel still knows.
     let io = fs::read_to_string(format!("/proc/{}/io", running.id()))?;
