@@ -51,6 +51,11 @@ pub trait Store: Send + Sync {
         false
     }
 
+    /// Whether what is expected is fetched with many requests at a time, which each take long, and kept beside this process's memory.
+    fn fetches_aside(&self) -> bool {
+        false
+    }
+
     /// Says that what was read of an object is not authentic: nothing that is remembered of it is believed any more.
     fn doubt(&self, _key: &str) {}
 

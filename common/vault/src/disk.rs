@@ -138,6 +138,11 @@ impl DiskReader {
         self.tree.packs().tenant().store().is_far()
     }
 
+    /// Whether clusters that are prepared for take no room among those that are open: see [`Store::fetches_aside`](reseal_store::Store::fetches_aside).
+    pub fn fetches_aside(&self) -> bool {
+        self.tree.packs().tenant().store().fetches_aside()
+    }
+
     /// Does so in the background, if the store is far; see [`DiskReader::warm`].
     pub fn warm_later(self: &Arc<Self>, disk: &Disk) {
         let Some(root) = disk.root.map(BlobRef::from) else { return };

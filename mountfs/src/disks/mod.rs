@@ -31,8 +31,12 @@ pub use there::{Opens, There};
 /// How far ahead of the kernel's own readahead clusters are prepared here: it hides 50 ms of delay at 80 MB/s, and is a
 /// small part of the cache.
 const WINDOW: u64 = 4 << 20;
-/// How far that may grow for a reader who has to wait all the same: it hides 20 ms at some gigabytes each second.
+/// How far that may grow for a reader who has to wait all the same.
 const MOST_WINDOW: u64 = 64 << 20;
+/// The same of an object store with a cache on a disk: a request takes 20 ms and more, and what it brings waits there. With 64 MiB at most a
+/// stream stood still for a quarter of its time.
+const FAR_WINDOW: u64 = 16 << 20;
+const MOST_FAR_WINDOW: u64 = 256 << 20;
 /// Manifests that are opened at a time: enough to hide the delay of an object store behind one another.
 const OPENERS: usize = 16;
 /// Stretches of a restore that are under way where each waits for a long line.
@@ -186,6 +190,9 @@ impl Disks {
     /// How sequential readers are read ahead of.
     pub fn reach(&self) -> Reach {
         match self {
+            Disks::Here(reader) if reader.fetches_aside() => {
+                Reach { window: FAR_WINDOW, most: MOST_FAR_WINDOW, is_always: false }
+            }
             Disks::Here(_) => Reach { window: WINDOW, most: MOST_WINDOW, is_always: false },
             Disks::There(there) => Reach { window: there.window(), most: there.window(), is_always: true },
         }

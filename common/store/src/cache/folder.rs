@@ -52,6 +52,11 @@ impl Folder {
         Ok(folder)
     }
 
+    /// How many bytes may stay.
+    pub(super) fn limit(&self) -> u64 {
+        self.limit
+    }
+
     fn file(&self, name: &Name) -> PathBuf {
         let hex: String = name[..16].iter().map(|byte| format!("{byte:02x}")).collect();
         self.path.join(&hex[..2]).join(hex)

@@ -34,6 +34,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const ROOM: Duration = Duration::from_secs(5);
 /// At least so many chunks are fetched: neighbours are wanted together, and the time of a request is that of more bytes than these.
 const LEAST: u64 = 16;
+/// A cache that may have so much keeps what was expected until it is wanted.
+const ROOMY: u64 = 1 << 30;
 /// Most that is fetched in one request for a read that was not expected.
 const MOST: u64 = 8 << 20;
 
@@ -188,6 +190,10 @@ impl Store for Cached {
             Some(missing) => self.fetch_later(key, name, missing),
             None => true,
         }
+    }
+
+    fn fetches_aside(&self) -> bool {
+        self.shared.folder.limit() >= ROOMY
     }
 
     fn read_tail(&self, key: &str, want: usize) -> Result<(Vec<u8>, u64), StoreError> {

@@ -93,6 +93,18 @@ pub(crate) fn peak_until_end(running: &Running) -> f64 {
     peak
 }
 
+/// How long processors were at work for what this process has started and waited for.
+pub(crate) fn time_of_children() -> Duration {
+    // SAFETY: rusage is plain numbers, for which zero bytes are a valid value.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is to a live local value of the type that the call fills in.
+    unsafe { libc::getrusage(libc::RUSAGE_CHILDREN, &raw mut usage) };
+    let duration = |time: libc::timeval| {
+        Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_usec * 1000).unwrap_or(0))
+    };
+    duration(usage.ru_utime) + duration(usage.ru_stime)
+}
+
 /// The process of the given name that has `argument` among its arguments: one that has left its parent.
 pub(crate) fn find(wanted: &str, argument: &Path) -> Result<u32> {
     for entry in std::fs::read_dir("/proc")? {
