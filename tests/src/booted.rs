@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::process::{Run, Running, bound_to_us, signal, start};
+use crate::process::{Run, Running, bound_to_us, signal, start, wait_until};
 use crate::qmp::Qmp;
 use crate::site::Site;
 
@@ -15,19 +15,6 @@ use crate::site::Site;
 const READY: Duration = Duration::from_secs(60);
 /// How long a program may take to notice what happens.
 pub const NOTICED: Duration = Duration::from_secs(60);
-
-/// Waits until something holds.
-///
-/// # Panics
-/// If it does not in time.
-#[track_caller]
-pub fn wait_until(what: &str, limit: Duration, mut holds: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !holds() {
-        assert!(began.elapsed() < limit, "{what} did not come within {} s", limit.as_secs());
-        sleep(Duration::from_millis(50));
-    }
-}
 
 /// Whether a process runs. One that has ended and that its parent has not looked at does not.
 pub fn runs(pid: u32) -> bool {

@@ -177,6 +177,31 @@ pub fn signal(process: u32, signal: i32) {
     unsafe { libc::kill(i32::try_from(process).unwrap(), signal) };
 }
 
+/// Waits until something is there.
+///
+/// # Panics
+/// If it is not in time.
+#[track_caller]
+pub fn wait_for<T>(what: &str, limit: Duration, mut find: impl FnMut() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(found) = find() {
+            return found;
+        }
+        assert!(began.elapsed() < limit, "{what} did not come within {} s", limit.as_secs());
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Waits until something holds.
+///
+/// # Panics
+/// If it does not in time.
+#[track_caller]
+pub fn wait_until(what: &str, limit: Duration, mut holds: impl FnMut() -> bool) {
+    wait_for(what, limit, || holds().then_some(()));
+}
+
 /// A server of a test. It ends with this, and with the process that started it: a shell waits beside it for the end of a pipe.
 pub struct Server(Child);
 

@@ -8,11 +8,11 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use reseal_tests::booted::{Booted, NOTICED, record, run_folder, runs, wait_until};
+use reseal_tests::booted::{Booted, NOTICED, record, run_folder, runs};
 use reseal_tests::guest::{BOOT, STALL, check_point, last_count, script, wait_for_count};
 use reseal_tests::libvirtd::Libvirtd;
 use reseal_tests::marker::Marker;
-use reseal_tests::process::{bound_to_us, run, signal, start};
+use reseal_tests::process::{bound_to_us, run, signal, start, wait_until};
 use reseal_tests::s3_proxy::S3Proxy;
 use reseal_tests::seaweed;
 use reseal_tests::site::{Site, files_below};

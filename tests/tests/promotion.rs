@@ -18,7 +18,7 @@ use reseal_mountfs::target::{Format, TargetSpec, read_secret};
 use reseal_qmp::Client;
 use reseal_tests::loops::{Loop, Mount};
 use reseal_tests::marker::Marker;
-use reseal_tests::process::{Running, bound_to_us, start, system};
+use reseal_tests::process::{Running, bound_to_us, start, system, wait_until};
 use reseal_tests::qmp::Qmp;
 use reseal_tests::random::Random;
 use serde_json::{Value, json};
@@ -38,12 +38,8 @@ struct Vm {
     content: Vec<RefCell<Vec<u8>>>,
 }
 
-fn wait_for(socket: &Path) {
-    let began = Instant::now();
-    while UnixStream::connect(socket).is_err() {
-        assert!(began.elapsed() < TIME, "nobody listens at {}", socket.display());
-        std::thread::sleep(Duration::from_millis(5));
-    }
+fn wait_for_listener(socket: &Path) {
+    wait_until("who listens there", TIME, || UnixStream::connect(socket).is_ok());
 }
 
 impl Vm {
@@ -74,7 +70,7 @@ impl Vm {
                 .arg(format!("virtio-blk-pci,id=reseal-disk-{nth},drive=disk-{nth},werror=stop,rerror=stop"));
         }
         vm.qemu = Some(start(bound_to_us(&mut command)));
-        wait_for(&vm.path("qmp"));
+        wait_for_listener(&vm.path("qmp"));
         vm
     }
 
@@ -88,7 +84,7 @@ impl Vm {
         let mut command = Command::new("qemu-nbd");
         command.args(["--persistent", "--shared=4", "-f", "raw", "-x", "disk", "-k"]).arg(&socket);
         self.exports[nth] = Some(start(bound_to_us(command.arg(self.path(&format!("{nth}.raw"))))));
-        wait_for(&socket);
+        wait_for_listener(&socket);
     }
 
     fn client(&self) -> Client {

@@ -15,7 +15,7 @@ use reseal_format::geometry::{FANOUT, root_level};
 use reseal_format::ids::{PackId, PointId};
 use reseal_format::index::BlobRef;
 use reseal_tests::library::{LibraryDisk, vm};
-use reseal_tests::process::{Running, signal};
+use reseal_tests::process::{Running, signal, wait_for, wait_until};
 use reseal_tests::random::{Random, seeds};
 use reseal_tests::site::Site;
 use reseal_vault::{Packs, State, Tenant, Tree, VaultError, Wait};
@@ -29,6 +29,8 @@ const CLUSTERS: usize = 48;
 const CONTENTS: u64 = 90;
 const VMS: [&str; 3] = ["a", "b", "c"];
 const STEPS: usize = 45;
+/// How long what must happen may take.
+const SOON: Duration = Duration::from_secs(20);
 
 /// A backup that was stopped, on a machine of its own: on this one all would wait for what it has locked of the state folder.
 struct Stopped {
@@ -218,7 +220,7 @@ impl Life {
         machine.keyring.clone_from(&self.site.keyring);
         let running = machine.start(["backup", "--limit-rate", "1M", name, slow.to_str().unwrap()]);
         let tenant = self.site.tenant();
-        let point = until("the backup begins", || {
+        let point = wait_for("the backup's beginning", SOON, || {
             let mut holders = tenant.leases().unwrap().into_iter().filter_map(|held| held.holder);
             holders.find(|holder| holder.pid == running.id())?.makes
         });
@@ -230,7 +232,7 @@ impl Life {
         // Of prunes that were killed before.
         let before = lists();
         let waiting = self.site.start(["prune", "--grace", "1h", "--min-unused", "10"]);
-        until("a prune condemns", || (lists() > before).then_some(()));
+        wait_until("what a prune condemns", SOON, || lists() > before);
         assert!(!waiting.has_ended(), "it waits for the backup");
         waiting.kill();
         self.tell("prune that was killed while it waited");
@@ -399,19 +401,6 @@ impl Life {
             self.tell("copies that were compared at the end");
         }
         self.told
-    }
-}
-
-/// Waits until something is there.
-#[track_caller]
-fn until<T>(what: &str, find: impl Fn() -> Option<T>) -> T {
-    let began = Instant::now();
-    loop {
-        if let Some(found) = find() {
-            return found;
-        }
-        assert!(began.elapsed() < Duration::from_secs(20), "not seen: {what}");
-        sleep(Duration::from_millis(5));
     }
 }
 

@@ -9,11 +9,11 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use reseal_tests::agent::{run_in_guest, start_in_guest};
-use reseal_tests::booted::{Booted, NOTICED, runs, wait_until};
+use reseal_tests::booted::{Booted, NOTICED, runs};
 use reseal_tests::guest::{BOOT, STALL, check_point, last_count, script, wait_for_count};
 use reseal_tests::loops::Mount;
 use reseal_tests::marker::Marker;
-use reseal_tests::process::{Run, bound_to_us, run, signal, start, system};
+use reseal_tests::process::{Run, bound_to_us, run, signal, start, system, wait_until};
 use reseal_tests::site::{Site, files_below};
 use reseal_tests::verifier;
 use serde_json::json;

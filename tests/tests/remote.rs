@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use reseal_proto::wire::{
     Begin, Begun, Commit, Data, Disk, DiskEnd, FromSource, FromTarget, Hello, Need, Offer, Task, TroubleCode, VERSION,
 };
-use reseal_tests::process::{bound_to_us, start};
+use reseal_tests::process::{bound_to_us, start, wait_until};
 use reseal_tests::qmp::Qmp;
 use reseal_tests::random::Random;
 use reseal_tests::remote::{Authority, Peer, Proxy, Sites, long_line};
@@ -340,12 +340,8 @@ fn a_connection_that_is_cut_goes_on_and_sends_nothing_twice() {
 }
 
 /// Waits until the source has sent so much.
-fn wait_for(proxy: &Proxy, bytes: u64) {
-    let began = Instant::now();
-    while proxy.sent() < bytes {
-        assert!(began.elapsed() < Duration::from_secs(40), "only {} bytes came", proxy.sent());
-        thread::sleep(Duration::from_millis(5));
-    }
+fn wait_for_bytes(proxy: &Proxy, bytes: u64) {
+    wait_until("what is sent", Duration::from_secs(40), || proxy.sent() >= bytes);
 }
 
 #[test]
@@ -359,11 +355,9 @@ fn a_server_that_is_killed_and_comes_back_is_found_again() {
     let source = sites.source.start(&words);
     // A group has landed.
     let landed = || files_below(&sites.target.state).into_iter().find(|path| path.ends_with("landed/vm"));
-    let began = Instant::now();
-    while landed().is_none_or(|path| fs::metadata(path).unwrap().len() <= 24) {
-        assert!(began.elapsed() < Duration::from_secs(40), "nothing lands");
-        thread::sleep(Duration::from_millis(5));
-    }
+    wait_until("what lands", Duration::from_secs(40), || {
+        landed().is_some_and(|path| fs::metadata(path).unwrap().len() > 24)
+    });
     sites.kill();
     assert_eq!(points(&sites.target), 0);
     sites.start();
@@ -383,7 +377,7 @@ fn a_source_that_is_killed_begins_anew_and_sends_only_what_is_missing() {
     let disk = make_disk(&sites.source, "disk", 800, 9);
     let words = sites.words(proxy.port, "vm", &[disk.to_str().unwrap()]);
     let source = sites.source.start(&words);
-    wait_for(&proxy, 25 << 20);
+    wait_for_bytes(&proxy, 25 << 20);
     source.kill();
     assert_eq!(points(&sites.target), 0);
     let json = sites.source.reseal(&words).ok().json();
@@ -402,7 +396,7 @@ fn a_server_that_is_stopped_lands_what_came_and_says_so() {
     let mut words = sites.words(proxy.port, "vm", &[disk.to_str().unwrap()]);
     words.extend(["--limit-rate".to_owned(), "30M".to_owned()]);
     let source = sites.source.start(&words);
-    wait_for(&proxy, 25 << 20);
+    wait_for_bytes(&proxy, 25 << 20);
     let log = sites.stop().ok().stderr;
     assert!(log.contains("about to stop"), "{log}");
     sites.start();
@@ -524,9 +518,9 @@ fn a_long_line_is_used_by_many_offers_at_once() {
     let disk = make_disk(&sites.source, "disk", 2400, 14);
     let source = sites.source.start(sites.words(proxy.port, "vm", &[disk.to_str().unwrap()]));
     // Between two moments while it sends: how long a session takes to begin and to end is another matter.
-    wait_for(&proxy, 20_000_000);
+    wait_for_bytes(&proxy, 20_000_000);
     let (began, before) = (Instant::now(), proxy.sent());
-    wait_for(&proxy, 120_000_000);
+    wait_for_bytes(&proxy, 120_000_000);
     let reached = (proxy.sent() - before) as f64 / began.elapsed().as_secs_f64();
     // One unit after the other would reach a fifth. How much it is on an idle machine, the bench says.
     assert!(reached > 0.5 * f64::from(rate), "{reached} of {rate} bytes a second");

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use reseal_tests::enrolled::Enrolling;
 use reseal_tests::model::{DiskFile, ReadDisk};
 use reseal_tests::mounting::Mounted;
-use reseal_tests::process::{Run, run, signal, system};
+use reseal_tests::process::{Run, run, signal, system, wait_until};
 use reseal_tests::random::Random;
 
 const MIB: u64 = 1 << 20;
@@ -89,16 +89,6 @@ fn tree(folder: &Path) -> BTreeMap<PathBuf, String> {
         }
     }
     found
-}
-
-/// Waits until something holds.
-#[track_caller]
-fn until(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !holds() {
-        assert!(began.elapsed() < limit, "{what}: not after {limit:?}");
-        thread::sleep(Duration::from_millis(100));
-    }
 }
 
 #[test]
@@ -206,7 +196,7 @@ fn a_restore_over_a_site_equals_the_disk_is_sparse_and_ends_when_told_to() {
     let out = reading.sites.source.path("interrupted.raw");
     let words = ["--repo", reading.reader.to_str().unwrap(), "restore", "web01@latest", out.to_str().unwrap()];
     let restore = reading.sites.source.start(words);
-    until(Duration::from_secs(10), "it begins", || out.exists());
+    wait_until("it begins", Duration::from_secs(10), || out.exists());
     thread::sleep(Duration::from_secs(1));
     let began = Instant::now();
     signal(restore.id(), libc::SIGTERM);
@@ -246,7 +236,7 @@ fn a_server_that_is_killed_and_started_again_costs_readers_time_only() {
             thread::sleep(Duration::from_secs(1));
             reading.sites.start();
             let before = reads.load(Ordering::Relaxed);
-            until(Duration::from_secs(30), "readers go on", || reads.load(Ordering::Relaxed) > before + 5);
+            wait_until("readers go on", Duration::from_secs(30), || reads.load(Ordering::Relaxed) > before + 5);
         }
         is_over.store(true, Ordering::Relaxed);
     });

@@ -8,11 +8,10 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use reseal_proto::wire::{Begin, FromSource, FromTarget, Hello, TroubleCode, VERSION};
-use reseal_tests::process::{run, signal, start};
+use reseal_tests::process::{run, signal, start, wait_until};
 use reseal_tests::random::Random;
 use reseal_tests::remote::{Authority, Identity, Peer, Proxy, Sites};
 use reseal_tests::site::Site;
@@ -28,15 +27,6 @@ fn make_disk(site: &Site, name: &str, bytes: usize, seed: u64) -> PathBuf {
 
 fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
-#[track_caller]
-fn wait_until(what: &str, seconds: u64, mut is_so: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !is_so() {
-        assert!(began.elapsed() < Duration::from_secs(seconds), "{what} does not come about");
-        thread::sleep(Duration::from_millis(20));
-    }
 }
 
 /// Status and body of a GET.
@@ -131,7 +121,7 @@ fn a_reload_takes_up_what_is_right_and_keeps_what_was_where_it_is_wrong() {
     };
     assert!(refused(&stranger));
     sites.reload(|text| text + "nonsense");
-    wait_until("a refused reload", 10, || metric(port, "reseal_reload_failures_total") == 1.0);
+    wait_until("a refused reload", Duration::from_secs(10), || metric(port, "reseal_reload_failures_total") == 1.0);
     drop(begun(&sites, &sites.client, "vm"));
     sites.reload(|text| {
         let client = format!(
@@ -140,7 +130,7 @@ fn a_reload_takes_up_what_is_right_and_keeps_what_was_where_it_is_wrong() {
         );
         text.replace("nonsense", "").replace("[metrics]", &format!("{client}[metrics]"))
     });
-    wait_until("a reload", 10, || metric(port, "reseal_reloads_total") == 1.0);
+    wait_until("a reload", Duration::from_secs(10), || metric(port, "reseal_reloads_total") == 1.0);
     drop(begun(&sites, &stranger, "other"));
     assert_eq!(metric(port, "reseal_reload_failures_total"), 1.0);
 }
@@ -158,7 +148,7 @@ fn a_client_that_is_removed_while_it_sends_is_ended_at_once() {
     // One is removed, of one the VM, and one stays.
     let few = sites.authority.issue(|_| {});
     sites.reload(|text| text + &entry(&other, "[\"*\"]") + &entry(&few, "[\"a\", \"b\"]"));
-    wait_until("the reload", 10, || {
+    wait_until("the reload", Duration::from_secs(10), || {
         let mut peer = sites.connect(&few);
         peer.say(&FromSource::Hello(Hello { version: VERSION, software: "x".into() }));
         matches!(peer.hear(), Some(FromTarget::Welcome(_)))
@@ -170,7 +160,7 @@ fn a_client_that_is_removed_while_it_sends_is_ended_at_once() {
     let enrolment = enrolment_of(&sites, 7, &other, proxy.port);
     let words = ["--repo", &enrolment, "backup", "sends", disk.to_str().unwrap(), "--limit-rate", "8M"];
     let sending = sites.source.start(words);
-    wait_until("something sent", 20, || proxy.sent() > 8 << 20);
+    wait_until("something sent", Duration::from_secs(20), || proxy.sent() > 8 << 20);
     sites.reload(|text| text.replace(&entry(&other, "[\"*\"]"), "").replace("[\"a\", \"b\"]", "[\"a\"]"));
     for peer in [&mut gone, &mut narrowed] {
         let (code, took) = trouble(peer);
@@ -202,7 +192,7 @@ fn an_erased_tenant_goes_and_another_is_served_on() {
     let enrolment = enrolment_of(&sites, 1, &globex, sites.port);
     let words = ["--repo", &enrolment, "backup", "vm", disk.to_str().unwrap(), "--limit-rate", "8M"];
     let sending = sites.source.start(words);
-    wait_until("a session of the other", 20, || !sites.target.unfinished().is_empty());
+    wait_until("a session of the other", Duration::from_secs(20), || !sites.target.unfinished().is_empty());
     // It waits for the server's leases, which go with the session and the keys.
     let began = Instant::now();
     let erased_json = sites.target.reseal(["tenant", "erase", "acme", "--yes", "acme", "--json"]).ok().json();
@@ -226,13 +216,13 @@ fn a_tenant_that_nobody_needs_is_locked_and_opened_again() {
     let more = format!("[limits]\nidle_seconds = 1\n[metrics]\nlisten = \"127.0.0.1:{port}\"\n");
     let sites = sites(&more);
     let unlocked = || metric(port, "reseal_tenant_unlocked{tenant=\"default\"}") == 1.0;
-    wait_until("that the tenant is locked", 15, || !unlocked());
+    wait_until("that the tenant is locked", Duration::from_secs(15), || !unlocked());
     assert_eq!(get(port, "/readyz").0, 200);
     let disk = make_disk(&sites.source, "disk", 1 << 20, 3);
     let enrolment = enrolment_of(&sites, 0, &sites.client, sites.port);
     send(&sites, &enrolment, "vm", &disk).ok();
     assert!(unlocked());
-    wait_until("that it is locked again", 15, || !unlocked());
+    wait_until("that it is locked again", Duration::from_secs(15), || !unlocked());
     // Its restore points grow old all the same.
     assert!(metric(port, "reseal_restore_point_age_seconds{tenant=\"default\",vm=\"vm\"}") < 60.0);
     let held = fs::read_dir(sites.target.tenant_folder().join("leases")).map_or(0, Iterator::count);
@@ -251,7 +241,7 @@ fn metrics_and_health_tell_what_happened() {
     let session = begun(&sites, &sites.client, "other");
     assert_eq!(metric(port, "reseal_connections"), 1.0);
     drop(session);
-    wait_until("the end of the session", 10, || metric(port, "reseal_connections") == 0.0);
+    wait_until("the end of the session", Duration::from_secs(10), || metric(port, "reseal_connections") == 0.0);
     let of = |name: &str| metric(port, &format!("{name}{{tenant=\"default\"}}"));
     assert_eq!(of("reseal_commits_total"), 2.0);
     // How its restore points stand, as `reseal status` says it.
@@ -293,7 +283,9 @@ fn readiness_names_the_tenant_that_can_not_be_opened() {
     let sites = Sites::configured(authority, &clients, &more, &|target| {
         target.reseal(["tenant", "add", "acme", "--no-recovery"]).ok();
     });
-    wait_until("that the tenant is locked", 15, || metric(port, "reseal_tenant_unlocked{tenant=\"acme\"}") == 0.0);
+    wait_until("that the tenant is locked", Duration::from_secs(15), || {
+        metric(port, "reseal_tenant_unlocked{tenant=\"acme\"}") == 0.0
+    });
     let hidden = sites.target.path("hidden");
     fs::rename(&sites.target.keyring, &hidden).unwrap();
     let mut peer = sites.connect(&sites.client);
@@ -303,7 +295,7 @@ fn readiness_names_the_tenant_that_can_not_be_opened() {
     let (status, why) = get(port, "/readyz");
     assert!(status == 503 && why.contains("tenant acme"), "{status} {why}");
     fs::rename(&hidden, &sites.target.keyring).unwrap();
-    wait_until("readiness", 20, || get(port, "/readyz").0 == 200);
+    wait_until("readiness", Duration::from_secs(20), || get(port, "/readyz").0 == 200);
 }
 
 #[test]
@@ -329,7 +321,9 @@ fn the_audit_log_tells_of_backups_and_refusals_and_survives_rotation() {
     let old = folder.path().join("audit.1");
     fs::rename(&path, &old).unwrap();
     signal(sites.server_id(), libc::SIGHUP);
-    wait_until("the new file", 10, || path.exists() && audit(&path).iter().any(|line| line["event"] == "reloaded"));
+    wait_until("the new file", Duration::from_secs(10), || {
+        path.exists() && audit(&path).iter().any(|line| line["event"] == "reloaded")
+    });
     let stranger = sites.authority.issue(|_| {});
     let mut peer = sites.connect(&stranger);
     assert_eq!(trouble(&mut peer).0, TroubleCode::NotAllowed);
@@ -387,7 +381,9 @@ fn handshakes_that_never_end_keep_nobody_out() {
     let began = Instant::now();
     drop(begun(&sites, &sites.client, "vm"));
     assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
-    wait_until("that the oldest go", 10, || metric(port, "reseal_connections_refused_total{reason=\"slow\"}") >= 4.0);
+    wait_until("that the oldest go", Duration::from_secs(10), || {
+        metric(port, "reseal_connections_refused_total{reason=\"slow\"}") >= 4.0
+    });
     drop(silent);
 }
 
@@ -407,7 +403,7 @@ fn sessions_are_as_many_and_as_long_as_is_allowed() {
     assert_eq!(trouble(&mut one).0, TroubleCode::Unavailable);
     let took = began.elapsed();
     assert!(took > Duration::from_millis(2500) && took < Duration::from_secs(6), "{took:?}");
-    wait_until("room", 10, || metric(port, "reseal_connections") == 0.0);
+    wait_until("room", Duration::from_secs(10), || metric(port, "reseal_connections") == 0.0);
     // A source that is ended so goes on where it was.
     let disk = make_disk(&sites.source, "disk", 80 << 20, 7);
     let enrolment = enrolment_of(&sites, 0, &sites.client, sites.port);
@@ -430,7 +426,7 @@ fn a_rate_is_held_to_by_clients_that_have_none() {
     assert!(metric(port, "reseal_rate_limit_waits_total{tenant=\"default\"}") > 10.0);
     // Another limit is in force at once.
     sites.reload(|text| text.replace("\"8M\"", "\"900M\""));
-    wait_until("the reload", 10, || metric(port, "reseal_reloads_total") == 1.0);
+    wait_until("the reload", Duration::from_secs(10), || metric(port, "reseal_reloads_total") == 1.0);
     let disk = make_disk(&sites.source, "disk2", 32 << 20, 9);
     let began = Instant::now();
     send(&sites, &enrolment, "vm2", &disk).ok();

@@ -137,18 +137,15 @@ impl CommonArgs {
 
     /// The vault in an object store, and what is kept of it here.
     fn cached(&self, repo: &str) -> Result<Arc<dyn Store>, Failure> {
-        let folder = match self.store_cache.clone().map_or_else(cache_folder, Ok) {
-            Ok(folder) => folder,
-            Err(e) => {
-                eprintln!("reseal: nothing can be kept: {e}; see --store-cache");
-                return open_store(repo);
-            }
-        };
-        match Cached::new(open_bucket(repo)?, repo, &folder, self.store_cache_size) {
+        let bucket = open_bucket(repo)?;
+        let folder = self.store_cache.clone().map_or_else(|| cache_folder().map_err(|e| e.to_string()), Ok);
+        let made = folder.and_then(|folder| {
+            Cached::new(bucket, repo, &folder, self.store_cache_size).map_err(|e| format!("{}: {e}", folder.display()))
+        });
+        match made {
             Ok(cached) => Ok(Arc::new(cached)),
             Err(e) => {
-                let what = "all that is read is asked for anew; see --store-cache";
-                eprintln!("reseal: nothing can be kept in {}: {e}; {what}", folder.display());
+                eprintln!("reseal: nothing can be kept, so all that is read is asked for anew: {e}; see --store-cache");
                 open_store(repo)
             }
         }
