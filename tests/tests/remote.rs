@@ -93,7 +93,7 @@ fn what_is_sent_restores_equal_and_what_is_unchanged_is_not_sent_again() {
 #[test]
 fn one_who_appends_can_not_see_that_another_vm_has_a_block() {
     let sites = Sites::new();
-    let disk = make_disk(&sites.source, "disk", 100, 3);
+    let disk = make_disk(&sites.source, "disk", 400, 3);
     let path = disk.to_str().unwrap();
     let first = sites.source.reseal(sites.words(sites.port, "one", &[path])).ok().json();
     let stored = packs_bytes(&sites.target);
@@ -101,23 +101,24 @@ fn one_who_appends_can_not_see_that_another_vm_has_a_block() {
     // All is asked for, as if it were new, and none of it is stored again.
     assert_eq!(first["stats"]["sent"], second["stats"]["sent"]);
     let added = packs_bytes(&sites.target) - stored;
-    assert!(added < used(100) / 20, "{added} bytes were stored again");
+    assert!(added < used(400) / 20, "{added} bytes were stored again");
     assert_restores(&sites.target, "two@1", "disk-0", &disk);
     // Cut off and begun again, it is the same: what landed is not needed, whether it was stored or found.
     let mut sent = Vec::new();
     for vm in ["three", "four"] {
         let disk = match vm {
             "three" => disk.clone(),
-            _ => make_disk(&sites.source, "other", 100, 33),
+            _ => make_disk(&sites.source, "other", 400, 33),
         };
         let proxy = Proxy::new(sites.port);
-        proxy.cut_after(3 << 20);
+        proxy.cut_after(16 << 20);
         let words = sites.words(proxy.port, vm, &[disk.to_str().unwrap()]);
         sent.push(sites.source.reseal(words).ok().json()["stats"]["sent"].as_u64().unwrap());
         assert_restores(&sites.target, &format!("{vm}@1"), "disk-0", &disk);
     }
-    let most = used(100) + (4 << 20);
-    assert!(sent.iter().all(|sent| (used(100)..most).contains(sent)), "{sent:?}");
+    // What was still on its way in buffers, and in an offer of which not all had come, is sent again.
+    let most = used(400) + (12 << 20);
+    assert!(sent.iter().all(|sent| (used(400)..most).contains(sent)), "{sent:?}");
 }
 
 #[test]
