@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use reseal_store::Variables;
 use tempfile::TempDir;
 
+use crate::ports::free_port;
 use crate::process::{Server, installed, run};
-use crate::remote::free_port;
 use crate::site::Site;
 
 /// How long a start may take on a busy machine.

@@ -9,9 +9,10 @@ use rcgen::{ExtendedKeyUsagePurpose, date_time_ymd};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use crate::ports::free_port;
 use crate::process::{Run, Running, signal};
 use crate::random::Random;
-use crate::remote::{Authority, Identity, free_port, private, serve};
+use crate::remote::{Authority, Identity, private, serve};
 use crate::site::Site;
 
 const DAY: i64 = 86_400;

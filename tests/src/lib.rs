@@ -3,7 +3,7 @@
 //! ([`faults`]) and a KMS that does so too ([`moody`]), while the tenant's keys are replaced step by step ([`rekeying`]); and
 //! what ends with a test: mounts of a vault ([`mounting`]), other file systems and devices ([`loops`]), a guest that runs ([`guest`], as a [`domain`] of libvirt too, watched by [`qmp`]); two
 //! sites, of which one sends to the other ([`remote`]), and is enrolled there by command ([`enrolled`]); object stores ([`seaweed`], [`azurite`]), and what comes between one and
-//! who uses it ([`s3_proxy`]); who works on a vault beside others ([`beside`]).
+//! who uses it ([`s3_proxy`]); who works on a vault beside others ([`beside`]). Servers listen at [`ports`] that nobody else is given.
 #![allow(clippy::unwrap_used)] // all of it is test code: it ends where it meets what it did not expect
 
 pub mod agent;
@@ -25,6 +25,8 @@ pub mod model;
 pub mod moody;
 pub mod mounting;
 pub mod owner;
+#[path = "../../common/kms/tests/support/ports.rs"]
+pub mod ports;
 pub mod process;
 pub mod qmp;
 pub mod random;

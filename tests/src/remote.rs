@@ -20,6 +20,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use sha2::{Digest, Sha256};
 
+use crate::ports::free_port;
 use crate::process::{Run, Running, signal};
 use crate::site::Site;
 
@@ -109,11 +110,6 @@ pub fn private(path: PathBuf, content: &str) -> PathBuf {
     fs::write(&path, content).unwrap();
     fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
     path
-}
-
-/// A port that nobody listens at.
-pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// Starts the server of a site whose configuration is `serve.toml` there, and waits until it listens.

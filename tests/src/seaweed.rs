@@ -1,6 +1,7 @@
 //! A real object store with the interface of S3: SeaweedFS, with its data in a folder, so that it can be killed and started again.
 
 use std::fs;
+use std::iter;
 use std::net::TcpListener;
 use std::sync::{Mutex, OnceLock};
 use std::thread;
@@ -10,6 +11,7 @@ use reseal_store::{Bucket, Store, Variables};
 use tempfile::TempDir;
 
 use crate::owner::Owner;
+use crate::ports::free_port;
 use crate::process::{Server, installed};
 use crate::site::Site;
 
@@ -31,20 +33,11 @@ pub struct Seaweed {
     access: &'static str,
 }
 
-/// Ports that nobody has now, nor those above them.
+/// Ports that nobody has now, nor those 10,000 above them.
 fn free_ports() -> [u16; 4] {
-    let mut found = Vec::new();
-    while found.len() < 4 {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
-        let port = listener.local_addr().unwrap().port();
-        // The system gives the high ones, and 10,000 more must be a port, too.
-        let port = 12_000 + port % 20_000;
-        let free = |port| TcpListener::bind(("127.0.0.1", port)).is_ok();
-        if !found.contains(&port) && free(port) && free(port + 10_000) {
-            found.push(port);
-        }
-    }
-    found.try_into().unwrap()
+    let below =
+        || iter::repeat_with(|| free_port() - 10_000).find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok());
+    [(); 4].map(|()| below().unwrap())
 }
 
 /// One server for all tests of a program that do it no harm; each has a bucket of its own.

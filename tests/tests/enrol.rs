@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use rcgen::{CertificateParams, KeyPair};
 use reseal_proto::wire::{Begin, FromSource, FromTarget, Hello, Renew, Renewed, TroubleCode, VERSION};
 use reseal_tests::enrolled::{Enrolling, between, field, identity, put};
+use reseal_tests::ports::free_port;
 use reseal_tests::process::Run;
-use reseal_tests::remote::{Authority, Identity, Peer, Proxy, Sites, free_port, private};
+use reseal_tests::remote::{Authority, Identity, Peer, Proxy, Sites, private};
 use serde_json::Value;
 
 const MIB: usize = 1 << 20;

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)] // helpers of tests end where they meet what they did not expect
 
 use std::fs;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use reseal_tests::certificates::write_certificates;
 use reseal_tests::model::DiskFile;
+use reseal_tests::ports::free_port;
 use reseal_tests::process::{Run, Running, bound_to_us, run, signal, start, system};
 use reseal_tests::random::Random;
 use reseal_tests::site::Site;
@@ -209,7 +210,7 @@ fn over_tls_only_clients_with_a_certificate_read() {
     write_certificates(&strangers);
     // Strangers know the server's authority, but are not known to it.
     fs::copy(pki.join("ca-cert.pem"), strangers.join("ca-cert.pem")).unwrap();
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port();
     let file = |name: &str| pki.join(name).to_str().unwrap().to_owned();
     let (cert, key, ca) = (file("server-cert.pem"), file("server-key.pem"), file("ca-cert.pem"));
     let address = format!("127.0.0.1:{port}");

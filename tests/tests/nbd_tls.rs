@@ -2,7 +2,6 @@
 #![allow(clippy::unwrap_used)] // helpers of tests end where they meet what they did not expect
 
 use std::fs;
-use std::net::TcpListener;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::Command;
@@ -12,6 +11,7 @@ use reseal_tests::certificates::write_certificates;
 use reseal_tests::library::LibraryDisk;
 use reseal_tests::model::ModelDisk;
 use reseal_tests::mounting::is_mounted;
+use reseal_tests::ports::free_port;
 use reseal_tests::process::{Run, Running, bound_to_us, start, system};
 use reseal_tests::qmp::Qmp;
 use reseal_tests::random::Random;
@@ -47,7 +47,7 @@ impl Daemon {
             status.unwrap().success()
         });
         assert!(made, "qemu-img makes an encrypted image");
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = free_port();
         let disk = site.path("disk.fuse");
         fs::write(&disk, []).unwrap();
         let mut command = Command::new("qemu-storage-daemon");

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use reseal_proto::wire::{Begin, FromSource, FromTarget, Hello, TroubleCode, VERSION};
+use reseal_tests::ports::free_port;
 use reseal_tests::process::{run, signal, start, wait_until};
 use reseal_tests::random::Random;
 use reseal_tests::remote::{Authority, Identity, Peer, Proxy, Sites};
@@ -23,10 +24,6 @@ fn make_disk(site: &Site, name: &str, bytes: usize, seed: u64) -> PathBuf {
     let path = site.disk(name);
     fs::write(&path, Random::new(seed).bytes(bytes)).unwrap();
     path
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// Status and body of a GET.

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod kmip_peer;
+#[path = "support/ports.rs"]
+mod ports;
 
 use reseal_kms::kms::{MAX_CONTEXT, MAX_PAYLOAD, MAX_WRAPPED};
 use reseal_kms::{Class, Keyring, Kms, KmsError};

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod kmip_peer;
+#[path = "support/ports.rs"]
+mod ports;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -16,9 +18,10 @@ use std::time::{Duration, Instant};
 use kmip_peer::answer::{
     self, Asked, CREATE, DECRYPT, DESTROY, DISCOVER_VERSIONS, ENCRYPT, GET, GET_ATTRIBUTES, Key, LOCATE,
 };
+use kmip_peer::free_port;
 use kmip_peer::peer::{Act, Clients, Peer, ask};
 use kmip_peer::pki::Pki;
-use kmip_peer::pykmip::{PyKmip, free_port};
+use kmip_peer::pykmip::PyKmip;
 use reseal_kms::kms::MAX_WRAPPED;
 use reseal_kms::{Class, Kmip, KmipConfig, Kms, KmsError};
 use reseal_proto::kmip::ttlv::Writer;

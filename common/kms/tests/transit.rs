@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "support/ports.rs"]
+mod ports;
 mod support;
 
 use std::fs;

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "support/ports.rs"]
+mod ports;
 mod support;
 
 use std::sync::Mutex;

@@ -18,7 +18,7 @@ use reseal_tests::site::Site;
 use self::bao::Bao;
 use self::pki::Pki;
 use self::pykmip::PyKmip;
-pub(crate) use self::pykmip::free_port;
+pub(crate) use reseal_tests::ports::free_port;
 
 /// A file that only its owner may read.
 pub(crate) fn private_file(path: &Path, content: &str) -> PathBuf {

@@ -13,6 +13,7 @@ use reseal_kms::Kms;
 use self::peer::{Act, Peer};
 use self::pki::Pki;
 use self::pykmip::PyKmip;
+pub(crate) use crate::ports::free_port;
 
 /// Runs `check` over PyKMIP: as it is, then as one of KMIP 1.2, which hands the key out. Each has nothing in it.
 pub(crate) fn each(check: impl Fn(&dyn Kms)) {

@@ -1,11 +1,10 @@
 //! The real PyKMIP server, with its database in a folder of its own.
 
 use std::fs::{self, File};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,6 +12,7 @@ use reseal_kms::{Kmip, KmipConfig};
 use rustix::process::{Pid, Signal, kill_process_group};
 use tempfile::TempDir;
 
+use super::free_port;
 use super::pki::Pki;
 
 pub(crate) struct PyKmip {
@@ -92,15 +92,6 @@ impl Drop for PyKmip {
     fn drop(&mut self) {
         self.stop();
     }
-}
-
-/// A port that nobody listens at, and that the system gives to nobody who asks for any: so it stays free while the server that
-/// it is for is stopped.
-pub(crate) fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let first = u16::try_from(std::process::id() % 200).unwrap() * 50;
-    let mut ports = std::iter::repeat_with(|| 20_000 + (first + NEXT.fetch_add(1, Ordering::Relaxed)) % 10_000);
-    ports.find(|&port| TcpListener::bind(("127.0.0.1", port)).is_ok()).unwrap()
 }
 
 fn program() -> PathBuf {
