@@ -60,7 +60,7 @@ impl Azurite {
         words.extend(["--silent", "--skipApiVersionCheck", "--disableTelemetry", "--blobPort"].map(OsString::from));
         words.extend([port.to_string().into(), "--location".into(), folder.path().join("data").into()]);
         let accounts = [("AZURITE_ACCOUNTS", format!("{ACCOUNT}:{KEY}"))];
-        let server = Server::start(&installed("azurite/node"), words, &accounts, &folder.path().join("log"));
+        let server = Server::start(&installed("azurite/node"), words, &accounts, folder.path());
         let azurite = Azurite { _server: server, folder, port };
         let end = Instant::now() + PATIENCE;
         while !azurite.make("ready") {

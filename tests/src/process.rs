@@ -1,7 +1,7 @@
 //! Running programs: with an end, whatever they do, and with the memory that they took.
 
 use std::ffi::OsStr;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -206,17 +206,18 @@ pub fn wait_until(what: &str, limit: Duration, mut holds: impl FnMut() -> bool) 
 pub struct Server(Child);
 
 impl Server {
-    /// Starts a program with that environment; what it prints goes to the end of a file.
+    /// Starts a program with that environment; what it prints goes to the end of `log` in a folder of its own. That is removed where this
+    /// process ends without having dropped the server, as it does with one that all tests share.
     pub fn start<A: AsRef<OsStr>>(
         program: &Path,
         arguments: impl IntoIterator<Item = A>,
         environment: &[(&str, String)],
-        log: &Path,
+        folder: &Path,
     ) -> Server {
-        let script =
-            r#"program=$0; log=$1; shift; "$program" "$@" >>"$log" 2>&1 & server=$!; read -r _; kill -9 $server; wait"#;
+        let script = r#"program=$0; folder=$1; shift; "$program" "$@" >>"$folder/log" 2>&1 & server=$!
+            read -r word; kill -9 $server; wait; [ "$word" = dropped ] || rm -rf "$folder""#;
         let mut shell = Command::new("sh");
-        shell.args(["-c", script]).arg(program).arg(log).args(arguments);
+        shell.args(["-c", script]).arg(program).arg(folder).args(arguments);
         shell.envs(environment.iter().map(|(name, value)| (name, value)));
         Server(shell.stdin(Stdio::piped()).spawn().unwrap())
     }
@@ -232,7 +233,7 @@ impl Server {
 impl Drop for Server {
     /// As a power cut would.
     fn drop(&mut self) {
-        drop(self.0.stdin.take());
+        let _ = self.0.stdin.take().map(|mut shell| shell.write_all(b"dropped\n"));
         let _ = self.0.wait();
     }
 }

@@ -86,8 +86,7 @@ impl Seaweed {
         );
         // One volume for each bucket is enough.
         let growth = [("WEED_MASTER_VOLUME_GROWTH_COPY_1", "1".to_owned())];
-        let server =
-            Server::start(&installed("seaweed/bin/weed"), options.split(' '), &growth, &self.folder.path().join("log"));
+        let server = Server::start(&installed("seaweed/bin/weed"), options.split(' '), &growth, self.folder.path());
         *self.server.lock().unwrap() = Some(server);
         let end = Instant::now() + patience;
         while !self.answers() {
