@@ -227,10 +227,10 @@ fn one_run_of_a_file_at_a_time_and_whoever_is_killed_blocks_nobody() {
     let disk = disk(&site, "disk.raw", 1, 24 * MIB);
     let file = jobs(&site, &job("web", &disk, "limit_rate = '2M'"));
     let first = start(&site, &file);
-    wait_until("the backup begins", SOON, || !site.unfinished().is_empty() && backups(&site).len() == 1);
+    wait_until("the backup's beginning", SOON, || !site.unfinished().is_empty() && backups(&site).len() == 1);
     run(&site, &file, &[]).fails(1, &["are being run by another process"]);
     first.kill();
-    wait_until("what it had started ends", SOON, || processes(&site).is_empty());
+    wait_until("the end of what it had started", SOON, || processes(&site).is_empty());
     fs::write(&file, job("web", &disk, "")).unwrap();
     let done = run(&site, &file, &[]).ok();
     assert_eq!(ended(&done, "web")["point"]["number"], 1, "nothing of the first was committed");
@@ -245,7 +245,7 @@ fn a_backup_that_is_killed_ends_no_other_and_is_remembered() {
     let wait = "before = ['/bin/sleep', '2']";
     let text = format!("parallel = 2\n{}{}", job("large", &large, "limit_rate = '2M'"), job("small", &small, wait));
     let running = start(&site, &jobs(&site, &text));
-    wait_until("the backup begins", SOON, || !site.unfinished().is_empty() && backups(&site).len() == 1);
+    wait_until("the backup's beginning", SOON, || !site.unfinished().is_empty() && backups(&site).len() == 1);
     signal(backups(&site)[0], libc::SIGKILL);
     let ran = running.wait().expect(&[1]);
     assert!(ended(&ran, "large")["message"].as_str().unwrap().contains("was killed (signal 9)"));
@@ -262,7 +262,7 @@ fn who_is_asked_to_end_ends_its_backups_and_begins_no_more() {
     let after = format!("after = ['/bin/sh', '-c', 'echo $RESEAL_JOB $RESEAL_RESULT >> {}']", log.display());
     let text = format!("[defaults]\nlimit_rate = '2M'\n{after}\n{}{}", job("one", &disk, ""), job("two", &disk, ""));
     let running = start(&site, &jobs(&site, &text));
-    wait_until("the backup begins", SOON, || !site.unfinished().is_empty());
+    wait_until("the backup's beginning", SOON, || !site.unfinished().is_empty());
     signal(running.id(), libc::SIGTERM);
     let began = Instant::now();
     let ran = running.wait().expect(&[1]);

@@ -39,7 +39,7 @@ struct Vm {
 }
 
 fn wait_for_listener(socket: &Path) {
-    wait_until("who listens there", TIME, || UnixStream::connect(socket).is_ok());
+    wait_until(&format!("who listens at {}", socket.display()), TIME, || UnixStream::connect(socket).is_ok());
 }
 
 impl Vm {

@@ -342,7 +342,7 @@ fn a_connection_that_is_cut_goes_on_and_sends_nothing_twice() {
 
 /// Waits until the source has sent so much.
 fn wait_for_bytes(proxy: &Proxy, bytes: u64) {
-    wait_until("what is sent", Duration::from_secs(40), || proxy.sent() >= bytes);
+    wait_until(&format!("byte {bytes} of what is sent"), Duration::from_secs(40), || proxy.sent() >= bytes);
 }
 
 #[test]

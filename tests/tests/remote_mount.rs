@@ -196,7 +196,7 @@ fn a_restore_over_a_site_equals_the_disk_is_sparse_and_ends_when_told_to() {
     let out = reading.sites.source.path("interrupted.raw");
     let words = ["--repo", reading.reader.to_str().unwrap(), "restore", "web01@latest", out.to_str().unwrap()];
     let restore = reading.sites.source.start(words);
-    wait_until("it begins", Duration::from_secs(10), || out.exists());
+    wait_until("its beginning", Duration::from_secs(10), || out.exists());
     thread::sleep(Duration::from_secs(1));
     let began = Instant::now();
     signal(restore.id(), libc::SIGTERM);
@@ -236,7 +236,9 @@ fn a_server_that_is_killed_and_started_again_costs_readers_time_only() {
             thread::sleep(Duration::from_secs(1));
             reading.sites.start();
             let before = reads.load(Ordering::Relaxed);
-            wait_until("readers go on", Duration::from_secs(30), || reads.load(Ordering::Relaxed) > before + 5);
+            wait_until("what readers go on with", Duration::from_secs(30), || {
+                reads.load(Ordering::Relaxed) > before + 5
+            });
         }
         is_over.store(true, Ordering::Relaxed);
     });

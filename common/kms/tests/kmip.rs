@@ -18,10 +18,10 @@ use std::time::{Duration, Instant};
 use kmip_peer::answer::{
     self, Asked, CREATE, DECRYPT, DESTROY, DISCOVER_VERSIONS, ENCRYPT, GET, GET_ATTRIBUTES, Key, LOCATE,
 };
-use kmip_peer::free_port;
 use kmip_peer::peer::{Act, Clients, Peer, ask};
 use kmip_peer::pki::Pki;
 use kmip_peer::pykmip::PyKmip;
+use ports::free_port;
 use reseal_kms::kms::MAX_WRAPPED;
 use reseal_kms::{Class, Kmip, KmipConfig, Kms, KmsError};
 use reseal_proto::kmip::ttlv::Writer;

@@ -63,6 +63,11 @@ pub(crate) fn take(plan: &Plan, disks: &Disks, samples: &mut Samples) -> Result<
     Ok(())
 }
 
+/// How many processors this machine has for the store and who uses it.
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// The store, and since when it is used.
 struct Engine {
     seaweed: Seaweed,
@@ -71,7 +76,7 @@ struct Engine {
 
 impl Engine {
     fn share(&self) -> Figure {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let cores = cores();
         let percent = self.seaweed.processor_time().as_secs_f64() * 100.0 / self.began.elapsed().as_secs_f64();
         Figure {
             what: "the store's own part of the processors, over all of these".to_owned(),
@@ -108,7 +113,7 @@ fn backups(engine: &Engine, disk: &Path) -> Result<(Figure, Site, Site)> {
     }
     let of_local = median(local.clone()) / median(far.clone());
     // With all of the processors at work all of the time, and nothing for what goes over the line.
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let cores = cores();
     let at_most = median(local.clone()) * (ROUNDS * cores) as f64 / (own + share).as_secs_f64();
     let (local_site, far_site) = sites.ok_or("no round was made")?;
     let figure = Figure {
