@@ -42,7 +42,7 @@ pub enum What {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Part {
     All,
-    /// All but packs, and of these so many percent, at least one: which ones follows from the seed.
+    /// All but packs, and of these so many percent, rounded up: which ones follows from the seed.
     Sample {
         percent: f64,
         seed: u64,
@@ -52,17 +52,19 @@ pub enum Part {
 }
 
 impl Part {
-    /// Leaves out what is not read; of a sample one is left at least.
+    /// Leaves out what is not read.
     pub(crate) fn choose<T>(self, packs: &mut Vec<T>, id: impl Fn(&T) -> PackId) {
         let Part::Sample { percent, seed } = self else { return };
         let lot = |pack: &T| {
             let hash = blake3::Hasher::new().update(&seed.to_le_bytes()).update(id(pack).as_bytes()).finalize();
             hash.as_bytes().first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
         };
-        let least = packs.iter().map(&lot).min();
-        // A float is exact enough to compare with a percentage.
-        let is_chosen = |number: u64| (number as f64) < percent / 100.0 * u64::MAX as f64;
-        packs.retain(|pack| is_chosen(lot(pack)) || Some(lot(pack)) == least);
+        let mut lots: Vec<_> = packs.iter().map(&lot).collect();
+        lots.sort_unstable();
+        // A float is exact enough to count packs with.
+        let share = percent * lots.len() as f64 / 100.0;
+        let last = lots.iter().enumerate().take_while(|(nth, _)| (*nth as f64) < share).last().map(|(_, lot)| *lot);
+        packs.retain(|pack| Some(lot(pack)) <= last);
     }
 }
 
