@@ -217,7 +217,7 @@ fn what_is_damaged_is_left_out_and_the_rest_is_copied() {
     fs::write(&new[0], bytes).unwrap();
     let run = pair.run(&[]);
     let lines = run.json_lines();
-    run.fails(3, &["1 restore points are damaged", "web@2 is left out"]);
+    run.fails(3, &["1 damaged restore point left out", "web@2 is left out"]);
     assert_eq!((&lines[1]["event"], &lines[1]["point"]), (&json!("left_out"), &json!("web@2")));
     pair.check(&[(1, 1), (2, 3)]);
     assert_eq!(pair.copy(&[]), []);

@@ -280,12 +280,12 @@ fn what_a_lock_holds_back_is_reported() {
     {
         let _locked = Locked::new(site.vault.join(manifest));
         site.reseal(["rekey", "--data", "--no-recovery"])
-            .fails(1, &[manifest, "does not let 1 objects", "old data key is not destroyed"]);
+            .fails(1, &[manifest, "does not let 1 object of", "old data key is not destroyed"]);
         assert_eq!(epochs_in_clear(site), [1, 2]);
         let shown = show(site);
         assert_eq!((&shown["epochs"], shown["rekey"][0]["objects"].as_u64()), (&json!([1, 2]), Some(1)));
         let text = site.reseal(["tenant", "show"]).ok().stdout;
-        assert!(text.contains("% done") && text.contains("1 objects left under older keys"), "{text}");
+        assert!(text.contains("% done") && text.contains("1 object left under older keys"), "{text}");
         filled.assert_all_there();
     }
     site.reseal(["rekey", "--data"]).ok();

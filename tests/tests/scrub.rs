@@ -54,7 +54,7 @@ fn rot_is_found_without_any_key() {
     let report = verify(&site, &["--no-keys"]);
     assert_eq!((&report["damaged"], &report["points"]), (&json!([]), &json!(4)));
     assert!(report["bytes"].as_u64() > whole["bytes"].as_u64(), "of both tenants: {report}");
-    assert!(site.reseal(["verify", "--no-keys"]).ok().stdout.contains("no rot found: 4 points"));
+    assert!(site.reseal(["verify", "--no-keys"]).ok().stdout.contains("no rot found: 4 restore points"));
     let mut random = Random::new(1);
     for key in site.objects().into_iter().filter(|key| key.contains("/packs/")) {
         let path = site.vault.join(&key);

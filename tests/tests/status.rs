@@ -199,7 +199,7 @@ fn damage_that_was_found_stays_known_until_it_is_gone() {
     fs::write(&pack, &good).unwrap();
     status(&site, &[]).expect(&[3]);
     site.reseal(["verify", hurt_vm]).ok();
-    status(&site, &[]).fails(3, &["found 1 damaged objects"]);
+    status(&site, &[]).fails(3, &["found 1 damaged object:"]);
     site.verify();
     status(&site, &[]).ok();
     // What shows by itself needs no verification.

@@ -547,7 +547,7 @@ fn only_a_tenant_without_points_is_removed() {
     let site = Site::new();
     add(&site, "other");
     let content = backup(&site, "other", 6);
-    site.reseal(["tenant", "remove", "other"]).fails(1, &["other", "1 restore points"]);
+    site.reseal(["tenant", "remove", "other"]).fails(1, &["other", "restore points (1)"]);
     assert_opens(&site, "other", &content);
     site.reseal(["tenant", "remove", "nobody"]).fails(1, &["no tenant nobody"]);
     let keys = |site: &Site| fs::read_to_string(&site.keyring).unwrap().matches("\"name\"").count();

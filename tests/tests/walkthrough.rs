@@ -77,7 +77,7 @@ fn everything_that_the_readme_shows_works_in_that_order() {
     let listed = site.reseal(["list"]).ok().stdout;
     assert_eq!(listed.lines().count(), 4, "{listed}");
     site.reseal(["show", "web01@latest"]).ok();
-    assert!(site.reseal(["verify"]).ok().stdout.starts_with("all right: 3 points"));
+    assert!(site.reseal(["verify"]).ok().stdout.starts_with("all right: 3 restore points"));
 
     let mountpoint = site.path("restore");
     fs::create_dir(&mountpoint).unwrap();

@@ -29,7 +29,7 @@ pub use harden::{harden, no_open_swap, swap_in_the_clear, unlocked};
 pub use holding::{end_when_erased, hold_keys};
 pub use kit::of_kit;
 pub use kms::of_tenant;
-pub use output::{Output, human_bytes, human_duration};
+pub use output::{Output, counted, human_bytes, human_duration};
 pub use passphrase::{read_new_passphrase, read_passphrase};
 pub use paths::{Paths, open_store, serve_config};
 pub use process_id::ProcessId;

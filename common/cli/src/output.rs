@@ -1,5 +1,6 @@
 //! Printing for people and for programs.
 
+use std::fmt::Display;
 use std::io::{ErrorKind, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -74,6 +75,13 @@ pub fn human_bytes(bytes: u64) -> String {
     }
 }
 
+/// A number of things for people. `what` is one of them, and takes an s where it is not one.
+pub fn counted(count: impl Display, what: &str) -> String {
+    let count = count.to_string();
+    let plural = if count == "1" { "" } else { "s" };
+    format!("{count} {what}{plural}")
+}
+
 /// A duration for people.
 pub fn human_duration(duration: Duration) -> String {
     let seconds = duration.as_secs();
@@ -94,6 +102,7 @@ mod tests {
         assert_eq!(human_bytes(1536), "1.5 KiB");
         assert_eq!(human_bytes(u64::MAX), "16384.0 PiB");
         assert_eq!(human_duration(Duration::from_secs(3_725)), "1 h 2 min");
+        assert_eq!([0, 1, 2].map(|count| counted(count, "pack")), ["0 packs", "1 pack", "2 packs"]);
         assert_eq!(visible("a\x1b[2Jb"), "a\u{fffd}[2Jb");
     }
 }

@@ -137,7 +137,7 @@ pub enum VaultError {
     )]
     KitWithoutMaster { made: String },
     #[error(
-        "tenant {tenant} has {points} restore points, so it is not removed; `reseal tenant erase` destroys its keys"
+        "tenant {tenant} still has restore points ({points}), so it is not removed; `reseal tenant erase` destroys its keys"
     )]
     NotEmptyTenant { tenant: TenantName, points: usize },
     #[error("tenant {tenant}: {who} is at work; wait for its end, or end it")]

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use reseal_cli::{CommonArgs, Failure, Opened, Progress, Status, hold_keys, human_bytes, human_duration, parse_size};
+use reseal_cli::{
+    CommonArgs, Failure, Opened, Progress, Status, counted, hold_keys, human_bytes, human_duration, parse_size,
+};
 use reseal_format::names::VmName;
 use reseal_format::time::Timestamp;
 use reseal_vault::{Pins, Points};
@@ -55,7 +57,7 @@ impl Args {
         CommonArgs { repo: self.from.clone().or_else(|| common.repo.clone()), ..common.clone() }
     }
 
-    fn target(&self, common: &CommonArgs) -> CommonArgs {
+    fn target(&self, common: &CommonArgs) -> Result<Opened, Failure> {
         let other = OtherVault {
             repo: &self.to,
             tenant: &self.to_tenant,
@@ -63,7 +65,7 @@ impl Args {
             keyring_passphrase_file: &self.to_keyring_passphrase_file,
             kms_config: &self.to_kms_config,
         };
-        other.args(common)
+        other.open(common)
     }
 }
 
@@ -83,7 +85,7 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
     let names = args.vms.iter().map(|name| VmName::new(name).map_err(|e| Failure::of(Status::Usage, &e)));
     let mut vms = names.collect::<Result<Vec<_>, _>>()?;
     let from: Opened = args.source(common).open()?;
-    let to = args.target(common).open()?;
+    let to = args.target(common)?;
     let (source, target) = (from.tenant.keys().scope(), to.tenant.keys().scope());
     if source == target {
         return Err(Failure::new(Status::Usage, "--to is the tenant that is copied from"));
@@ -172,16 +174,17 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
     output.json(&json!({
         "event": "summary", "copied": copied, "stored": stored, "left_out": left_out, "dry_run": args.dry_run,
     }));
-    let points = if copied == 1 { "restore point" } else { "restore points" };
+    let points = counted(copied, "restore point");
     output.say(match args.dry_run {
-        true => format!("{copied} {points} would be copied"),
+        true => format!("{points} would be copied"),
         false => {
             let (stored, took) = (human_bytes(stored), human_duration(began.elapsed()));
-            format!("{copied} {points} copied, {stored} stored, in {took}")
+            format!("{points} copied, {stored} stored, in {took}")
         }
     });
     if failed.is_empty() && left_out > 0 {
-        let message = format!("{left_out} restore points are damaged and were left out; later ones were copied");
+        let left_out = counted(left_out, "damaged restore point");
+        let message = format!("{left_out} left out; later ones were copied");
         failed.add(Failure::new(Status::Damaged, message));
     }
     failed.end()

@@ -1,6 +1,6 @@
 //! `reseal forget`
 
-use reseal_cli::{CommonArgs, Failure, Status};
+use reseal_cli::{CommonArgs, Failure, Status, counted};
 use reseal_format::names::VmName;
 use reseal_vault::{Point, PointSpec, Points};
 use serde_json::json;
@@ -65,9 +65,9 @@ pub(crate) fn run(common: &CommonArgs, args: &Args) -> Result<(), Failure> {
     }
     let Ended { forgotten, kept, failed } = run.end();
     let would = if args.dry_run { "would be forgotten" } else { "forgotten" };
-    let points = if forgotten.len() == 1 { "restore point" } else { "restore points" };
+    let points = counted(forgotten.len(), "restore point");
     let stay = if kept == 0 { String::new() } else { format!(", {kept} kept") };
-    output.say(format!("{} {points} {would}{stay}", forgotten.len()));
+    output.say(format!("{points} {would}{stay}"));
     output.json(&json!({ "event": "summary", "forgotten": forgotten.len(), "kept": kept, "dry_run": args.dry_run }));
     failed.end()
 }

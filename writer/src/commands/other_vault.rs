@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use reseal_cli::CommonArgs;
+use reseal_cli::{CommonArgs, Failure, Opened};
 
 /// What was said of the other vault; the rest is as for the first.
 pub(super) struct OtherVault<'a> {
@@ -14,8 +14,16 @@ pub(super) struct OtherVault<'a> {
 }
 
 impl OtherVault<'_> {
+    /// Its tenant. What goes wrong names the vault.
+    pub(super) fn open(&self, common: &CommonArgs) -> Result<Opened, Failure> {
+        self.args(common).open().map_err(|failure| match failure.message.contains(self.repo) {
+            true => failure,
+            false => Failure::new(failure.status, format!("in {}: {}", self.repo, failure.message)),
+        })
+    }
+
     /// The arguments with which it is opened. A recovery kit is of the first vault.
-    pub(super) fn args(&self, common: &CommonArgs) -> CommonArgs {
+    fn args(&self, common: &CommonArgs) -> CommonArgs {
         let given = |own: &Option<PathBuf>, other: &Option<PathBuf>| own.clone().or_else(|| other.clone());
         let passphrase = match self.keyring {
             Some(_) => self.keyring_passphrase_file.clone(),

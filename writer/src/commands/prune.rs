@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use reseal_cli::{CommonArgs, Failure, Opened, Output, Status, hold_keys, human_bytes, human_duration, parse_size};
+use reseal_cli::{
+    CommonArgs, Failure, Opened, Output, Status, counted, hold_keys, human_bytes, human_duration, parse_size,
+};
 use reseal_vault::{Holder, Pins, PointName, Points};
 use reseal_writer::prune::{Prune, Pruned};
 use reseal_writer::span;
@@ -109,9 +111,8 @@ fn told(output: Output, pruned: &Pruned, forgotten: &BTreeSet<PointName>, took: 
     let mut document = json!(pruned);
     document["forgotten"] = forgotten.iter().map(ToString::to_string).collect();
     output.json(&document);
-    let packs = |count: u64| if count == 1 { "1 pack".to_owned() } else { format!("{count} packs") };
     let would = if pruned.dry_run { "would be " } else { "" };
-    let (removed, rewritten) = (packs(pruned.removed), pruned.rewritten);
+    let (removed, rewritten) = (counted(pruned.removed, "pack"), pruned.rewritten);
     output.say(format!(
         "freed       {}: {removed} {would}removed, {rewritten} {would}rewritten, in {}",
         human_bytes(pruned.freed),
@@ -124,16 +125,15 @@ fn told(output: Output, pruned: &Pruned, forgotten: &BTreeSet<PointName>, took: 
     let postponed = unused(pruned.postponed, "are rewritten the next time (--max-rewrite)");
     let unused = unused(pruned.unused, "are mostly used (--min-unused)");
     let stay = human_bytes(pruned.before.saturating_sub(pruned.freed));
-    output.say(format!("stays       {stay} for {} restore points{unused}{postponed}", pruned.points));
-    if pruned.locked > 0 || pruned.locked_points > 0 {
-        let until =
-            pruned.locked_until.as_ref().map(|until| format!(" until {until} at the latest")).unwrap_or_default();
-        let manifests = match pruned.locked_points {
-            0 => String::new(),
-            points => format!(", and the manifests of {points} forgotten restore points"),
-        };
-        let bytes = human_bytes(pruned.locked);
-        output.say(format!("locked      {bytes} that nothing needs{manifests}: the object store keeps them{until}"));
+    output.say(format!("stays       {stay} for {}{unused}{postponed}", counted(pruned.points, "restore point")));
+    let unneeded = (pruned.locked > 0).then(|| format!("{} that nothing needs", human_bytes(pruned.locked)));
+    let forgotten = counted(pruned.locked_points, "forgotten restore point");
+    let forgotten = (pruned.locked_points > 0).then(|| format!("what {forgotten} led to"));
+    let locked: Vec<_> = unneeded.into_iter().chain(forgotten).collect();
+    if !locked.is_empty() {
+        let until = pruned.locked_until.as_ref().map(|until| format!(" until {until} at the latest"));
+        let (locked, until) = (locked.join(", and "), until.unwrap_or_default());
+        output.say(format!("locked      {locked}: the object store keeps it{until}"));
     }
     for (point, by) in &pruned.read {
         output.say(format!("stays       {point}, which is forgotten, while it is read: {by}"));

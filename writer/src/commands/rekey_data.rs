@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use reseal_cli::{
-    CommonArgs, Detach, Failure, Found, Output, Progress, Status, end_when_erased, human_bytes, human_duration,
-    of_tenant,
+    CommonArgs, Detach, Failure, Found, Output, Progress, Status, counted, end_when_erased, human_bytes,
+    human_duration, of_tenant,
 };
 use reseal_kms::Kms;
 use reseal_kms::config::KEYRING;
@@ -98,9 +98,9 @@ pub(crate) fn run(common: &CommonArgs, found: &Found, args: &Args, detach: Optio
         "recovery_kit": args.kit.recovery,
         "duration_ms": u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
     }));
-    let (packs, objects, took) = (resealed.packs, resealed.objects, human_duration(began.elapsed()));
+    let (packs, objects, took) = (counted(resealed.packs, "pack"), resealed.objects, human_duration(began.elapsed()));
     output.say(format!(
-        "sealed again  {packs} packs and {objects} manifests, tombstones and notes, {}, in {took}",
+        "sealed again  {packs} and {objects} manifests, tombstones and notes, {}, in {took}",
         human_bytes(resealed.bytes)
     ));
     output.say(format!("data key      epoch {epoch}; the older ones are destroyed"));
@@ -164,16 +164,16 @@ fn incomplete(output: Output, tenant: &Tenant, resealed: &Resealed) -> Failure {
         0 => Failure::new(
             Status::Failed,
             format!(
-                "the storage does not let {} objects of tenant {name} be replaced, {old}. When their locks end, run this again",
-                resealed.refused.len()
+                "the storage does not let {} of tenant {name} be replaced, {old}. When their locks end, run this again",
+                counted(resealed.refused.len(), "object")
             ),
         ),
         damaged => Failure::new(
             Status::Damaged,
             format!(
-                "{damaged} objects of tenant {name} are damaged and can't be sealed again, {old}. Put them back from a copy of \
-                 the vault, then run this again; `reseal verify` tells which restore points they hurt: one that hurts none may be \
-                 deleted"
+                "tenant {name} has {} that can't be sealed again, {old}. `reseal verify` tells which restore points each hurts: \
+                 put it back from a copy of the vault, or delete one that hurts none, then run this again",
+                counted(damaged, "damaged object")
             ),
         ),
     }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use reseal_cli::{CommonArgs, Failure, Opened, Output, Progress, Status, hold_keys};
+use reseal_cli::{CommonArgs, Failure, Opened, Output, Progress, Status, counted, hold_keys};
 use reseal_vault::Pins;
 use reseal_writer::repair::{Repair, Repaired};
 use reseal_writer::verify::{Part, Report, What};
@@ -41,7 +41,7 @@ impl RepairArgs {
             keyring_passphrase_file: &self.repair_keyring_passphrase_file,
             kms_config: &self.repair_kms_config,
         };
-        let from = other.args(common).open()?;
+        let from = other.open(common)?;
         if from.tenant.keys().scope() == of.tenant.keys().scope() {
             let message = "--repair-from is the tenant that is verified, or a copy of its files: what is damaged may be put back from \
                            those as it is";
@@ -84,7 +84,7 @@ pub(super) fn told(output: Output, repaired: &Repaired) {
             true => "with what other generations have".to_owned(),
             false => {
                 let points = mended.from.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
-                let blobs = if mended.blobs == 1 { "1 blob".to_owned() } else { format!("{} blobs", mended.blobs) };
+                let blobs = counted(mended.blobs, "blob");
                 format!("{blobs} from {points} of the other vault")
             }
         };

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use reseal_cli::{CommonArgs, DEFAULT_TENANT, Failure, Found, Output, Status, human_bytes, of_tenant};
+use reseal_cli::{CommonArgs, DEFAULT_TENANT, Failure, Found, Output, Status, counted, human_bytes, of_tenant};
 use reseal_format::names::{TenantName, VmName};
 use reseal_format::time::Timestamp;
 use reseal_vault::{Booted, Record, VaultError, tenants};
@@ -182,9 +182,9 @@ fn show_tenant(output: Output, report: &TenantReport, now: Timestamp) {
         output.say(format!("  rekey    {state}"));
     }
     let quota = report.quota.map(|quota| format!(" of {}", human_bytes(quota))).unwrap_or_default();
-    let (used, packs, points) = (human_bytes(report.used), report.packs, report.points);
-    output
-        .say(format!("  stored   {used}{quota} in {packs} packs; {points} restore points of {} VMs", report.vms.len()));
+    let (used, packs) = (human_bytes(report.used), counted(report.packs, "pack"));
+    let (points, vms) = (counted(report.points, "restore point"), counted(report.vms.len(), "VM"));
+    output.say(format!("  stored   {used}{quota} in {packs}; {points} of {vms}"));
     if let Some(verdict) = &report.verified {
         output.say(format!("  verified {}", show_verdict(Some(verdict))));
     }

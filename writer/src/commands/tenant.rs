@@ -7,7 +7,7 @@ use std::io::{BufRead, IsTerminal, Read, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use reseal_cli::{CommonArgs, Failure, Found, Status, human_bytes, of_tenant, parse_size};
+use reseal_cli::{CommonArgs, Failure, Found, Status, counted, human_bytes, of_tenant, parse_size};
 use reseal_format::names::TenantName;
 use reseal_site::certificate::now;
 use reseal_store::Store;
@@ -277,10 +277,10 @@ fn show(common: &CommonArgs, name: TenantName) -> Result<(), Failure> {
         ));
     }
     for vm in &holdings.vms {
-        output.say(format!("VM          {}: {} points, {} forgotten", vm.name, vm.points, vm.forgotten));
+        output.say(format!("VM          {}: {}, {} forgotten", vm.name, counted(vm.points, "point"), vm.forgotten));
     }
     output.say(format!("points      {}", holdings.points()));
-    output.say(format!("stored      {} in {} packs", human_bytes(holdings.bytes), holdings.packs));
+    output.say(format!("stored      {} in {}", human_bytes(holdings.bytes), counted(holdings.packs, "pack")));
     output.say(format!("quota       {}, used {}", human_quota(keys.quota()), human_bytes(holdings.pack_bytes)));
     output.say(format!("objective   {}", set::human_objective(keys.objectives().tenant)));
     for (vm, objective) in &keys.objectives().vms {
@@ -301,8 +301,8 @@ fn how_far(counts: &BTreeMap<u32, Count>, newest: u32) -> String {
     let left = counts.iter().filter(|(epoch, _)| **epoch != newest).map(|(_, count)| count.objects).sum::<u64>();
     // Per cent of bytes: what takes the time.
     let percent = (u128::from(done.bytes) * 100).checked_div(all.into()).unwrap_or(100);
-    let (done, all) = (human_bytes(done.bytes), human_bytes(all));
-    format!("{percent} % done ({done} of {all}), {left} objects left under older keys")
+    let (done, all, left) = (human_bytes(done.bytes), human_bytes(all), counted(left, "object"));
+    format!("{percent} % done ({done} of {all}), {left} left under older keys")
 }
 
 fn remove(common: &CommonArgs, name: &TenantName, destroy_key: bool) -> Result<(), Failure> {
@@ -333,7 +333,7 @@ fn remove(common: &CommonArgs, name: &TenantName, destroy_key: bool) -> Result<(
     };
     let output = common.output();
     output.json(&json!({ "tenant": name, "objects": objects, "key": key, "key_destroyed": destroyed }));
-    output.say(format!("removed tenant {name}: {objects} objects"));
+    output.say(format!("removed tenant {name}: {}", counted(objects, "object")));
     if record.erased().is_none() {
         output.say(match destroyed {
             true => format!("destroyed its key {key}"),
@@ -403,7 +403,7 @@ fn confirm(name: &TenantName, holdings: &Holdings, yes: Option<&str>) -> Result<
             let mut stderr = std::io::stderr().lock();
             let _ = write!(
                 stderr,
-                "This destroys the keys of tenant {name}, so that its {points} restore points can never be read again.\n\
+                "This destroys the keys of tenant {name}, so that its restore points ({points}) can never be read again.\n\
                  Type the tenant's name to go on: "
             );
             let _ = stderr.flush();

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use reseal_cli::{CommonArgs, Failure, Opened, Output, Progress, Status, hold_keys, human_bytes, parse_size};
+use reseal_cli::{CommonArgs, Failure, Opened, Output, Progress, Status, counted, hold_keys, human_bytes, parse_size};
 use reseal_format::names::VmName;
 use reseal_format::time::Timestamp;
 use reseal_site::certificate::now;
@@ -134,11 +134,11 @@ fn told(output: Output, args: &Args, report: &Report, repair: &Option<Repaired>)
         let why = why.map_or(String::new(), |why| format!("\n         {why}"));
         output.complain(format!("DAMAGED  {}\n         {}\n         {hurts}{why}", damage.object, damage.what));
     }
-    let counted = format!(
-        "{} points, {} packs, {} blobs, {} read",
-        report.points,
-        report.packs,
-        report.blobs,
+    let read = format!(
+        "{}, {}, {}, {} read",
+        counted(report.points, "restore point"),
+        counted(report.packs, "pack"),
+        counted(report.blobs, "blob"),
         human_bytes(report.bytes)
     );
     if report.damaged.is_empty() {
@@ -146,15 +146,17 @@ fn told(output: Output, args: &Args, report: &Report, repair: &Option<Repaired>)
             true => "no rot found",
             false => "all right",
         };
-        output.say(format!("{seen}: {counted}"));
+        output.say(format!("{seen}: {read}"));
         return Ok(());
     }
-    let count = report.damaged.len();
+    let count = counted(report.damaged.len(), "damaged object");
     let message = match repair {
         Some(Repaired { mended, .. }) => {
-            format!("{count} damaged objects are left ({counted}); {} were mended", mended.len())
+            format!("{count} left ({read}), {} mended", mended.len())
         }
-        None => format!("{count} damaged objects ({counted}); restore them from a copy of the vault"),
+        None => format!(
+            "{count} ({read}); `--repair-from` mends packs from a second vault, and a copy of this one's files has the rest"
+        ),
     };
     Err(Failure::new(Status::Damaged, message))
 }

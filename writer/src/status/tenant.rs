@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
-use reseal_cli::{Failure, Status};
+use reseal_cli::{Failure, Status, counted};
 use reseal_format::keys::Scope;
 use reseal_format::layout;
 use reseal_format::names::{TenantName, VmName};
@@ -143,8 +143,8 @@ impl TenantReport {
         let at_work = holders(store, tenant)?.iter().map(ToString::to_string).collect();
         let mut problems = Vec::new();
         if let Some(verdict) = verified.as_ref().filter(|verdict| verdict.damaged > 0) {
-            let (count, time) = (verdict.damaged, verdict.time.to_rfc3339());
-            let what = format!("the verification of {time} found {count} damaged objects: `reseal verify` names them");
+            let (count, time) = (counted(verdict.damaged, "damaged object"), verdict.time.to_rfc3339());
+            let what = format!("the verification of {time} found {count}: `reseal verify` names them");
             problems.push(Problem::new(Status::Damaged, what));
         }
         Ok(TenantReport {

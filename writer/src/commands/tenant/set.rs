@@ -1,7 +1,7 @@
 //! `reseal tenant set`: what a tenant may store, how old its newest restore points may be, which of them stay, and for how long they are
 //! locked. Each replaces its record.
 
-use reseal_cli::{CommonArgs, Failure, Status, human_bytes, of_tenant, parse_size};
+use reseal_cli::{CommonArgs, Failure, Status, counted, human_bytes, of_tenant, parse_size};
 use reseal_format::lock::{LockMode, LockRule, MAX_LOCK_DAYS};
 use reseal_format::names::{TenantName, VmName};
 use reseal_format::objectives::Objective;
@@ -191,7 +191,7 @@ fn set_objective(
 
 /// How what is written is locked, for people.
 pub(super) fn human_lock(rule: Option<LockRule>) -> String {
-    rule.map_or_else(|| "none".to_owned(), |rule| format!("{} days, {}", rule.days, rule.mode.name()))
+    rule.map_or_else(|| "none".to_owned(), |rule| format!("{}, {}", counted(rule.days, "day"), rule.mode.name()))
 }
 
 fn set_lock(common: &CommonArgs, name: &TenantName, rule: Option<LockRule>) -> Result<(), Failure> {
