@@ -200,7 +200,10 @@ fn what_is_locked_outlives_forgetting_and_prune_and_goes_after_that() {
     assert!(forgotten.contains("its space stays") && forgotten.contains("is locked until"), "{forgotten}");
     let dry = site.reseal(["prune", "--dry-run", "--json"]).ok().json();
     assert_eq!((dry["freed"].as_u64(), dry["locked_points"].as_u64()), (Some(0), Some(1)), "{dry}");
+    let told = site.reseal(["prune"]).ok().stdout;
+    assert!(told.contains("what 1 forgotten restore point led to: the object store keeps it until"), "{told}");
     let run = site.reseal(["prune", "--json"]).ok().json();
+    assert_eq!((dry["locked_until"].is_string(), &dry["locked_until"]), (true, &run["locked_until"]));
     assert_eq!(
         (run["freed"].as_u64(), run["locked_points"].as_u64(), &run["held_back"]),
         (Some(0), Some(1), &serde_json::json!({}))

@@ -45,6 +45,8 @@ pub(super) struct Marks<'a> {
     pub points: u64,
     /// Restore points that were forgotten, and whose manifests the storage does not let go of.
     pub locked_points: u64,
+    /// Until when, in seconds since 1970, as far as that is known.
+    pub locked_until: Option<i64>,
     /// What was forgotten and is read, and by whom.
     pub read: BTreeMap<String, String>,
     /// What is missing or can't be opened, so that nobody knows what it needs.
@@ -62,6 +64,7 @@ impl<'a> Marks<'a> {
             seen: BTreeMap::new(),
             points: 0,
             locked_points: 0,
+            locked_until: None,
             read: BTreeMap::new(),
             damaged: BTreeMap::new(),
             is_dry,
@@ -101,7 +104,12 @@ impl<'a> Marks<'a> {
                     Err(VaultError::Store(StoreError::NotFound(_)) | VaultError::Held { .. }) => {}
                     // Whatever it hides must stay.
                     Err(e) if e.damaged_object().is_some() => self.damage(&e),
-                    other => self.locked_points += u64::from(matches!(other?, Left::Kept(_))),
+                    other => {
+                        if let Left::Kept(_) = other? {
+                            self.locked_points += 1;
+                            self.is_locked(&vm, number)?;
+                        }
+                    }
                 }
             }
         }
@@ -162,6 +170,13 @@ impl<'a> Marks<'a> {
         Ok(self.check_nodes()?)
     }
 
+    /// Whether the storage says that it does not let go of a manifest.
+    fn is_locked(&mut self, vm: &VmName, number: u32) -> Result<bool, VaultError> {
+        let lock = self.tenant.store().lock_of(&layout::manifest(self.tenant.name(), vm, number))?;
+        self.locked_until = self.locked_until.max(lock.map(|lock| lock.until));
+        Ok(lock.is_some())
+    }
+
     fn see(&mut self, vm: &VmName, number: u32, seen: Seen) {
         self.seen.entry(vm.clone()).or_default().insert(number, seen);
     }
@@ -171,9 +186,7 @@ impl<'a> Marks<'a> {
         let by: Vec<_> = self.tenant.pinned(vm, number)?.iter().map(ToString::to_string).collect();
         if !by.is_empty() {
             self.read.insert(format!("{vm}@{number}"), by.join("; "));
-        } else if self.is_dry
-            && self.tenant.store().lock_of(&layout::manifest(self.tenant.name(), vm, number))?.is_some()
-        {
+        } else if self.is_dry && self.is_locked(vm, number)? {
             self.locked_points += 1;
         } else if self.is_dry {
             match self.tenant.tombstone(vm, number) {

@@ -339,7 +339,7 @@ impl Pruned {
         (self.points, self.before) = (marks.points, plan.sizes.all);
         (self.unused, self.postponed) = (plan.sizes.unused, plan.sizes.postponed);
         (self.locked, self.locked_points) = (plan.sizes.locked, marks.locked_points);
-        let until = plan.sizes.locked_until.filter(|until| *until < i64::MAX);
+        let until = plan.sizes.locked_until.max(marks.locked_until).filter(|until| *until < i64::MAX);
         self.locked_until = until.map(|until| Timestamp(until.saturating_mul(1000)).to_rfc3339());
         self.read.clone_from(&marks.read);
         self.damaged.clone_from(&marks.damaged);
