@@ -8,6 +8,8 @@ base=(gcc g++ make cmake pkg-config libc6-dev fuse3 e2fsprogs fdisk debootstrap 
 qemu=(qemu-system-x86 qemu-utils)
 # Real peers of the tests: UEFI firmware, libvirt, a second NBD server, the reference client, age, which opens recovery kits, and systemd, which judges the unit.
 live=(age ovmf systemd libvirt-daemon-system libvirt-clients nbdkit nbdkit-plugin-python libnbd-bin)
+# A second object store with the interface of S3.
+live+=(ceph-mon ceph-osd ceph-common radosgw)
 # The libraries are what borg and its FUSE binding are compiled against.
 peers=(restic python3-dev libacl1-dev libssl-dev liblz4-dev libzstd-dev libxxhash-dev libfuse3-dev)
 

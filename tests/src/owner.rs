@@ -58,6 +58,12 @@ impl Owner {
         (response.status().as_u16(), response.body_mut().read_to_string().unwrap())
     }
 
+    /// Makes the bucket.
+    pub fn make_bucket(&self) {
+        let (status, said) = self.ask(Method::PUT, "", &[], &[], b"");
+        assert_eq!(status, 200, "{said}");
+    }
+
     /// Makes the bucket, with Object Lock.
     pub fn make_bucket_with_locks(&self) {
         let header = [("x-amz-bucket-object-lock-enabled", "true")];

@@ -127,12 +127,7 @@ impl Seaweed {
 
     /// How long processors were at work for it since it was started.
     pub fn processor_time(&self) -> Duration {
-        let server = self.server.lock().unwrap().as_ref().unwrap().id();
-        let stat = fs::read_to_string(format!("/proc/{server}/stat")).unwrap();
-        // Behind the name, which may have spaces: the 12th and 13th word are ticks of user and of system.
-        let words: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
-        let ticks: u64 = words[11..13].iter().map(|word| word.parse::<u64>().unwrap()).sum();
-        Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second())
+        self.server.lock().unwrap().as_ref().unwrap().processor_time()
     }
 
     /// Where its S3 interface listens.

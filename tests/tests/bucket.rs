@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use reseal_store::{LeaseUse, Store, StoreError};
 use reseal_tests::azurite;
+use reseal_tests::ceph::{self, Ceph};
 use reseal_tests::model::ReadDisk as _;
 use reseal_tests::mounting::Mounted;
 use reseal_tests::random::Random;
@@ -27,6 +28,11 @@ fn objects_are_made_once_replaced_by_comparison_and_read_back() {
 #[test]
 fn azure_does_the_same() {
     objects(&azurite::shared().site("objects"));
+}
+
+#[test]
+fn cephs_gateway_does_so_too() {
+    objects(&ceph::shared().site("objects"));
 }
 
 fn objects(site: &Site) {
@@ -87,6 +93,11 @@ fn a_lease_of_azure_is_so_too() {
     leases(azurite::shared().site("leases"));
 }
 
+#[test]
+fn a_lease_of_ceph_is_as_well() {
+    leases(ceph::shared().site("leases"));
+}
+
 fn leases(mut site: Site) {
     site.variables.insert("RESEAL_LEASE_SECONDS".into(), "3".into());
     let (store, other) = (site.store(), site.store());
@@ -142,6 +153,11 @@ fn of_many_who_make_or_replace_an_object_one_does() {
 #[test]
 fn of_many_at_azure_one_does_too() {
     many(&azurite::shared().site("many"));
+}
+
+#[test]
+fn of_many_at_ceph_one_does_as_well() {
+    many(&ceph::shared().site("many"));
 }
 
 fn many(site: &Site) {
@@ -200,6 +216,13 @@ fn an_answer_of_azure_that_was_lost_is_too() {
     let azurite = azurite::shared();
     let proxy = S3Proxy::before(azurite.port());
     lost(&proxy, &azurite.site_at("lost", proxy.port()), &azurite.site("lost"));
+}
+
+#[test]
+fn an_answer_of_ceph_that_was_lost_is_as_well() {
+    let proxy = S3Proxy::before(ceph::shared().port());
+    let direct = ceph::shared().site("lost");
+    lost(&proxy, &Ceph::site_at("lost", proxy.port()), &direct);
 }
 
 fn lost(proxy: &S3Proxy, site: &Site, direct: &Site) {
@@ -307,6 +330,15 @@ fn a_store_that_knows_no_conditions_is_refused() {
 }
 
 #[test]
+fn a_bucket_of_ceph_that_keeps_versions_is_refused_for_it_knows_no_conditions() {
+    let ceph = ceph::shared();
+    ceph.owner("versions").make_bucket_with_locks();
+    let site = ceph.site_in("versions");
+    site.reseal(["init", "--no-recovery"]).fails(1, &["does not honour conditional writes"]);
+    assert!(site.store().list("").unwrap().iter().all(|entry| entry.name == "tmp"));
+}
+
+#[test]
 fn what_can_not_be_reached_or_used_is_named() {
     let mut site = shared().site_at("named", shared().port());
     site.vault = "s3://nobody-made-this/x".into();
@@ -382,6 +414,11 @@ fn a_vault_in_a_bucket_works_like_one_in_a_folder() {
 #[test]
 fn a_vault_in_a_container_of_azure_does_too() {
     whole(&azurite::shared().site("whole"));
+}
+
+#[test]
+fn a_vault_in_a_bucket_of_ceph_does_as_well() {
+    whole(&ceph::shared().site("whole"));
 }
 
 /// The keys of all objects below a folder. Where a store shows folders that have none any more, these don't count.

@@ -12,6 +12,7 @@ mod past;
 mod probe;
 mod profile;
 mod signed;
+mod tags;
 mod versions;
 
 use std::future::Future;
@@ -33,6 +34,7 @@ use attempts::{Attempts, Refusal, is_behind_the_end, told, wait};
 use lease::{Leases, Renewed};
 pub use open::{AddressError, Variables, is_address};
 use past::Past;
+use tags::Tags;
 use versions::Versions;
 
 /// How often is looked what became of an object that others make and remove at the same time.
@@ -48,6 +50,7 @@ struct Shared {
     store: Arc<dyn ObjectStore>,
     prefix: Path,
     attempts: Attempts,
+    tags: Tags,
     leases: Leases,
     versions: Versions,
     /// If it is shown as it was at a moment.
@@ -83,8 +86,9 @@ impl Bucket {
     /// The same in another environment than this process's.
     pub fn open_with(address: &str, variables: &Variables) -> Result<Bucket, AddressError> {
         let open::Place { store, prefix, signed, past } = open::open(address, variables)?;
-        let (attempts, leases, versions) = (Attempts::default(), Leases::new(variables)?, Versions::new(signed));
-        Ok(Bucket { shared: Arc::new(Shared { store, prefix, attempts, leases, versions, past: past.map(Past::new) }) })
+        let (attempts, tags, leases) = (Attempts::default(), Tags::default(), Leases::new(variables)?);
+        let (versions, past) = (Versions::new(signed), past.map(Past::new));
+        Ok(Bucket { shared: Arc::new(Shared { store, prefix, attempts, tags, leases, versions, past }) })
     }
 
     /// Runs a request and waits for it.
@@ -265,7 +269,18 @@ impl Shared {
         lock: Option<Lock>,
     ) -> Result<Option<UpdateVersion>, StoreError> {
         let path = self.path(key)?;
-        let refusal = match self.put(key, &path, &new, PutMode::Update(version), lock).await {
+        let put = |version| self.put(key, &path, &new, PutMode::Update(version), lock);
+        let mut answer = put(self.tags.told(&version)).await;
+        if let Err(Refusal { error: Error::Precondition { .. }, .. }) = &answer
+            && let Some(bare) = self.tags.without_quotes(&version)
+            && self.is_there(key, &version).await?
+        {
+            answer = put(bare).await;
+            if answer.is_ok() {
+                self.tags.leave_quotes_out();
+            }
+        }
+        let refusal = match answer {
             Ok(version) => return Ok(Some(version)),
             Err(refusal) => refusal,
         };
@@ -279,6 +294,15 @@ impl Shared {
             }
             Error::Precondition { .. } | Error::AlreadyExists { .. } | Error::NotFound { .. } => Ok(None),
             error => Err(told_of_write(key, "replace", error)),
+        }
+    }
+
+    /// Whether that version is what is there.
+    async fn is_there(&self, key: &str, version: &UpdateVersion) -> Result<bool, StoreError> {
+        match self.about(key).await {
+            Ok(meta) => Ok(meta.e_tag == version.e_tag),
+            Err(StoreError::NotFound(_)) => Ok(false),
+            Err(e) => Err(e),
         }
     }
 

@@ -145,18 +145,39 @@ async fn round(shared: &Shared, key: &str, pause: Duration) -> Result<Round, Sto
         return Ok(Round::Ignored);
     }
     sleep(pause).await;
-    let replaced = join_all((0..CROWD).map(|nth| put(nth | 0x80, PutMode::Update(version.clone())))).await;
-    let (mut count, mut is_refused_then) = (0, false);
-    for result in replaced {
-        match result {
-            Ok(_) => count += 1,
-            Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => is_refused_then = true,
-            Err(e @ (Error::NotImplemented { .. } | Error::NotSupported { .. })) => {
-                return Err(told(key, "replace", e));
+    // How many have replaced it, and whether one was refused.
+    let replace = async |version: UpdateVersion| {
+        let mut replaced = join_all((0..CROWD).map(|nth| put(nth | 0x80, PutMode::Update(version.clone())))).await;
+        // Some tell those who came too late by a moment of an error of their own, and of the condition only when they come again.
+        if replaced.iter().any(Result::is_ok) {
+            sleep(pause).await;
+            replaced.push(put(CROWD | 0x80, PutMode::Update(version)).await);
+        }
+        let (mut count, mut is_refused) = (0, false);
+        for result in replaced {
+            match result {
+                Ok(_) => count += 1,
+                Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => is_refused = true,
+                Err(e @ (Error::NotImplemented { .. } | Error::NotSupported { .. })) => {
+                    return Err(told(key, "replace", e));
+                }
+                Err(_) => {}
             }
-            Err(_) => {}
+        }
+        Ok((count, is_refused))
+    };
+    let bare = shared.tags.without_quotes(&version);
+    let mut replaced = replace(shared.tags.told(&version)).await?;
+    if let (0, true) = replaced
+        && let Some(bare) = bare
+    {
+        sleep(pause).await;
+        replaced = replace(bare).await?;
+        if let (1, true) = replaced {
+            shared.tags.leave_quotes_out();
         }
     }
+    let (count, is_refused_then) = replaced;
     Ok(match count {
         1 if is_refused && is_refused_then => Round::Honoured,
         // Where nobody was refused for the condition, it was something else that kept the others back.
