@@ -12,6 +12,7 @@ use reseal_format::names::DiskName;
 use reseal_mountfs::boot_reads::{Limits, Prefetch, Recorder, RecordingExports};
 use reseal_nbd::server::{Disk, Exports, PointExports, Scope, export_name};
 use reseal_store::{Bucket, Cached};
+use reseal_tests::ceph::Ceph;
 use reseal_tests::library::vm;
 use reseal_tests::mounting::Mounted;
 use reseal_tests::s3_proxy::S3Proxy;
@@ -48,13 +49,16 @@ pub(crate) fn take(plan: &Plan, disks: &Disks, samples: &mut Samples) -> Result<
         return Ok(());
     }
     eprintln!("bench: an object store");
-    let engine = Engine { seaweed: Seaweed::start(), began: Instant::now() };
     let base = disks.path("base");
-    let (backup, local, mut far) = backups(&engine, &base)?;
+    let gateway = Ceph::start();
+    let (behind_gateway, ..) = backups(&gateway, &base)?;
+    drop(gateway);
+    let engine = Engine { seaweed: Seaweed::start(), began: Instant::now() };
+    let (backup, local, mut far) = backups(&engine.seaweed, &base)?;
     let proxy = S3Proxy::before(engine.seaweed.port());
     proxy.delay(DELAY);
     far.variables = engine.seaweed.variables_at(proxy.port());
-    samples.objects = vec![backup];
+    samples.objects = vec![backup, behind_gateway];
     samples.objects.push(copies(&local, &far)?);
     samples.objects.extend(mounts(&engine, &local, far)?);
     let far = engine.seaweed.site_at("boots", engine.seaweed.port());
@@ -66,6 +70,40 @@ pub(crate) fn take(plan: &Plan, disks: &Disks, samples: &mut Samples) -> Result<
 /// How many processors this machine has for the store and who uses it.
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// An object store on this machine.
+trait Local {
+    const NAME: &str;
+    /// A site with an empty vault in a bucket of that name.
+    fn site(&self, bucket: &str) -> Site;
+    fn processor_time(&self) -> Duration;
+}
+
+impl Local for Seaweed {
+    const NAME: &str = "SeaweedFS";
+
+    fn site(&self, bucket: &str) -> Site {
+        self.site(bucket)
+    }
+
+    fn processor_time(&self) -> Duration {
+        self.processor_time()
+    }
+}
+
+impl Local for Ceph {
+    const NAME: &str = "Ceph's gateway";
+
+    fn site(&self, bucket: &str) -> Site {
+        let site = self.site(bucket);
+        site.reseal(["init", "--no-recovery"]).ok();
+        site
+    }
+
+    fn processor_time(&self) -> Duration {
+        self.processor_time()
+    }
 }
 
 /// The store, and since when it is used.
@@ -88,12 +126,12 @@ impl Engine {
 }
 
 /// A first backup into a folder and into the store, in turns; and the sites of the last round.
-fn backups(engine: &Engine, disk: &Path) -> Result<(Figure, Site, Site)> {
+fn backups<L: Local>(store: &L, disk: &Path) -> Result<(Figure, Site, Site)> {
     let (mut local, mut far, mut sites) = (Vec::new(), Vec::new(), None);
     let mut peaks = [0.0f64; 2];
     let (mut share, mut own) = (Duration::ZERO, Duration::ZERO);
     for round in 0..ROUNDS {
-        let pair = (Site::new(), engine.seaweed.site(&format!("backup-{round}")));
+        let pair = (Site::new(), store.site(&format!("backup-{round}")));
         host::warm(disk)?;
         let mut seconds = |site: &Site, which: usize| {
             let began = Instant::now();
@@ -106,9 +144,9 @@ fn backups(engine: &Engine, disk: &Path) -> Result<(Figure, Site, Site)> {
         let before = process::time_of_children();
         local.push(seconds(&pair.0, 0));
         own += process::time_of_children() - before;
-        let before = engine.seaweed.processor_time();
+        let before = store.processor_time();
         far.push(seconds(&pair.1, 1));
-        share += engine.seaweed.processor_time() - before;
+        share += store.processor_time() - before;
         sites = Some(pair);
     }
     let of_local = median(local.clone()) / median(far.clone());
@@ -117,7 +155,7 @@ fn backups(engine: &Engine, disk: &Path) -> Result<(Figure, Site, Site)> {
     let at_most = median(local.clone()) * (ROUNDS * cores) as f64 / (own + share).as_secs_f64();
     let (local_site, far_site) = sites.ok_or("no round was made")?;
     let figure = Figure {
-        what: "first backup into the store, beside one into a folder".to_owned(),
+        what: format!("first backup into {}, beside one into a folder", L::NAME),
         bound: format!("at least {BACKUP} × its speed"),
         measured: format!(
             "{of_local:.2} × ({:.1} and {:.1} s; peak memory {:.0} and {:.0} MiB; the store took {:.1} s of the processors, the one into a folder \

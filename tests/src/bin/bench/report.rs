@@ -205,7 +205,7 @@ All tools take their turns within each round, and each round begins with another
 - **Giving back space**: vaults that are made through the commit path, without disks. The chain: a disk of 10 GiB, a quarter of it in use at first; each point has 64 other clusters in
   8 runs, 9 of 10 in a tenth of the disk; the newest 100 stay. The large tenant: 10 million clusters in one point, 5 of each 8 of them others in the next; the first is forgotten. What is read is the kernel's count for
   the whole program (`rchar`), its own libraries and tables included.
-- **An object store**: SeaweedFS on this machine, each object made by one request, and for what takes longer a proxy that holds back each request. Of a backup: the base image, page
+- **An object store**: SeaweedFS on this machine, each object made by one request; for backups also Ceph with one OSD (BlueStore on a file) and its gateway. For what takes longer, a proxy before SeaweedFS that holds back each request. Of a backup: the base image, page
   cache warm, medians of three in turns; *at most* is how fast it would be if all cores were at work all the time, with the store's own work on them, and the line took nothing. Of mounts: all
   data of its disk in order; the cache is empty, and then has what the first mount read.
 - **null**: a FUSE file system of one file of constant bytes: the limit of every mount here.
