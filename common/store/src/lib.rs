@@ -249,7 +249,7 @@ pub enum StoreError {
     Lost(String),
     #[error(
         "this object store does not honour conditional writes (If-None-Match and If-Match): of two who write at a time both would be told that \
-         they had succeeded; use an engine, or a version of it, that does"
+         they had succeeded; use an engine, or a version of it, that does; Ceph's gateway does where the bucket keeps no versions"
     )]
     Unconditional,
     #[error(
