@@ -267,6 +267,28 @@ fn many_at_once_are_mended_while_restore_points_are_read() {
     copied.other.verify();
 }
 
+/// Who has the tables of a pack still reads in it what nobody else can: where that led to may be gone since it was made again.
+#[test]
+fn who_has_read_what_is_lost_by_now_reads_on_when_it_was_made_again() {
+    let copied = Copied::usual();
+    let tenant = copied.site.tenant();
+    let open: Vec<_> = (1..=3).map(|number| LibraryDisk::open(&tenant, "web", number, "disk-0").unwrap()).collect();
+    for disk in &open {
+        disk.all().unwrap();
+    }
+    for (kind, what) in [(1, "cut off"), (2, "the table of lengths")] {
+        for key in copied.site.packs(kind) {
+            let whole = fs::read(copied.path(&key)).unwrap();
+            harm(&copied.path(&key), harms(&whole)[what].as_ref());
+        }
+    }
+    copied.repair_and_prune();
+    copied.check();
+    for (disk, content) in open.iter().zip(&copied.contents) {
+        assert!(disk.all().unwrap() == *content);
+    }
+}
+
 #[test]
 fn an_older_restore_point_of_the_copy_is_enough_and_what_it_lacks_stays_as_it_is() {
     let mut copied = Copied::new();

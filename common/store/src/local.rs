@@ -256,6 +256,11 @@ impl Store for Local {
         Ok(bytes)
     }
 
+    fn doubt(&self, key: &str) {
+        // Another file may have been put in its place.
+        self.open.lock().pop(key);
+    }
+
     fn read_at(&self, key: &str, offset: u64, buf: &mut [u8]) -> Result<(), StoreError> {
         let file = self.file(key)?;
         file.read_exact_at(buf, offset).map_err(|e| short_or_io(key, &file, offset + buf.len() as u64, e))
@@ -523,6 +528,24 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = Local::new(folder.path().join("vault"));
         (folder, store)
+    }
+
+    #[test]
+    fn what_is_doubted_is_opened_anew() {
+        let (folder, store) = store();
+        store.create("a/b", b"old").unwrap();
+        let read = || {
+            let mut bytes = [0; 3];
+            store.read_at("a/b", 0, &mut bytes).unwrap();
+            bytes
+        };
+        assert_eq!(&read(), b"old");
+        let other = folder.path().join("other");
+        std::fs::write(&other, b"new").unwrap();
+        std::fs::rename(other, folder.path().join("vault/a/b")).unwrap();
+        assert_eq!(&read(), b"old", "the file that is open");
+        store.doubt("a/b");
+        assert_eq!(&read(), b"new");
     }
 
     #[test]

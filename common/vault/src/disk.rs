@@ -230,11 +230,18 @@ impl DiskReader {
             let within = usize::try_from(at % CLUSTER_U64).unwrap_or(0);
             let length = (out.len() - *done).min(CLUSTER - within);
             let part = &mut out[*done..*done + length];
-            match leaves.blob(ClusterIndex::of_byte(at), wait)? {
+            let cluster = ClusterIndex::of_byte(at);
+            let found = match leaves.blob(cluster, wait) {
+                Err(e) if wait == Wait::May && e.damaged_object().is_some() => {
+                    self.tree.blob_anew(disk, cluster).map_err(|_| e)?
+                }
+                other => other?,
+            };
+            match found {
                 None => part.fill(0),
                 Some(blob) => match self.read_cluster(blob, within, part, wait, tools) {
                     Err(e) if wait == Wait::May && e.damaged_object().is_some() => {
-                        let other = self.elsewhere(disk, ClusterIndex::of_byte(at), blob)?.ok_or(e)?;
+                        let other = self.elsewhere(disk, cluster, blob)?.ok_or(e)?;
                         self.read_cluster(other, within, part, wait, tools)?;
                     }
                     other => other?,

@@ -274,6 +274,24 @@ impl Packs {
         Ok(handle)
     }
 
+    /// Has what is remembered of a blob's pack read again, in its newest generation. Who has the tables of an older one may still read in it what was
+    /// made again since.
+    pub(crate) fn renew(&self, blob: BlobRef) -> Result<(), VaultError> {
+        self.forget(blob);
+        if let Some(newest) = self.newest(blob.pack)? {
+            self.open_and_keep(blob.pack, newest.generation)?;
+        }
+        Ok(())
+    }
+
+    /// Believes nothing any more that is remembered of a blob's pack.
+    fn forget(&self, blob: BlobRef) {
+        let generation = self.handles.get(&blob.pack).map_or(blob.generation, |handle| handle.trailer().generation);
+        self.tenant.store.doubt(&layout::pack(&self.tenant.name, blob.pack, generation));
+        self.handles.remove(&blob.pack);
+        self.ids.remove(&blob.pack);
+    }
+
     /// Runs `read` on the generation that is remembered; where that is gone or fails authentication, on the newest.
     fn with_fallback<T>(
         &self,
@@ -289,10 +307,7 @@ impl Packs {
         if wait == Wait::MustNot {
             return Err(VaultError::WouldBlock);
         }
-        let generation = self.handles.get(&blob.pack).map_or(blob.generation, |handle| handle.trailer().generation);
-        self.tenant.store.doubt(&layout::pack(&self.tenant.name, blob.pack, generation));
-        self.handles.remove(&blob.pack);
-        self.ids.remove(&blob.pack);
+        self.forget(blob);
         let (mut tried, mut doubted) = (None, None);
         for _ in 0..ROUNDS {
             let newest = self.newest(blob.pack)?.ok_or_else(|| VaultError::Missing {

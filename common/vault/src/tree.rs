@@ -103,12 +103,19 @@ impl Tree {
 
     /// The blob of a cluster as the vault has it now: a node that was made again from another vault may lead elsewhere than before.
     pub(crate) fn blob_anew(&self, disk: &Disk, cluster: ClusterIndex) -> Result<Option<BlobRef>, VaultError> {
-        for level in 0..=root_level(disk.length) {
-            if let Some((place, _)) = self.ancestor(disk, cluster, level, Wait::May)? {
-                self.nodes.remove(&(place.pack, place.ordinal));
+        let mut level = root_level(disk.length);
+        let mut place = disk.root.map(BlobRef::from);
+        // From the top: what the old nodes lead to may be gone.
+        while let Some(blob) = place {
+            self.packs.renew(blob)?;
+            self.nodes.remove(&(blob.pack, blob.ordinal));
+            place = self.node(blob, level, Wait::May)?.get(cluster.slot(level));
+            if level == 0 {
+                break;
             }
+            level -= 1;
         }
-        self.blob(disk, cluster, Wait::May)
+        Ok(place)
     }
 
     /// The blob of a cluster; `None` if it is a hole.
