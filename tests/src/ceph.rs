@@ -5,14 +5,15 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::process::Command;
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use reseal_store::Variables;
 use tempfile::TempDir;
 
 use crate::owner::Owner;
 use crate::ports::free_port;
-use crate::process::{Server, run, wait_until};
+use crate::process::{Server, run};
 use crate::site::Site;
 
 /// How long the gateway may take on a busy machine, which makes its pools when it starts first.
@@ -98,17 +99,22 @@ impl Ceph {
         tool("ceph", &["osd", "new", OSD]);
         tool("ceph-osd", &["--mkfs", "--id", "0", "--osd-uuid", OSD]);
         servers.push(serve("ceph-osd", ["-f", "--id", "0"]));
+        servers.push(serve("radosgw", ["-f", "--name", "client.gateway"]));
+        let ceph = Ceph { servers, folder, port };
+        let end = Instant::now() + PATIENCE;
+        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+            assert!(Instant::now() < end, "Ceph's gateway does not answer:\n{}", ceph.log());
+            thread::sleep(Duration::from_millis(100));
+        }
         let user = ["--uid", "writer", "--display-name", "writer", "--access-key", ACCESS, "--secret-key", SECRET];
         tool("radosgw-admin", &[&["--name", "client.gateway", "user", "create"][..], &user].concat());
-        servers.push(serve("radosgw", ["-f", "--name", "client.gateway"]));
-
-        let ceph = Ceph { servers, folder, port };
-        wait_until("Ceph's gateway", PATIENCE, || TcpStream::connect(("127.0.0.1", port)).is_ok());
+        // The first object takes seconds, for its pool is made then.
+        ceph.site("ready").store().create("ready", b"x").unwrap();
         ceph
     }
 
     /// What its parts have printed.
-    pub fn log(&self) -> String {
+    fn log(&self) -> String {
         fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
     }
 

@@ -57,6 +57,8 @@ struct Shared {
     is_silent: AtomicBool,
     /// Whether who is refused for a condition is told that he has succeeded.
     ignores_conditions: AtomicBool,
+    /// Whether who says in quotes which version he means is refused.
+    refuses_quotes: AtomicBool,
     stop: AtomicBool,
 }
 
@@ -81,6 +83,7 @@ impl S3Proxy {
             next: Mutex::new(None),
             is_silent: AtomicBool::new(false),
             ignores_conditions: AtomicBool::new(false),
+            refuses_quotes: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         });
         let listening = shared.clone();
@@ -121,6 +124,11 @@ impl S3Proxy {
     /// From now on it looks like a store that knows no conditions.
     pub fn ignore_conditions(&self) {
         self.shared.ignores_conditions.store(true, Ordering::Relaxed);
+    }
+
+    /// From now on it refuses who says in quotes which version he means to replace.
+    pub fn refuse_quotes(&self) {
+        self.shared.refuses_quotes.store(true, Ordering::Relaxed);
     }
 
     /// From now on it takes what comes, and answers nothing; or it does again.
@@ -191,6 +199,10 @@ fn serve(shared: &Shared, client: &TcpStream) -> io::Result<()> {
     head.push_str("Connection: close\r\n\r\n");
     while shared.is_silent.load(Ordering::Relaxed) && !shared.stop.load(Ordering::Relaxed) {
         thread::sleep(Duration::from_millis(100));
+    }
+    if shared.refuses_quotes.load(Ordering::Relaxed) && head.to_ascii_lowercase().contains("\nif-match: \"") {
+        io::copy(&mut reader.take(length), &mut io::sink())?;
+        return refuse(client, "412 Precondition Failed", "PreconditionFailed");
     }
     let fault = shared.fault(&line);
     shared.met.fetch_add(u64::from(fault.is_some()), Ordering::Relaxed);

@@ -237,6 +237,9 @@ fn lost(proxy: &S3Proxy, site: &Site, direct: &Site) {
         proxy.next("PUT", &key, fault);
         store.replace(&key, b"mine", b"next").unwrap();
         assert!(proxy.has_met(), "{fault:?}");
+        proxy.next("PUT", &key, fault);
+        store.replace(&key, b"next", b"last").unwrap();
+        assert!(proxy.has_met(), "{fault:?}");
         proxy.next("DELETE", &key, fault);
         store.delete(&key).unwrap();
         // Somebody else's is not taken for one's own.
@@ -327,6 +330,17 @@ fn a_store_that_knows_no_conditions_is_refused() {
     let site = shared().site_at("lying", proxy.port());
     site.reseal(["init", "--no-recovery"]).fails(1, &["does not honour conditional writes"]);
     assert!(site.store().list("").unwrap().iter().all(|entry| entry.name == "tmp"));
+}
+
+#[test]
+fn a_store_that_takes_no_quotes_and_compares_nothing_without_them_is_not_written_to() {
+    let proxy = S3Proxy::before(shared().port());
+    let store = shared().site_at("quotes", proxy.port()).store();
+    store.create("a", b"1").unwrap();
+    proxy.refuse_quotes();
+    proxy.ignore_conditions();
+    assert!(matches!(store.replace("a", b"1", b"2"), Err(StoreError::Changed(_))));
+    assert_eq!(store.get("a", 9).unwrap(), b"1");
 }
 
 #[test]

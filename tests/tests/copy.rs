@@ -92,6 +92,8 @@ fn a_copy_is_the_same_under_other_keys_and_only_what_is_missing_is_copied() {
         pair.backup(nth * MIB + 5, MIB / 2);
     }
     pair.run(&["nobody"]).fails(1, &["there is no VM nobody"]);
+    let other = pair.other.vault.to_str().unwrap();
+    pair.run(&["--to-tenant", "nobody"]).fails(1, &[&format!("{other}: "), "no tenant nobody"]);
     let planned = pair.run(&["--dry-run"]).ok().json_lines();
     assert_eq!(planned.len(), 4);
     assert!(pair.other.reseal(["list", "--json"]).ok().json_lines().is_empty());

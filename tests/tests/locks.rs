@@ -201,7 +201,7 @@ fn what_is_locked_outlives_forgetting_and_prune_and_goes_after_that() {
     let dry = site.reseal(["prune", "--dry-run", "--json"]).ok().json();
     assert_eq!((dry["freed"].as_u64(), dry["locked_points"].as_u64()), (Some(0), Some(1)), "{dry}");
     let told = site.reseal(["prune"]).ok().stdout;
-    assert!(told.contains("what 1 forgotten restore point led to: the object store keeps it until"), "{told}");
+    assert!(told.contains("what 1 forgotten restore point led to: kept by the object store until"), "{told}");
     let run = site.reseal(["prune", "--json"]).ok().json();
     assert_eq!((dry["locked_until"].is_string(), &dry["locked_until"]), (true, &run["locked_until"]));
     assert_eq!(

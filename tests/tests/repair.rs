@@ -732,7 +732,7 @@ fn manifests_are_not_mended_and_wrong_words_are_named() {
     copied.site.reseal(["verify", "--repair-keyring", keyring]).expect(&[2]);
     copied.site.reseal(["verify", "--repair-from", vault]).fails(4, &["is not in the keyring"]);
     copied.site.reseal(["verify", "--repair-from", "/nowhere/at/all"]).expect(&[1, 4]);
-    copied.run(&["--repair-tenant", "nobody"]).fails(1, &["in ", "no tenant nobody"]);
+    copied.run(&["--repair-tenant", "nobody"]).fails(1, &[&format!("{vault}: "), "no tenant nobody"]);
     // Another tenant of the other vault has nothing of it.
     copied.other.reseal(["tenant", "add", "empty", "--no-recovery"]).ok();
     fs::remove_file(copied.path(&copied.site.packs(1)[0])).unwrap();

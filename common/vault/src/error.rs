@@ -39,7 +39,7 @@ pub enum VaultError {
     NotAVault { repo: String },
     #[error("{repo} holds a vault already")]
     VaultExists { repo: String },
-    #[error("the vault has no tenant {tenant}; `reseal tenant add` makes one, or correct --tenant")]
+    #[error("the vault has no tenant {tenant}; `reseal tenant add` makes one; or name another")]
     NoTenant { tenant: TenantName },
     #[error("the vault has a tenant {tenant} already; `reseal key export` writes a recovery kit of it")]
     TenantExists { tenant: TenantName },

@@ -312,7 +312,7 @@ fn disks(point: &Manifest, described: &Described, bus: Option<Bus>, warnings: &m
     };
     let strange = found.iter().flatten().filter(|disk| disk.bus.is_none()).count();
     if strange > 0 && bus.is_none() {
-        warnings.push(format!("{strange} disks were on a bus that is not known here: they are on SATA; see --bus"));
+        warnings.push(format!("disks on a bus that is not known here ({strange}) are on SATA; see --bus"));
     }
     point.disks.iter().enumerate().map(|(nth, disk)| attached(nth, &disk.name)).collect()
 }

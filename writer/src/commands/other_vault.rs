@@ -16,9 +16,9 @@ pub(super) struct OtherVault<'a> {
 impl OtherVault<'_> {
     /// Its tenant. What goes wrong names the vault.
     pub(super) fn open(&self, common: &CommonArgs) -> Result<Opened, Failure> {
-        self.args(common).open().map_err(|failure| match failure.message.contains(self.repo) {
+        self.args(common).open().map_err(|failure| match failure.message.starts_with(&format!("{} ", self.repo)) {
             true => failure,
-            false => Failure::new(failure.status, format!("in {}: {}", self.repo, failure.message)),
+            false => Failure::new(failure.status, format!("{}: {}", self.repo, failure.message)),
         })
     }
 

@@ -133,7 +133,7 @@ fn told(output: Output, pruned: &Pruned, forgotten: &BTreeSet<PointName>, took: 
     if !locked.is_empty() {
         let until = pruned.locked_until.as_ref().map(|until| format!(" until {until} at the latest"));
         let (locked, until) = (locked.join(", and "), until.unwrap_or_default());
-        output.say(format!("locked      {locked}: the object store keeps it{until}"));
+        output.say(format!("locked      {locked}: kept by the object store{until}"));
     }
     for (point, by) in &pruned.read {
         output.say(format!("stays       {point}, which is forgotten, while it is read: {by}"));

@@ -98,11 +98,9 @@ pub(crate) fn run(common: &CommonArgs, found: &Found, args: &Args, detach: Optio
         "recovery_kit": args.kit.recovery,
         "duration_ms": u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
     }));
-    let (packs, objects, took) = (counted(resealed.packs, "pack"), resealed.objects, human_duration(began.elapsed()));
-    output.say(format!(
-        "sealed again  {packs} and {objects} manifests, tombstones and notes, {}, in {took}",
-        human_bytes(resealed.bytes)
-    ));
+    let (packs, objects, took) =
+        (counted(resealed.packs, "pack"), counted(resealed.objects, "other object"), human_duration(began.elapsed()));
+    output.say(format!("sealed again  {packs} and {objects}, {}, in {took}", human_bytes(resealed.bytes)));
     output.say(format!("data key      epoch {epoch}; the older ones are destroyed"));
     output.say(format!("record        generation {}", record.generation()));
     for (object, why) in &resealed.held_back {
@@ -164,7 +162,7 @@ fn incomplete(output: Output, tenant: &Tenant, resealed: &Resealed) -> Failure {
         0 => Failure::new(
             Status::Failed,
             format!(
-                "the storage does not let {} of tenant {name} be replaced, {old}. When their locks end, run this again",
+                "the storage does not let {} of tenant {name} be replaced, {old}. When the locks end, run this again",
                 counted(resealed.refused.len(), "object")
             ),
         ),

@@ -155,7 +155,7 @@ fn told(output: Output, args: &Args, report: &Report, repair: &Option<Repaired>)
             format!("{count} left ({read}), {} mended", mended.len())
         }
         None => format!(
-            "{count} ({read}); `--repair-from` mends packs from a second vault, and a copy of this one's files has the rest"
+            "{count} ({read}); with the keys, `--repair-from` mends packs from a second vault; put other files back from a copy of this one"
         ),
     };
     Err(Failure::new(Status::Damaged, message))

@@ -107,7 +107,7 @@ impl<'a> Marks<'a> {
                     other => {
                         if let Left::Kept(_) = other? {
                             self.locked_points += 1;
-                            self.is_locked(&vm, number)?;
+                            self.note_lock(&vm, number)?;
                         }
                     }
                 }
@@ -170,8 +170,8 @@ impl<'a> Marks<'a> {
         Ok(self.check_nodes()?)
     }
 
-    /// Whether the storage says that it does not let go of a manifest.
-    fn is_locked(&mut self, vm: &VmName, number: u32) -> Result<bool, VaultError> {
+    /// Whether the storage says that it does not let go of a manifest; until when is kept.
+    fn note_lock(&mut self, vm: &VmName, number: u32) -> Result<bool, VaultError> {
         let lock = self.tenant.store().lock_of(&layout::manifest(self.tenant.name(), vm, number))?;
         self.locked_until = self.locked_until.max(lock.map(|lock| lock.until));
         Ok(lock.is_some())
@@ -186,7 +186,7 @@ impl<'a> Marks<'a> {
         let by: Vec<_> = self.tenant.pinned(vm, number)?.iter().map(ToString::to_string).collect();
         if !by.is_empty() {
             self.read.insert(format!("{vm}@{number}"), by.join("; "));
-        } else if self.is_dry && self.is_locked(vm, number)? {
+        } else if self.is_dry && self.note_lock(vm, number)? {
             self.locked_points += 1;
         } else if self.is_dry {
             match self.tenant.tombstone(vm, number) {

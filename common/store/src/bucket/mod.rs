@@ -270,15 +270,18 @@ impl Shared {
     ) -> Result<Option<UpdateVersion>, StoreError> {
         let path = self.path(key)?;
         let put = |version| self.put(key, &path, &new, PutMode::Update(version), lock);
+        // Asked before, for another request may find it out while this one is under way.
+        let bare = self.tags.without_quotes(&version);
         let mut answer = put(self.tags.told(&version)).await;
-        if let Err(Refusal { error: Error::Precondition { .. }, .. }) = &answer
-            && let Some(bare) = self.tags.without_quotes(&version)
+        if let Err(Refusal { error: Error::Precondition { .. }, was_repeated }) = answer
+            && let Some(bare) = bare
             && self.is_there(key, &version).await?
+            && probe::are_bare_tags_compared(self).await?
         {
+            self.tags.leave_quotes_out();
             answer = put(bare).await;
-            if answer.is_ok() {
-                self.tags.leave_quotes_out();
-            }
+            answer =
+                answer.map_err(|refusal| Refusal { was_repeated: refusal.was_repeated || was_repeated, ..refusal });
         }
         let refusal = match answer {
             Ok(version) => return Ok(Some(version)),
@@ -297,7 +300,7 @@ impl Shared {
         }
     }
 
-    /// Whether that version is what is there.
+    /// Whether that version is what is there, as the store says.
     async fn is_there(&self, key: &str, version: &UpdateVersion) -> Result<bool, StoreError> {
         match self.about(key).await {
             Ok(meta) => Ok(meta.e_tag == version.e_tag),

@@ -8,7 +8,7 @@ use object_store::{Error, ObjectStoreExt, PutMode, PutPayload, UpdateVersion};
 use tokio::time::{sleep, timeout};
 
 use super::Shared;
-use super::attempts::{silent, told};
+use super::attempts::{Refusal, silent, told};
 use super::lease::store_time;
 use super::signed::Signed;
 use super::versions::is_refusal;
@@ -43,8 +43,7 @@ pub(super) async fn conditions(shared: &Shared) -> Result<(), StoreError> {
         let pause = if time == 0 { Duration::ZERO } else { PAUSE };
         // Beside each other, for some engines have those who wait for one another look only once a second.
         let rounds = join_all((0..ROUNDS).map(|_| async {
-            let name = random_name().map_err(|source| StoreError::Io { key: "tmp".into(), action: "probe", source })?;
-            let key = format!("tmp/probe-{name}");
+            let key = new_key("probe")?;
             let shown = round(shared, &key, pause).await;
             let path = shared.path(&key)?;
             // Should it stay, it is a small object that nobody looks at.
@@ -64,13 +63,34 @@ pub(super) async fn conditions(shared: &Shared) -> Result<(), StoreError> {
     Err(StoreError::Io { key: "tmp".into(), action: "probe", source: std::io::Error::other(what) })
 }
 
+/// Whether a store that refused a version that is there refuses, of tags without quotes, another one's: whoever ignores these would replace anything.
+pub(super) async fn are_bare_tags_compared(shared: &Shared) -> Result<bool, StoreError> {
+    let key = new_key("tag")?;
+    let path = shared.path(&key)?;
+    shared.make(&key, PutPayload::from_static(b"there"), None).await?;
+    let other = UpdateVersion { e_tag: Some("0".repeat(32)), version: None };
+    let put = shared.put(&key, &path, &PutPayload::from_static(b"replaced"), PutMode::Update(other), None).await;
+    // Should it stay, it is a small object that nobody looks at.
+    let _ = shared.store.delete(&path).await;
+    match put {
+        Ok(_) => Ok(false),
+        Err(Refusal { error: Error::Precondition { .. }, .. }) => Ok(true),
+        Err(refusal) => Err(told(&key, "replace", refusal.error)),
+    }
+}
+
+/// The key of an object that shows something.
+fn new_key(what: &str) -> Result<String, StoreError> {
+    let name = random_name().map_err(|source| StoreError::Io { key: "tmp".into(), action: "probe", source })?;
+    Ok(format!("tmp/{what}-{name}"))
+}
+
 /// How long an object is locked that shows whether it can be removed, in seconds.
 const LOCKED: i64 = 60;
 
 /// Locks an object under `tmp/`; an error where it can be removed all the same.
 pub(super) async fn locks(shared: &Shared, mode: LockMode) -> Result<(), StoreError> {
-    let name = random_name().map_err(|source| StoreError::Io { key: "tmp".into(), action: "probe", source })?;
-    let key = format!("tmp/lock-{name}");
+    let key = new_key("lock")?;
     let path = shared.path(&key)?;
     let signed = shared.versions.signed().map_err(|error| told(&key, "lock", error))?;
     let lock = Lock { until: store_time(shared).await? + LOCKED, mode };
@@ -146,10 +166,10 @@ async fn round(shared: &Shared, key: &str, pause: Duration) -> Result<Round, Sto
     }
     sleep(pause).await;
     // How many have replaced it, and whether one was refused.
-    let replace = async |version: UpdateVersion| {
+    let replace = async |version: UpdateVersion, is_bare: bool| {
         let mut replaced = join_all((0..CROWD).map(|nth| put(nth | 0x80, PutMode::Update(version.clone())))).await;
-        // Some tell those who came too late by a moment of an error of their own, and of the condition only when they come again.
-        if replaced.iter().any(Result::is_ok) {
+        // Ceph's gateway tells those who came too late by a moment of an error of its own, and of the condition only when they come again.
+        if is_bare && replaced.iter().any(Result::is_ok) {
             sleep(pause).await;
             replaced.push(put(CROWD | 0x80, PutMode::Update(version)).await);
         }
@@ -167,12 +187,12 @@ async fn round(shared: &Shared, key: &str, pause: Duration) -> Result<Round, Sto
         Ok((count, is_refused))
     };
     let bare = shared.tags.without_quotes(&version);
-    let mut replaced = replace(shared.tags.told(&version)).await?;
+    let mut replaced = replace(shared.tags.told(&version), bare.is_none()).await?;
     if let (0, true) = replaced
         && let Some(bare) = bare
     {
         sleep(pause).await;
-        replaced = replace(bare).await?;
+        replaced = replace(bare, true).await?;
         if let (1, true) = replaced {
             shared.tags.leave_quotes_out();
         }

@@ -1,11 +1,11 @@
 //! How a store is told which version is to be replaced. An entity tag has quotes (RFC 9110, 8.8.3), and so nearly all want it; Ceph's gateway
-//! compares what it is told with the tag without them, so that there none fits that has them.
+//! compares what it is told with the tag without them, so that none that has them fits there.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use object_store::UpdateVersion;
 
-/// What this process has found out of a store.
+/// What was found out of a store.
 #[derive(Debug, Default)]
 pub(super) struct Tags {
     are_bare: AtomicBool,

@@ -117,7 +117,7 @@ impl Engine {
         let cores = cores();
         let percent = self.seaweed.processor_time().as_secs_f64() * 100.0 / self.began.elapsed().as_secs_f64();
         Figure {
-            what: "the store's own part of the processors, over all of these".to_owned(),
+            what: "SeaweedFS's own part of the processors, over all that it had a part in".to_owned(),
             bound: "reported".to_owned(),
             measured: format!("{percent:.0} % of one core of {cores}"),
             met: None,
