@@ -421,6 +421,23 @@ fn a_copy_goes_from_one_account_to_another_by_the_profiles_of_both() {
 }
 
 #[test]
+fn a_restore_asks_for_neighbours_together() {
+    const CLUSTERS: usize = 128;
+    let proxy = S3Proxy::before(shared().port());
+    let site = shared().site_at("restored", proxy.port());
+    site.reseal(["init", "--no-recovery"]).ok();
+    let (disk, to) = (site.disk("a"), site.disk("restored"));
+    let content = Random::new(9).bytes(CLUSTERS * 65_536);
+    fs::write(&disk, &content).unwrap();
+    site.backup("vm", &disk);
+    let (before, _) = proxy.count();
+    site.restore("vm@1", "disk-0", &to).ok();
+    let (after, _) = proxy.count();
+    assert!(fs::read(to).unwrap() == content);
+    assert!(after - before < CLUSTERS as u64 / 2, "{} requests for {CLUSTERS} clusters", after - before);
+}
+
+#[test]
 fn a_vault_in_a_bucket_works_like_one_in_a_folder() {
     whole(&shared().site_at("whole", shared().port()));
 }

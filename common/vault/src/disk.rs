@@ -224,6 +224,14 @@ impl DiskReader {
         tools: &mut Tools,
     ) -> Result<(), VaultError> {
         assert!(offset + out.len() as u64 <= disk.length, "the caller clips a range to the disk");
+        if wait == Wait::May && self.is_far() && !self.fetches_aside() {
+            // In few requests. What can't be had is told by the reading.
+            let (from, to) = (offset + *done as u64, offset + out.len() as u64);
+            let clusters: Vec<u64> = (from / CLUSTER_U64..to.div_ceil(CLUSTER_U64)).collect();
+            if clusters.len() > 1 {
+                self.fetch(disk, &clusters, tools);
+            }
+        }
         let mut leaves = Leaves::new(self, disk);
         while *done < out.len() {
             let at = offset + *done as u64;

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use reseal_format::geometry::CLUSTER_U64;
 use reseal_format::manifest::Disk;
 use reseal_vault::disk::{DiskReader, with_scratch};
 use reseal_vault::{VaultError, Wait};
@@ -40,15 +39,7 @@ impl Still for PointSource {
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BackupError> {
-        let read = with_scratch(0, |tools, _| {
-            if self.reader.is_far() {
-                // In few requests. What can't be had is told by the reading.
-                let end = offset.saturating_add(buf.len() as u64).div_ceil(CLUSTER_U64);
-                let clusters: Vec<u64> = (offset / CLUSTER_U64..end).collect();
-                self.reader.fetch(&self.disk, &clusters, tools);
-            }
-            self.reader.read(&self.disk, offset, buf, Wait::May, tools)
-        });
+        let read = with_scratch(0, |tools, _| self.reader.read(&self.disk, offset, buf, Wait::May, tools));
         read.map_err(|source| BackupError::Copied { source })
     }
 
