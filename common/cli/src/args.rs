@@ -158,15 +158,26 @@ impl CommonArgs {
         // That a vault is older which is shown as it was is no rollback.
         let is_past = store.is_past();
         let state = if is_past { &paths.state.join("past") } else { &paths.state };
-        let record = Record::read(store, &repo, name)?;
+        let mut record = Record::read(store.clone(), &repo, name)?;
         let heads = Heads::new(state, &record.scope(), self.accept_rollback || is_past);
-        heads.check_generation(record.generation())?;
+        if heads.check_generation(record.generation()).is_err() {
+            // Another process may have replaced it since it was read, and remembered that.
+            record = Record::read(store, &repo, name)?;
+            heads.check_generation(record.generation())?;
+        }
         Ok(Found { record, heads, paths, repo })
     }
 
     /// Opens the vault, unlocks the tenant, and checks that neither was rolled back.
     pub fn open(&self) -> Result<Opened, Failure> {
-        self.open_found(self.find(&self.tenant()?)?)
+        let name = self.tenant()?;
+        let found = self.find(&name)?;
+        let generation = found.record.generation();
+        self.open_found(found).or_else(|failure| match self.find(&name) {
+            // Replaced by another process while it was opened: its key may be gone, and what was seen is newer.
+            Ok(again) if again.record.generation() > generation => self.open_found(again),
+            _ => Err(failure),
+        })
     }
 
     /// The same where the record was read.
