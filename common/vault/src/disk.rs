@@ -250,6 +250,8 @@ impl DiskReader {
                 Some(blob) => match self.read_cluster(blob, within, part, wait, tools) {
                     Err(e) if wait == Wait::May && e.damaged_object().is_some() => {
                         let other = self.elsewhere(disk, cluster, blob)?.ok_or(e)?;
+                        // For the rest of the range the leaf is looked up as it is now.
+                        leaves = Leaves::new(self, disk);
                         self.read_cluster(other, within, part, wait, tools)?;
                     }
                     other => other?,
